@@ -1,0 +1,1 @@
+"""Linux Live Update Orchestrator and Kexec HandOver, as a user-space engine."""

@@ -1,0 +1,1 @@
+# Header of the compiled core: C types and constants, by fragment, in the order of the includes.

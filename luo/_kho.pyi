@@ -1,0 +1,1 @@
+"""Types of the compiled core; one section per fragment of luo/core/."""

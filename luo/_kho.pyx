@@ -14,3 +14,6 @@ from libc.string cimport strerror
 from luo.errors import from_errno
 
 include "core/errno.pxi"  # L0 integers, errors, allocation
+include "core/fdt_ro.pxi"  # L2' flattened tree, read
+include "core/fdt_sw.pxi"  # L2' flattened tree, sequential write
+include "core/fdt_rw.pxi"  # L2' flattened tree, random access

@@ -5,12 +5,27 @@ defined, so the order of the includes is the layer diagram of the core.
 """
 
 cimport cython
+from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.long cimport PyLong_AsUnsignedLongLong
 from cpython.number cimport PyNumber_Index
-from libc.stdint cimport uint64_t
-from libc.stdlib cimport malloc
-from libc.string cimport strerror
+from libc cimport errno as c_errno
+from libc.stdint cimport uint8_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.string cimport memcpy, memset, strerror
 
-from luo.errors import from_errno
+import errno
+import fcntl
+import mmap as mmap_module
+import os
+import re
 
-include "core/errno.pxi"  # L0 integers, errors, allocation
+import numpy as np
+
+from luo.errors import HandoverError, from_errno
+
+# L0 integers, errors, allocation
+include "core/errno.pxi"
+# L1 bitmaps
+include "core/bits.pxi"
+# L2 physical memory and its pages
+include "core/memory.pxi"

@@ -1,7 +1,7 @@
 # Header of the compiled core: C types and constants, by fragment, in the order of the includes.
 
 cimport cython
-from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint64_t
 
 
 # ---- bits ----
@@ -100,3 +100,98 @@ cdef class PhysicalMemory:
     cdef int check_ram(self, object what, object phys, object nbytes) except -1
     cdef int check_writable(self, object what) except -1
     cdef int alloc_into(self, uint64_t[::1] phys, int order, int node) except -1000
+
+
+# ---- radix ----
+
+cdef struct kho_radix_tree:
+    uint64_t root  # phys
+    uint64_t zero  # as PhysicalMemory.zero, renewed by every call
+    page_state *state  # likewise
+    int page_shift
+    int slot_bits  # of the key, per inner level
+    int leaf_bits
+    int levels  # inner levels and the leaf
+    int key_bits
+    uint64_t nr_keys
+    uint64_t nr_nodes
+    uint64_t leaf  # phys of the leaf last used, 0: none
+    uint64_t leaf_prefix  # key >> leaf_bits of it
+    uint64_t **made  # slots filled by the present call, for its undoing
+    size_t nr_made
+    size_t made_room
+
+cdef struct kho_radix_cursor:
+    uint64_t *keys
+    uint64_t n
+    uint64_t room
+    uint64_t start  # first key wanted
+    uint64_t nr_visited
+
+cdef struct kho_walk:
+    page_state *state
+    int page_shift
+    int slot_bits
+    int leaf_bits
+    uint64_t *nodes  # phys of the tree's pages
+    size_t nr_nodes
+    size_t room
+    uint64_t nr_keys
+    uint64_t nr_pages
+    uint64_t run_pfn  # adjoining blocks that are not claimed yet
+    uint64_t run_count
+    int run_order
+    int why  # WALK_*, and what it is about
+    int order
+    uint64_t at  # phys or key
+    uint64_t conflict  # pfn
+
+
+@cython.final
+cdef class RadixTree:
+    cdef PhysicalMemory memory
+    cdef kho_radix_tree tree
+
+    cdef int use(self) except -1
+    cdef int begin(self) noexcept nogil
+    cdef int add(self, const uint64_t *keys, uint64_t n, uint64_t *nr_fresh) noexcept nogil
+    cdef int delete(self, const uint64_t *keys, uint64_t n, uint64_t *at) noexcept nogil
+    cdef int has(self, uint64_t key) noexcept nogil
+    cdef int collect(self, uint64_t *keys, uint64_t room, uint64_t *start,
+                     uint64_t *n) noexcept nogil
+
+
+cdef class PreservedMemory:  # luo.kho.Kho extends it
+    cdef object __weakref__
+    cdef readonly PhysicalMemory memory
+    cdef readonly bint debug
+    cdef readonly bint closed
+    cdef RadixTree map
+    cdef memory_range *scratch_areas
+    cdef size_t nr_scratch
+
+    cdef int use(self) except -1
+    cdef int check_run(self, uint64_t phys, uint64_t pages) noexcept nogil
+    cdef int check_block(self, uint64_t phys, int order) noexcept nogil
+    cdef int refuse(self, object what, uint64_t phys, uint64_t nbytes, int why) except -1
+    cdef uint64_t *encode_blocks(self, const uint64_t[::1] phys, object orders, object what,
+                                 bint checked) except NULL
+    cdef uint64_t *split_run(self, uint64_t phys, uint64_t pages, uint64_t *n) except NULL
+    cdef uint64_t fill(self, uint64_t[::1] phys, uint8_t[::1] orders, uint64_t room,
+                       uint64_t *start) except? 0xFFFFFFFFFFFFFFFF
+
+
+cdef class IncomingMemory:  # luo.kho.Incoming extends it
+    cdef object __weakref__
+    cdef readonly PhysicalMemory memory
+    cdef readonly bint closed
+    cdef readonly uint64_t nr_preserved
+    cdef readonly uint64_t nr_preserved_pages
+    cdef list areas  # scratch
+    cdef page_state *state  # NULL from install() on
+    cdef uint64_t *nodes
+    cdef size_t nr_nodes
+
+    cdef int use(self) except -1
+    cdef int walk_error(self, kho_walk *walk) except -1
+    cdef page_state *pages(self) noexcept nogil

@@ -29,3 +29,5 @@ include "core/errno.pxi"
 include "core/bits.pxi"
 # L2 physical memory and its pages
 include "core/memory.pxi"
+# L3 the preserved map, outgoing and incoming
+include "core/radix.pxi"

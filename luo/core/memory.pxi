@@ -137,6 +137,17 @@ cdef void page_split_run(page_state *st, page_segment *seg, uint64_t pfn,
         pfn += <uint64_t>1 << order
 
 
+cdef void page_free_span(page_state *st, uint64_t pfn, uint64_t end) noexcept nogil:
+    """As page_free_run() for pages of one or more adjoining segments."""
+    cdef page_segment *seg
+    cdef uint64_t stop
+    while pfn < end:
+        seg = page_segment_of(st, pfn)
+        stop = min(end, seg.end)
+        page_free_run(st, seg, pfn, stop)
+        pfn = stop
+
+
 cdef uint64_t page_take_run(page_state *st, page_segment *seg, uint64_t pfn,
                             uint64_t end) noexcept nogil:
     """Take the pages [pfn, end) of one segment; NO_BIT, or the first pfn that is not free.
@@ -287,20 +298,31 @@ cdef int page_claim_run(page_state *st, uint64_t pfn, int order, uint64_t count,
                         bint scratch_too, uint64_t *conflict) noexcept nogil:
     """Take *count* adjoining blocks at a fixed place and mark them as allocated or claimed.
 
-    -EINVAL: they leave RAM, cross a segment's border or lie in scratch; -EBUSY: not free. The pfn
-    at fault goes to *conflict*, and nothing is taken.
+    -EINVAL: they leave RAM; -ERANGE: they reach into scratch; -EBUSY: not free. The pfn at fault
+    goes to *conflict*, and nothing is taken. Blocks may cross from one range to the next: a kernel
+    preserves such, since it compares only the nodes of a block's two ends.
     """
-    cdef page_segment *seg = page_segment_of(st, pfn)
-    cdef uint64_t end = pfn + (count << order)
-    conflict[0] = pfn
-    if seg == NULL or order > st.top or (seg.scratch and not scratch_too):
+    cdef page_segment *seg
+    cdef uint64_t end = pfn + (count << order), p = pfn, stop
+    cdef int rc = 0
+    if order > st.top:
+        conflict[0] = pfn
         return -EINVAL
-    if end > seg.end:
-        conflict[0] = seg.end
-        return -EINVAL
-    conflict[0] = page_take_run(st, seg, pfn, end)
-    if conflict[0] != NO_BIT:
-        return -EBUSY
+    while p < end:
+        seg = page_segment_of(st, p)
+        conflict[0] = p
+        if seg == NULL:
+            rc = -EINVAL
+        elif seg.scratch and (scratch_too == 0 or seg.start > pfn or seg.end < end):
+            rc = -ERANGE
+        else:
+            stop = min(end, seg.end)
+            conflict[0] = page_take_run(st, seg, p, stop)
+            rc = 0 if conflict[0] == NO_BIT else -EBUSY
+        if rc < 0:
+            page_free_span(st, pfn, p)
+            return rc
+        p = stop
     page_set_heads(st, pfn, order, count, claimed)
     return 0
 
@@ -311,7 +333,7 @@ cdef int page_free_head(page_state *st, uint64_t pfn) noexcept nogil:
     if order < 0:
         return -EINVAL
     page_clear_heads(st, pfn, order, 1)
-    page_free_block(st, page_segment_of(st, pfn), pfn, order)
+    page_free_span(st, pfn, pfn + (<uint64_t>1 << order))
     return order
 
 
@@ -338,7 +360,6 @@ cdef int page_free_array(page_state *st, const uint64_t *phys, uint64_t count, u
     -EINVAL: the one at index *at* is no allocated block (or is named twice).
     """
     cdef uint64_t i = 0, j, pfn, block, conflict = 0
-    cdef page_segment *seg
     cdef int order
     while i < count:
         pfn = phys[i] >> page_shift
@@ -351,19 +372,18 @@ cdef int page_free_array(page_state *st, const uint64_t *phys, uint64_t count, u
             return -EINVAL
         # blocks that adjoin in memory are freed as one run
         block = <uint64_t>1 << order
-        seg = page_segment_of(st, pfn)
         j = i
         while True:
             orders[j] = order
             j += 1
             if j == count or phys[j] != phys[j - 1] + (block << page_shift):
                 break
-            if phys[j] >> page_shift >= seg.end:
+            if phys[j] >> page_shift >= st.end_pfn:
                 break
             if not flat_test(st.heads[order], page_index(st, phys[j] >> page_shift, order)):
                 break
         page_clear_heads(st, pfn, order, j - i)
-        page_free_run(st, seg, pfn, pfn + ((j - i) << order))
+        page_free_span(st, pfn, pfn + ((j - i) << order))
         i = j
     return 0
 
@@ -607,9 +627,9 @@ cdef class PhysicalMemory:
             the kernel's largest order allow. Not used with *ranges*.
         ranges: ``[(start, nbytes, node), ...]``: disjoint, page-aligned, in any order. What lies
             between them is a hole: no RAM.
-        fd: a file that holds the bytes, at least ``offset`` + span long; it is duplicated. None: a
-            new memfd, sparse, sealed against resizing. Whoever gives an unsealed file and shortens it
-            gets SIGBUS.
+        fd: a file that holds the bytes, at least ``offset`` + span long; it is duplicated. None:
+            a new memfd, sparse, sealed against resizing. Whoever gives an unsealed file and then
+            shortens it gets SIGBUS.
         offset: byte of *fd* that belongs to the first physical byte; a multiple of the host's page
             size.
         page_size: 4096, 16384 or 65536.
@@ -624,9 +644,9 @@ cdef class PhysicalMemory:
         detached: whether the page state lives in another process (:meth:`detach`).
 
     Allocation is deterministic: lowest segment first (a segment is a range cut at scratch's
-    borders),
-    there the smallest order that has a free block, of those the lowest address. Blocks are
-    naturally aligned and never cross a border of range, node or scratch. Address 0 is never handed out.
+    borders), there the smallest order that has a free block, of those the lowest address. Blocks
+    are naturally aligned and never cross a border of range, node or scratch. Address 0 is never
+    handed out.
 
     Raises:
         ValueError, TypeError: an argument is out of range.
@@ -1163,8 +1183,7 @@ cdef class PhysicalMemory:
         """Allocate adjoining pages, as ``alloc_pages_exact()``.
 
         They come out of one aligned block of the next power of two, whose tail is given back; to
-        :meth:`free` and :meth:`free_pages` they are the naturally aligned blocks that they split
-        into.
+        :meth:`free` and :meth:`free_pages` they are the naturally aligned blocks of that run.
 
         Returns:
             int: physical address of the first.
@@ -1197,8 +1216,7 @@ cdef class PhysicalMemory:
         """Allocate the block at *phys*, as the owner of that very address.
 
         Raises:
-            KhoError: EINVAL if it is misaligned, outside RAM or crosses a border of range or
-            scratch;
+            KhoError: EINVAL if it is misaligned, outside RAM or crosses the border of scratch;
                 EBUSY if any page of it is not free.
         """
         cdef int o = as_order(order), rc = -EINVAL, held

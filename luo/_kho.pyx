@@ -14,3 +14,5 @@ from libc.string cimport strerror
 from luo.errors import from_errno
 
 include "core/errno.pxi"  # L0 integers, errors, allocation
+# devices.pxi: L3 the device table
+include "core/devices.pxi"

@@ -35,10 +35,10 @@ from typing import Final, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from luo.kho import parse_kho_scratch
 from luo.machine import DeviceTree
 from luo.memory import parse_size
-from luo.topology import PAGE_SHIFT, VM, Host, host as sysfs_host, hwloc, synthetic
+from luo.topology import PAGE_SHIFT, VM, Host, hwloc, synthetic
+from luo.topology import host as sysfs_host
 from luo.topology._rows import RANGE_ALIGN, Range, stack_nodes
 
 __all__ = ["PRESETS", "host"]
@@ -56,22 +56,27 @@ KERNEL_SHARE = 64
 FOLIO_ORDERS: Final = {"4KiB": 0, "2MiB": 9, "1GiB": 18}
 ASSIGNABLE_DRIVER = "vfio-pci"
 
+# What a kernel reserves for itself, by the model of luo.kho: 64 bytes a page, and its image.
+PAGE_STRUCT_BYTES = 64
+IMAGE_BYTES = 32 << 20
+
+# The forms of kho_scratch= that make sense in a description; the kernel's parser takes more.
+_SCRATCH_PERCENT = re.compile(r"(\d{1,9})%", re.ASCII)
+_SCRATCH_SIZES = re.compile(r"(\d{1,15}[KMGT]?),(\d{1,15}[KMGT]?),(\d{1,15}[KMGT]?)", re.ASCII)
 _VM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-def host(
-    preset: str | PathLike[str], *, devices: int | None = None, seed: int = 0
-) -> Host:
+def host(preset: str | PathLike[str], *, devices: int | None = None, seed: int = 0) -> Host:
     """Make a host from a preset or a TOML file (see the module's words).
 
-    =========== ====== ===== ===== =========
-    preset      memory nodes VMs   devices
-    =========== ====== ===== ===== =========
-    ``host``    this machine's: ``/sys``
-    ``cloud``   2 TiB  2     400   3,000
-    ``dense``   16 TiB 8     1,000 20,000
-    ``stress``  1 TiB  2     0     1,000,000
-    =========== ====== ===== ===== =========
+    ========== ============== ============== ===== =========
+    preset     memory         nodes          VMs   devices
+    ========== ============== ============== ===== =========
+    ``host``   this machine's this machine's 0     ``/sys``
+    ``cloud``  2 TiB          2              400   3,000
+    ``dense``  16 TiB         8              1,000 20,000
+    ``stress`` 1 TiB          2              0     1,000,000
+    ========== ============== ============== ===== =========
 
     Args:
         preset: one of ``PRESETS``, or the path of a TOML file.
@@ -205,10 +210,9 @@ class _Description:
     def host(self, top: _Table) -> Host:
         # All words are checked before anything is read or made.
         scratch = top.string("kho_scratch", None)
-        try:
-            of_range = _scratch_of(scratch)
-        except (ValueError, OverflowError, OSError) as error:
-            top.wrong("kho_scratch", str(error))
+        taken = _scratch(scratch or "200%")
+        if taken is None:
+            top.wrong("kho_scratch", f'{scratch!r} is neither "N%" nor "LOW,GLOBAL,NODE"')
         groups = [_group(table) for table in top.tables("vms")]
         names = [name for group in groups for name in group.names()]
         if len(names) > MAX_VMS:
@@ -236,7 +240,7 @@ class _Description:
 
         made = self._devices(ranges, source, count, path)
         made.kho_scratch = scratch
-        self._place(top, groups, made, of_range)
+        self._place(top, groups, made, taken)
         return made
 
     def _ranges(self, top: _Table) -> list[Range]:
@@ -278,7 +282,7 @@ class _Description:
         return Host(tree, ranges, {"kind": "synthetic", "path": self.file, "devices": len(tree)})
 
     def _place(
-        self, top: _Table, groups: list[_Group], made: Host, of_range: Callable[[int, int], int]
+        self, top: _Table, groups: list[_Group], made: Host, taken: Callable[[int, int], int]
     ) -> None:
         # RAM goes where most is left; devices come from the machine's own node while it has any.
         left: dict[int, int] = {}
@@ -286,7 +290,7 @@ class _Description:
             left[node] = left.get(node, 0) + nbytes
         total = made.memory_bytes
         for node, nbytes in left.items():
-            left[node] = nbytes - of_range(nbytes, total) - nbytes // KERNEL_SHARE
+            left[node] = nbytes - taken(nbytes, total) - nbytes // KERNEL_SHARE
         pools = _assignable(made.devices, len(left))
         wanted = sum(group.count * group.devices for group in groups)
         there = sum(map(len, pools))
@@ -295,16 +299,19 @@ class _Description:
                 "vms",
                 f"{wanted} devices are to be assigned, {there} are bound to {ASSIGNABLE_DRIVER}",
             )
+        # with another number of devices than described, all get their share of those there are
+        served = given = 0
         for group in groups:
-            # with another number of devices than described, each gets its share of those there are
-            nr_devices = group.devices * min(wanted, there) // max(wanted, 1)
             for name in group.names():
                 node = group.node
                 if node is None:
                     node = max(left, key=lambda one: (left[one], -one))
                 elif node not in left:
                     group.table.wrong("node", f"the host has no node {node}")
-                vm = VM(name, node, list(group.ram), group.vcpus, _take(pools, node, nr_devices))
+                served += group.devices
+                share = served * min(wanted, there) // max(wanted, 1) - given
+                given += share
+                vm = VM(name, node, list(group.ram), group.vcpus, _take(pools, node, share))
                 if vm.ram_bytes > left[node]:
                     group.table.wrong(
                         "ram",
@@ -313,6 +320,23 @@ class _Description:
                     )
                 left[node] -= vm.ram_bytes
                 made.vms.append(vm)
+
+
+def _scratch(text: str) -> Callable[[int, int], int] | None:
+    # Bytes of scratch that a node of n bytes may have to bear on a host of so many in all: its
+    # own, and the low and the global region, which lie on whatever node. None if *text* is wrong.
+    if found := _SCRATCH_PERCENT.fullmatch(text):
+        percent = int(found[1])
+
+        def share(nbytes: int, total: int) -> int:
+            reserved = (nbytes + total) // (1 << PAGE_SHIFT) * PAGE_STRUCT_BYTES + IMAGE_BYTES
+            return reserved * percent // 100
+
+        return share
+    if found := _SCRATCH_SIZES.fullmatch(text):
+        explicit = sum(parse_size(size) for size in found.groups())
+        return (lambda nbytes, total: explicit) if explicit else None
+    return None
 
 
 def _assignable(devices: DeviceTree, nodes: int) -> list[NDArray[np.int32]]:

@@ -209,7 +209,7 @@ def generate(n: int, seed: int = 0, nodes: int = 1) -> DeviceTree:
     from the seed; devices that are on no bus have a column ``class``.
 
     Args:
-        n: number of devices, 1 to 2³¹−1.
+        n: number of devices, 1 to 2147483647.
         seed: not negative.
         nodes: NUMA nodes; the root complexes are spread over them, in runs of about as
             many devices each.

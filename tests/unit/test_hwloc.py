@@ -312,7 +312,7 @@ IDS = "0200 [8086:1592] [0000:0000] 00"
         ('<topology>\n<object type="NUMANode" local_memory="-1"/></topology>', 2, "no number"),
         (f'<topology>\n<object type="NUMANode" local_memory="{1 << 60}"/></topology>', 2, "NUMA"),
         ('<topology>\n<object type="Group" nodeset="0xzz"/></topology>', 2, "nodeset"),
-        ("<topology>" + "\n<object>" * 600, 513, "deep"),
+        ("<topology>" + "\n<object>" * 600, 514, "deep"),
     ],
 )
 def test_read_wrong_document_is_valueerror_with_the_line(document, content, line, rule):

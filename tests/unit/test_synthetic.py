@@ -21,7 +21,10 @@ def drivers(tree):
 
 def columns(tree):
     found = [np.asarray(tree.parents), np.asarray(tree.bus_ids), np.asarray(tree.driver_ids)]
-    found += [np.asarray(tree.nodes), np.asarray(tree.paths(np.arange(len(tree), dtype=np.int32))[0])]
+    found += [
+        np.asarray(tree.nodes),
+        np.asarray(tree.paths(np.arange(len(tree), dtype=np.int32))[0]),
+    ]
     for name in tree.column_names:
         found += [np.asarray(part) for part in tree.column(name)]
     return [part.tobytes() for part in found]

@@ -5,14 +5,21 @@ defined, so the order of the includes is the layer diagram of the core.
 """
 
 cimport cython
-from cpython.long cimport PyLong_AsUnsignedLongLong
+from cpython.long cimport PyLong_AsLongLong, PyLong_AsUnsignedLongLong
 from cpython.number cimport PyNumber_Index
-from libc.stdint cimport uint64_t
-from libc.stdlib cimport malloc
-from libc.string cimport strerror
+from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint8_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.string cimport memcmp, memcpy, memset, strerror
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+
+import numpy as np
 
 from luo.errors import from_errno
 
+cdef extern from *:
+    int __builtin_clzll(unsigned long long) noexcept nogil
+
 include "core/errno.pxi"  # L0 integers, errors, allocation
-# devices.pxi: L3 the device table
+# L3 device table: core/devices.pxi
 include "core/devices.pxi"
+include "core/dispatch.pxi"  # L5 timed callback loop, recorder, slots

@@ -13,12 +13,9 @@ import os
 import struct
 import threading
 
-import numpy as np
-
 from cpython.buffer cimport PyBuffer_FillInfo
 from libc.errno cimport EEXIST, EINVAL, ENOMEM, EROFS, errno
-from libc.stdlib cimport calloc, free, realloc
-from libc.string cimport memchr, memcmp, memcpy, memset
+from libc.string cimport memchr
 from posix.mman cimport MAP_FAILED, MAP_POPULATE, MAP_PRIVATE, PROT_READ, mmap, munmap
 
 from luo.errors import HandoverError, KhoError
@@ -1773,7 +1770,7 @@ cdef class DeviceTable:
     def find(self, path):
         """Return the row of the device with the path *path*, or -1."""
         cdef devtab_fault fault
-        cdef int rc
+        cdef int rc = 0
         cdef int32_t row = -1
         cdef uint64_t offsets[2]
         cdef bytes encoded = devtab_bytes(path)
@@ -1805,7 +1802,7 @@ cdef class DeviceTable:
         cdef const uint8_t *first = &data[0] if data.shape[0] else NULL
         cdef const int32_t *hint = NULL
         cdef bint valid
-        cdef int rc
+        cdef int rc = 0
         cdef int32_t[::1] found
         if offsets.shape[0] == 0:
             raise ValueError("find_paths: no offsets")
@@ -1999,7 +1996,8 @@ cdef class DeviceTable:
         Raises:
             OSError: the system has no memory or no descriptors left.
         """
-        cdef uint64_t nr
+        cdef uint64_t nr = 0
+        nr_buses = nr_drivers = 0
         with self.writer:
             nr = self.t.nr
             names = self.names

@@ -98,7 +98,7 @@ def test_host_preset_mixes_folios_and_keeps_small_ones_few(name):
 
 @pytest.mark.parametrize("name", ["cloud", "dense"])
 def test_host_preset_assigns_each_device_once(name):
-    """Devices of virtual machines are bound to vfio-pci, are on the machine's node, and not shared."""
+    """Devices of virtual machines are bound to vfio-pci, on its node, and not shared."""
     made = workloads.host(name)
     assigned = np.concatenate([vm.devices for vm in made.vms])
     drivers = {made.devices.driver_names[k] for k in made.devices.driver_ids[assigned]}

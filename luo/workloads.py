@@ -110,9 +110,11 @@ class _Table:
     key: str
     values: dict[str, object]
 
+    def where(self, key: str) -> str:
+        return f"{self.key}.{key}" if self.key else key
+
     def wrong(self, key: str, rule: str) -> NoReturn:
-        where = ".".join(part for part in (self.key, key) if part)
-        raise ValueError(f"{self.file}: {where}: {rule}")
+        raise ValueError(f"{self.file}: {self.where(key)}: {rule}")
 
     def done(self) -> None:
         for key in self.values:
@@ -145,7 +147,7 @@ class _Table:
         value = self.values.pop(key, None)
         if value is not None and not isinstance(value, dict):
             self.wrong(key, "must be a table")
-        return None if value is None else _Table(self.file, f"{self.key}{key}", value)
+        return None if value is None else _Table(self.file, self.where(key), value)
 
     def tables(self, key: str) -> list[_Table]:
         value = self.values.pop(key, [])

@@ -12,6 +12,7 @@ import re
 import struct
 from dataclasses import dataclass, field
 from os import PathLike
+from typing import BinaryIO
 from xml.parsers import expat
 
 from luo.topology import Host
@@ -28,6 +29,7 @@ from luo.topology._rows import (
 __all__ = ["read"]
 
 MAX_FILE_BYTES = 256 << 20
+CHUNK_BYTES = 1 << 16
 MAX_DEPTH = 512
 MAX_MEMORY = 1 << 52
 CONFIG_BYTES = 256
@@ -154,12 +156,9 @@ def read(path: str | PathLike[str]) -> Host:
     Source: hwloc's DTDs, hwloc.dtd and hwloc2.dtd; its documentation's section on XML.
     """
     name = os.fspath(path)
-    with open(name, "rb") as file:
-        if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
-            raise ValueError(f"{name}: larger than {MAX_FILE_BYTES >> 20} MiB, no hwloc XML")
-        content = file.read(MAX_FILE_BYTES)
     parsed = _Parser(name)
-    parsed.run(content)
+    with open(name, "rb") as file:
+        parsed.run(file)
     sizes = sorted(parsed.sizes.items()) or [(0, parsed.machine_bytes)]
     ranges, node_of = renumber(stack_nodes(sizes) or stack_nodes([(0, DEFAULT_MEMORY)]))
     return Host(
@@ -199,9 +198,15 @@ class _Parser:
         self.expat.EntityDeclHandler = self._entity
         self.expat.buffer_text = True
 
-    def run(self, content: bytes) -> None:
+    def run(self, file: BinaryIO) -> None:
         try:
-            self.expat.Parse(content, True)
+            left = MAX_FILE_BYTES
+            while chunk := file.read(CHUNK_BYTES):
+                left -= len(chunk)
+                if left < 0:
+                    raise self._wrong(f"larger than {MAX_FILE_BYTES >> 20} MiB, no hwloc XML")
+                self.expat.Parse(chunk, False)
+            self.expat.Parse(b"", True)
         except expat.ExpatError as error:
             raise ValueError(
                 f"{self.name}: line {error.lineno}: {expat.ErrorString(error.code)}"

@@ -236,7 +236,7 @@ RAM = 'ram = { 4KiB = "4KiB" }\n'
     ("text", "key", "rule"),
     [
         ("", "memory", "missing"),
-        ("memory = ", "", "line 1"),
+        ("memory = ?", "", "line 1"),
         ("colour = 1\n" + HEAD, "colour", "unknown key"),
         (HEAD + "devices.colour = 1", "devices.colour", "unknown key"),
         (VM_HEAD + RAM + "colour = 1", "vms[0].colour", "unknown key"),

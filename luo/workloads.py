@@ -111,7 +111,8 @@ class _Table:
     values: dict[str, object]
 
     def where(self, key: str) -> str:
-        return f"{self.key}.{key}" if self.key else key
+        shown = key if key.isprintable() else repr(key)
+        return f"{self.key}.{shown}" if self.key else shown
 
     def wrong(self, key: str, rule: str) -> NoReturn:
         raise ValueError(f"{self.file}: {self.where(key)}: {rule}")
@@ -133,12 +134,12 @@ class _Table:
         return value
 
     def size(self, key: str, value: object, step: int, low: int) -> int:
-        if not isinstance(value, str | int) or isinstance(value, bool):
-            self.wrong(key, f'{value!r} is no size, as "64GiB" or a number of bytes')
         try:
+            if not isinstance(value, str | int) or isinstance(value, bool):
+                raise ValueError
             nbytes = parse_size(value)
-        except (ValueError, OverflowError) as error:
-            self.wrong(key, str(error))
+        except ValueError:
+            self.wrong(key, f'{value!r} is no size, as "64GiB" or a number of bytes')
         if nbytes % step or not low <= nbytes <= MAX_MEMORY:
             self.wrong(key, f"{value!r} is no multiple of {step} bytes from {low} to {MAX_MEMORY}")
         return nbytes
@@ -305,10 +306,9 @@ class _Description:
         served = given = 0
         for group in groups:
             for name in group.names():
-                node = group.node
-                if node is None:
-                    node = max(left, key=lambda one: (left[one], -one))
-                elif node not in left:
+                roomiest = max(left, key=lambda one: (left[one], -one))
+                node = roomiest if group.node is None else group.node
+                if node not in left:
                     group.table.wrong("node", f"the host has no node {node}")
                 served += group.devices
                 share = served * min(wanted, there) // max(wanted, 1) - given

@@ -20,7 +20,7 @@ __all__ = ["VM", "Host"]
 PAGE_SHIFT = 12
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class VM:
     """A virtual machine whose RAM, virtual CPUs and devices stay alive across the live update.
 
@@ -44,7 +44,7 @@ class VM:
         return sum(nr_folios << (PAGE_SHIFT + order) for order, nr_folios in self.ram)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Host:
     """A host as it was read or generated: hardware, and the virtual machines on it.
 
@@ -73,7 +73,7 @@ class Host:
         return sum(nbytes for _, nbytes, _ in self.ranges)
 
     def machine(self) -> Machine:
-        """Build the machine: memory of these ranges, and this device tree (not a copy)."""
+        """Build a machine: new memory of these ranges, and this very device tree."""
         from luo.machine import Machine
         from luo.memory import PhysicalMemory
 

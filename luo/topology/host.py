@@ -94,7 +94,7 @@ def read(sysfs: str | PathLike[str] = "/sys") -> Host:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
     if not os.path.isdir(top):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
-    if not os.access(top, os.R_OK | os.X_OK):
+    if not os.access(top, os.R_OK | os.X_OK, effective_ids=True):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
     for root in (top, os.path.join(top, "sys")):

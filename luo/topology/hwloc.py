@@ -19,6 +19,7 @@ from luo.topology import Host
 from luo.topology._rows import (
     DEFAULT_MEMORY,
     GLUE,
+    MAX_SPAN,
     Rows,
     pack_attributes,
     renumber,
@@ -31,7 +32,7 @@ __all__ = ["read"]
 MAX_FILE_BYTES = 256 << 20
 CHUNK_BYTES = 1 << 16
 MAX_DEPTH = 512
-MAX_MEMORY = 1 << 52
+MAX_INFO_BYTES = 4096
 CONFIG_BYTES = 256
 
 _BUSID = re.compile(r"([0-9a-fA-F]{4,8}):([0-9a-fA-F]{2}):([01][0-9a-fA-F])\.([0-7])")
@@ -178,6 +179,9 @@ class _Object:
     own: bool = False  # whether that is this very object
     infos: list[tuple[bytes, bytes]] = field(default_factory=list)  # and attributes of its own
 
+    def note(self, name: str, value: str) -> None:
+        self.infos.append((name.encode()[:MAX_INFO_BYTES], value.encode()[:MAX_INFO_BYTES]))
+
 
 @dataclass
 class _Parser:
@@ -236,8 +240,7 @@ class _Parser:
         if tag == "object":
             self._object(attributes)
         elif tag == "info" and self.tags[-2:-1] == ["object"]:
-            pair = (attributes.get("name", ""), attributes.get("value", ""))
-            self.stack[-1].infos.append((pair[0].encode(), pair[1].encode()))
+            self.stack[-1].note(attributes.get("name", ""), attributes.get("value", ""))
 
     def _end(self, tag: str) -> None:
         self.tags.pop()
@@ -252,7 +255,8 @@ class _Parser:
         kind = attributes.get("type", "")
         here = _Object(kind, above.node, above.device)
         if kind in ("Bridge", "OSDev"):
-            here.infos += [(key.encode(), value.encode()) for key, value in attributes.items()]
+            for key, value in attributes.items():
+                here.note(key, value)
         nodes = attributes.get("nodeset", "")
         if nodes:
             here.node = self._lowest(nodes)
@@ -263,7 +267,7 @@ class _Parser:
             node = self._integer(attributes, "os_index", 0)
             here.node = node
             self.sizes[node] = self._integer(attributes, "local_memory", 0)
-            if node >= 1 << 16 or not 0 <= self.sizes[node] <= MAX_MEMORY:
+            if node >= 1 << 16 or not 0 <= self.sizes[node] <= MAX_SPAN:
                 raise self._wrong("NUMANode with an impossible os_index or local_memory")
         elif kind == "Machine":
             self.machine_bytes = self._integer(attributes, "local_memory", 0)

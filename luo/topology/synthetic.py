@@ -235,7 +235,8 @@ def generate(n: int, seed: int = 0, nodes: int = 1) -> DeviceTree:
 
     def column(field: str) -> _I64:
         per_template = [np.array(getattr(template, field)) for template in templates]
-        return np.concatenate(per_template)[flat]
+        values: _I64 = np.concatenate(per_template)[flat]
+        return values
 
     kinds = column("kinds")
     local = column("parents")
@@ -274,7 +275,8 @@ def _choose(rng: np.random.Generator, n: int) -> _I64:
     chosen = np.zeros(1, np.int64)
     while (missing := n - int(sizes[chosen].sum())) > 0:
         chosen = np.append(chosen, rng.choice(len(weights), int(missing / mean) + 1, p=weights))
-    return chosen[: int(np.searchsorted(np.cumsum(sizes[chosen]), n)) + 1]
+    nr_complexes = int(np.searchsorted(np.cumsum(sizes[chosen]), n)) + 1
+    return chosen[:nr_complexes]
 
 
 def _offsets(lengths: _I64) -> _I64:
@@ -302,7 +304,8 @@ def _codes(names: list[str | None]) -> tuple[_I64, list[str]]:
 def _hex(values: _I64, digits: int) -> _U8:
     # shape (n, digits), lower case, most significant first
     nibbles = values[:, None] >> np.arange(4 * (digits - 1), -4, -4) & 0xF
-    return np.frombuffer(b"0123456789abcdef", np.uint8)[nibbles]
+    digits_of: _U8 = np.frombuffer(b"0123456789abcdef", np.uint8)[nibbles]
+    return digits_of
 
 
 def _counts(values: _I64, base: int, zero: int, *, bijective: bool) -> list[tuple[_I64, _U8]]:

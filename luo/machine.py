@@ -331,9 +331,7 @@ class DeviceTree:
             _mask(requested, "requested"), None if group is None else _int32(group, "group")
         )
 
-    def eligible(
-        self, driver_ok: npt.ArrayLike, bus_ok: npt.ArrayLike
-    ) -> npt.NDArray[np.bool_]:
+    def eligible(self, driver_ok: npt.ArrayLike, bus_ok: npt.ArrayLike) -> npt.NDArray[np.bool_]:
         """Return which devices may be requested.
 
         Those where the device and every ancestor pass; one passes if its driver does, or it has
@@ -508,9 +506,7 @@ def _numbered(prefix: str, start: Any, count: Any) -> _Ragged:
     return (np.concatenate(blocks) if blocks else np.empty(0, dtype=np.uint8)), offsets
 
 
-def _codes(
-    given: _Codes, what: str
-) -> tuple[npt.NDArray[np.int32] | None, Sequence[str]] | None:
+def _codes(given: _Codes, what: str) -> tuple[npt.NDArray[np.int32] | None, Sequence[str]] | None:
     if given is None:
         return None
     if isinstance(given, str):

@@ -5,13 +5,13 @@ defined, so the order of the includes is the layer diagram of the core.
 """
 
 cimport cython
-from cpython.buffer cimport PyBuffer_FillInfo
-from cpython.long cimport PyLong_AsUnsignedLongLong
+from cpython.long cimport PyLong_AsLongLong, PyLong_AsUnsignedLongLong
 from cpython.number cimport PyNumber_Index
 from libc cimport errno as c_errno
-from libc.stdint cimport uint8_t, uint64_t
+from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint8_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
-from libc.string cimport memcpy, memset, strerror
+from libc.string cimport memcmp, memcpy, memset, strerror
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 import errno
 import fcntl
@@ -27,7 +27,15 @@ from luo.errors import HandoverError, from_errno
 include "core/errno.pxi"
 # L1 bitmaps
 include "core/bits.pxi"
+# L1 flattened tree: read, sequential write, random access
+include "core/fdt_ro.pxi"
+include "core/fdt_sw.pxi"
+include "core/fdt_rw.pxi"
 # L2 physical memory and its pages
 include "core/memory.pxi"
 # L3 the preserved map, outgoing and incoming
 include "core/radix.pxi"
+# L3 device table
+include "core/devices.pxi"
+# L4 timed callback loop, recorder, slots
+include "core/dispatch.pxi"

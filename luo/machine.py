@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DeviceTree", "Machine"]
 
+_Row = bytes | bytearray | memoryview | None
 _Bytes: TypeAlias = bytes | bytearray | memoryview
 _Ragged: TypeAlias = tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint64]]
 _Names: TypeAlias = Sequence[str] | tuple[str, int, int] | tuple[Any, Any]
@@ -515,7 +516,7 @@ def _column(name: str, value: Any, count: int) -> tuple[npt.NDArray[np.uint8], _
         if len(value) != count:
             raise ValueError(f"column {name!r}: {len(value)} rows for {count} devices")
         return _uint8(value), value.nbytes // count if count else 0
-    if isinstance(value, tuple) and len(value) == 2 and not isinstance(value[0], bytes):
+    if isinstance(value, tuple) and len(value) == 2 and not isinstance(value[1], _Row):
         return _uint8(value[0]), _uint64(value[1])
     if hasattr(value, "offsets") and hasattr(value, "data"):
         return _uint8(value.data), _uint64(value.offsets)

@@ -6,6 +6,7 @@ import itertools
 import os
 import struct
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -331,8 +332,9 @@ def test_add_many_columns(value, expected):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"names": ["a", "b", "a"]},
-        {"names": ["a", "b", "serial8250"]},
+        {"names": ["a", "b", "b"], "parents": [-1, 5, 5]},
+        {"names": ["a", "b", "0000:01:00.0"]},
+        {"names": ["a", "serial8250", "b"], "parents": None},
         {"names": ["a", "", "b"]},
         {"names": ["a", "b", "c/d"]},
         {"names": ["a", "b", "c\0"]},
@@ -743,14 +745,14 @@ def test_from_memfd_without_seals_is_handover_error(seals):
     os.close(fd)
 
 
-def test_from_memfd_of_other_files_is_an_error(tmp_path):
+def test_from_memfd_of_other_files_is_an_error():
     """A file is no memfd, and a descriptor that is closed is an OSError."""
-    path = tmp_path / "tree"
-    path.write_bytes(contents(sample()))
-    with path.open("rb") as file, pytest.raises(HandoverError):
-        DeviceTree.from_memfd(file.fileno())
-    with pytest.raises(OSError):
-        DeviceTree.from_memfd(file.fileno() if not file.closed else 987654)
+    with Path(__file__).open("rb") as file:
+        fd = file.fileno()
+        with pytest.raises(HandoverError):
+            DeviceTree.from_memfd(fd)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        DeviceTree.from_memfd(fd)
 
 
 def section_at(content, kind, column=0):

@@ -20,6 +20,8 @@ cdef extern from *:
     int __builtin_clzll(unsigned long long) noexcept nogil
 
 include "core/errno.pxi"  # L0 integers, errors, allocation
-# L3 device table: core/devices.pxi
-include "core/devices.pxi"
-include "core/dispatch.pxi"  # L5 timed callback loop, recorder, slots
+include "core/fdt_ro.pxi"  # L1 flattened tree, read
+include "core/fdt_sw.pxi"  # L1 flattened tree, sequential write
+include "core/fdt_rw.pxi"  # L1 flattened tree, random access
+include "core/devices.pxi"  # L3 device table
+include "core/dispatch.pxi"  # L4 timed callback loop, recorder, slots

@@ -1790,7 +1790,7 @@ cdef class DeviceTable:
             IndexError: there is no such device, or not any more.
             KhoError: EROFS if the table lies on a memfd.
         """
-        cdef int64_t rc
+        cdef int64_t rc = 0
         cdef uint64_t at
         cdef devtab_fault fault
         number = PyNumber_Index(row)

@@ -1,5 +1,201 @@
 # Header of the compiled core: C types and constants, by fragment, in the order of the includes.
 
+cimport cython
+from libc.stdint cimport uint8_t, uint64_t
+
+
+# ---- bits ----
+
+cdef extern from *:
+    int __builtin_ctzll(unsigned long long word) noexcept nogil
+    int __builtin_clzll(unsigned long long word) noexcept nogil
+
+cdef extern from *:
+    """
+    #include <stdint.h>
+    #define LUO_NO_BIT UINT64_MAX
+    """
+    const uint64_t NO_BIT "LUO_NO_BIT"  # "there is none" as a bit index, pfn or phys
+    const uint64_t ALL_ONES "LUO_NO_BIT"
+
+cdef struct bitmap64:
+    uint64_t nr_bits
+    int nr_levels
+    uint64_t *level[6]
+
+
+# ---- memory ----
+
+cdef enum:
+    MAX_ORDERS = 37  # orders 0..36: a span of up to 2**36 pages
+    NO_NODE = -1  # any NUMA node
+
+cdef struct memory_range:
+    uint64_t start  # pfn
+    uint64_t end  # pfn, not included
+    int node
+
+cdef struct page_segment:  # blocks never cross its borders: a range cut at scratch's borders
+    uint64_t start  # pfn
+    uint64_t end  # pfn, not included
+    uint64_t nr_free  # pages
+    int node
+    bint scratch
+
+cdef struct page_state:
+    void *map  # anonymous, lazily touched: all bitmaps below
+    size_t map_bytes
+    uint64_t base_pfn  # of the span
+    uint64_t end_pfn
+    int top  # largest order
+    bint restricted  # only scratch is handed out
+    size_t nr_segments
+    page_segment *segments
+    uint64_t nr_blocks[MAX_ORDERS]  # free blocks by order
+    uint64_t nr_heads[MAX_ORDERS]  # allocated blocks
+    uint64_t nr_claims[MAX_ORDERS]  # blocks that the previous kernel preserved, not restored yet
+    bitmap64 free[MAX_ORDERS]
+    uint64_t *heads[MAX_ORDERS]
+    uint64_t *claims[MAX_ORDERS]
+
+
+@cython.final
+cdef class MemoryMapping:  # exports the bytes; unmaps them when the last view has died
+    cdef char *address
+    cdef size_t nbytes
+    cdef bint readonly
+
+
+@cython.final
+cdef class PhysicalMemory:
+    cdef object __weakref__
+    cdef MemoryMapping mapping
+    cdef object window  # memoryview of the whole mapping; views are slices of it
+    cdef uint64_t zero  # address at which phys 0 would be mapped: phys -> pointer is an addition
+    cdef memory_range *memory_ranges
+    cdef size_t nr_ranges
+    cdef page_state *state  # NULL until it is needed
+    cdef readonly list scratch  # [(phys, nbytes)]
+    cdef readonly int fd
+    cdef readonly uint64_t offset
+    cdef readonly uint64_t base
+    cdef readonly uint64_t size
+    cdef readonly uint64_t page_size
+    cdef readonly uint64_t nr_pages
+    cdef readonly int nr_nodes
+    cdef readonly bint readonly
+    cdef readonly bint detached
+    cdef int page_shift
+    cdef cython.pymutex lock  # page state, and the preserved maps that live in this memory
+
+    cdef int use(self) except -1
+    cdef int setup(self, list ranges, object fd, object offset, object page_size,
+                   bint readonly) except -1
+    cdef MemoryMapping map_bytes(self)
+    cdef int adopt(self, MemoryMapping mapping) except -1
+    cdef bint has(self, uint64_t phys, uint64_t nbytes) noexcept nogil
+    cdef int node_at(self, uint64_t pfn) noexcept nogil
+    cdef bint populated(self, uint64_t phys, uint64_t nbytes) noexcept nogil
+    cdef page_state *new_state(self, list scratch) except NULL
+    cdef int check_ram(self, object what, object phys, object nbytes) except -1
+    cdef int check_writable(self, object what) except -1
+    cdef int alloc_into(self, uint64_t[::1] phys, int order, int node) except -1000
+
+
+# ---- radix ----
+
+cdef struct kho_radix_tree:
+    uint64_t root  # phys
+    uint64_t zero  # as PhysicalMemory.zero, renewed by every call
+    page_state *state  # likewise
+    int page_shift
+    int slot_bits  # of the key, per inner level
+    int leaf_bits
+    int levels  # inner levels and the leaf
+    int key_bits
+    uint64_t nr_keys
+    uint64_t nr_nodes
+    uint64_t leaf  # phys of the leaf last used, 0: none
+    uint64_t leaf_prefix  # key >> leaf_bits of it
+    uint64_t **made  # slots filled by the present call, for its undoing
+    size_t nr_made
+    size_t made_room
+
+cdef struct kho_radix_cursor:
+    uint64_t *keys
+    uint64_t n
+    uint64_t room
+    uint64_t start  # first key wanted
+    uint64_t nr_visited
+
+cdef struct kho_walk:
+    page_state *state
+    int page_shift
+    int slot_bits
+    int leaf_bits
+    uint64_t *nodes  # phys of the tree's pages
+    size_t nr_nodes
+    size_t room
+    uint64_t nr_keys
+    uint64_t nr_pages
+    uint64_t run_pfn  # adjoining blocks that are not claimed yet
+    uint64_t run_count
+    int run_order
+    int why  # WALK_*, and what it is about
+    int order
+    uint64_t at  # phys or key
+    uint64_t conflict  # pfn
+
+
+@cython.final
+cdef class RadixTree:
+    cdef PhysicalMemory memory
+    cdef kho_radix_tree tree
+
+    cdef int use(self) except -1
+    cdef int begin(self) noexcept nogil
+    cdef int add(self, const uint64_t *keys, uint64_t n, uint64_t *nr_fresh) noexcept nogil
+    cdef int delete(self, const uint64_t *keys, uint64_t n, uint64_t *at) noexcept nogil
+    cdef int has(self, uint64_t key) noexcept nogil
+    cdef int collect(self, uint64_t *keys, uint64_t room, uint64_t *start,
+                     uint64_t *n) noexcept nogil
+
+
+cdef class PreservedMemory:  # luo.kho.Kho extends it
+    cdef object __weakref__
+    cdef readonly PhysicalMemory memory
+    cdef readonly bint debug
+    cdef readonly bint closed
+    cdef RadixTree map
+    cdef memory_range *scratch_areas
+    cdef size_t nr_scratch
+
+    cdef int use(self) except -1
+    cdef int check_run(self, uint64_t phys, uint64_t pages) noexcept nogil
+    cdef int check_block(self, uint64_t phys, int order) noexcept nogil
+    cdef int refuse(self, object what, uint64_t phys, uint64_t nbytes, int why) except -1
+    cdef uint64_t *encode_blocks(self, const uint64_t[::1] phys, object orders, object what,
+                                 bint checked) except NULL
+    cdef uint64_t *split_run(self, uint64_t phys, uint64_t pages, uint64_t *n) except NULL
+    cdef uint64_t fill(self, uint64_t[::1] phys, uint8_t[::1] orders, uint64_t room,
+                       uint64_t *start) except? 0xFFFFFFFFFFFFFFFF
+
+
+cdef class IncomingMemory:  # luo.kho.Incoming extends it
+    cdef object __weakref__
+    cdef readonly PhysicalMemory memory
+    cdef readonly bint closed
+    cdef readonly uint64_t nr_preserved
+    cdef readonly uint64_t nr_preserved_pages
+    cdef list areas  # scratch
+    cdef page_state *state  # NULL from install() on
+    cdef uint64_t *nodes
+    cdef size_t nr_nodes
+
+    cdef int use(self) except -1
+    cdef int walk_error(self, kho_walk *walk) except -1
+    cdef page_state *pages(self) noexcept nogil
+
 # ---- core/devices.pxi ----
 
 cimport cython
@@ -132,6 +328,110 @@ cdef class DeviceTable:
     cdef int undo_names(self, int buses, int drivers, int columns) except -1
     cdef int index_built(self, int rc, devtab_fault *fault) except -1
 
+
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+
+# ---- fdt_ro: the flattened device tree format (DT spec v0.4, chapter 5) ----
+
+cdef enum:
+    FDT_MAGIC = 0xD00DFEED
+    FDT_BEGIN_NODE = 1
+    FDT_END_NODE = 2
+    FDT_PROP = 3
+    FDT_NOP = 4
+    FDT_END = 9
+    FDT_V16_HEADER = 36         # bytes; without size_dt_struct
+    FDT_V17_HEADER = 40         # bytes
+    FDT_MAX_BYTES = 0x7FFFFFFF  # libfdt's offsets are int
+    FDT_MAX_PROPERTY_NAME = 255  # bytes without NUL; ours, the DT spec allows 31
+
+# libfdt's error numbers; 8 and above mean that the blob is wrong.
+cdef enum:
+    FDT_ERR_NOTFOUND = 1
+    FDT_ERR_EXISTS = 2
+    FDT_ERR_NOSPACE = 3
+    FDT_ERR_BADOFFSET = 4
+    FDT_ERR_BADPATH = 5
+    FDT_ERR_BADSTATE = 7
+    FDT_ERR_TRUNCATED = 8
+    FDT_ERR_BADMAGIC = 9
+    FDT_ERR_BADVERSION = 10
+    FDT_ERR_BADSTRUCTURE = 11
+    FDT_ERR_BADLAYOUT = 12
+    FDT_ERR_BADVALUE = 15
+    FDT_ERR_ALIGNMENT = 19
+
+# A header that was checked: every field lies within [0, totalsize].
+ctypedef struct fdt_blob:
+    const unsigned char *base
+    uint64_t totalsize
+    uint64_t off_mem_rsvmap
+    uint64_t off_dt_struct
+    uint64_t end_dt_struct      # limit of the structure block; totalsize in version 16
+    uint64_t off_dt_strings
+    uint64_t size_dt_strings
+    uint32_t version
+    uint32_t last_comp_version
+    uint32_t boot_cpuid_phys
+
+# One token of the structure block; offsets count from the start of the blob.
+ctypedef struct fdt_token:
+    uint32_t tag
+    uint64_t next               # offset of the token after this one
+    uint64_t data               # FDT_BEGIN_NODE: its name; FDT_PROP: its value
+    uint64_t length             # bytes of that, without NUL and padding
+    uint64_t nameoff            # FDT_PROP: place of its name in the strings block
+
+# What a worker found wrong, and where.
+ctypedef struct fdt_fault:
+    int code                    # FDT_ERR_*, or 0
+    uint64_t offset
+    const char *rule
+
+# ---- fdt_sw: sequential writer ----
+
+cdef enum:
+    FDT_SW_RSVMAP = 48          # where libfdt's sequential writer puts the reserve map
+    FDT_SW_STRUCT = 64          # and, behind its one empty entry, the structure
+
+# A suffix of the string table, by hash; dist 0 marks a free slot.
+ctypedef struct fdt_sw_slot:
+    uint32_t hash
+    uint32_t dist               # from the end of the table back to the suffix, bytes
+
+# From structure offset pos on, name offsets were written for a table of tabsize bytes.
+ctypedef struct fdt_sw_stretch:
+    uint64_t pos
+    uint64_t tabsize
+
+ctypedef struct fdt_sw:
+    unsigned char *buf
+    uint64_t cap                # bytes that buf may hold
+    uint64_t pos                # end of what is written of the structure
+    bint fixed                  # buf belongs to somebody else and cannot grow
+    unsigned char *tab          # string table; its used part is the last tabsize bytes
+    uint64_t tabcap
+    uint64_t tabsize
+    fdt_sw_slot *slots
+    uint64_t nr_slots           # power of two, or 0
+    uint64_t nr_used
+    fdt_sw_stretch *stretches
+    uint64_t nr_stretches
+    uint64_t cap_stretches
+
+# The values of one property, or the names, of n nodes.
+ctypedef struct fdt_rows:
+    const unsigned char *data
+    const uint64_t *offsets     # n + 1, or NULL: every row is width bytes at data + i * stride
+    const uint8_t *present      # n, or NULL: all are
+    uint64_t size               # bytes behind data
+    uint64_t width
+    uint64_t stride             # 0: the same bytes for all rows
+    uint64_t tail               # bytes at the end of each ragged row that do not count (a NUL)
+    const unsigned char *name
+    uint64_t name_len
+    uint64_t tabsize            # of the string table when nameoff was looked up
+    uint32_t nameoff            # big-endian
 
 # ---- core/dispatch.pxi ----
 

@@ -140,6 +140,39 @@ cdef class CallRecorder:
             })
         return result
 
+    def dump(self):
+        """Return everything recorded, in JSON values, for :meth:`merge` in another process."""
+        cdef Py_ssize_t i
+        cdef int bucket
+        cdef call_stats *row
+        result = []
+        for i in range(self.nr_stats):
+            row = self.stats[i]
+            if row.calls:
+                result.append([
+                    list(self.names[i]), row.calls, row.devices, row.total_ns, row.min_ns, row.max_ns,
+                    [[bucket, row.histogram[bucket]] for bucket in range(HISTOGRAM_BUCKETS)
+                     if row.histogram[bucket]],
+                ])
+        return result
+
+    def merge(self, dump, events=None):
+        """Add what :meth:`dump` returned; *events* limits it to rows of these events."""
+        cdef call_stats *row
+        for label, calls, devices, total_ns, min_ns, max_ns, histogram in dump:
+            if events is not None and label[1] not in events:
+                continue
+            row = self.stats[self.key(*label)]
+            row.calls += calls
+            row.devices += devices
+            row.total_ns += total_ns
+            row.min_ns = min(row.min_ns, <int64_t>min_ns)
+            row.max_ns = max(row.max_ns, <int64_t>max_ns)
+            for bucket, count in histogram:
+                if not 0 <= bucket < HISTOGRAM_BUCKETS:
+                    raise ValueError(f"histogram bucket {bucket}: not in 0..{HISTOGRAM_BUCKETS - 1}")
+                row.histogram[<int>bucket] += count
+
     def clear(self):
         """Forget all calls; row numbers stay valid."""
         cdef Py_ssize_t i

@@ -22,6 +22,11 @@ def _load() -> dict[str, list[dict[str, object]]]:
     return json.loads((SHARED / "spec" / "kho_vectors.json").read_text())
 
 
+def sections() -> list[str]:
+    """Names of the sections of vectors."""
+    return list(_load())
+
+
 def vectors(section: str, label: str = "") -> pytest.MarkDecorator:
     """Parametrize ``vector`` with each vector of *section*, named by its field *label*."""
     if SHARED is None:

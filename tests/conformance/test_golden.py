@@ -9,6 +9,9 @@ from typing import Any
 
 import kho_walker
 import pytest
+from luo.fdt import Fdt
+from luo.kho import Handover, Incoming, Kho
+from luo.memory import PhysicalMemory
 
 
 @dataclass
@@ -189,3 +192,82 @@ def test_walk_without_a_node_page_names_its_address(dump, image):
         list(kho_walker.walk_keys(holed.read, image.nodes[0].phys, 12, []))
 
     assert victim == error.value.phys
+
+
+# ---- luo as the second kernel ----
+
+
+def second_machine(dump: Dump) -> tuple[PhysicalMemory, Handover]:
+    """The guest's memory as far as it was kept, and what the first kernel handed over."""
+    machine, handoff = dump.manifest["machine"], dump.manifest["handoff"]
+    ram = (int(machine["ram_base"], 16), int(machine["ram_size"], 16), 0)
+    memory = PhysicalMemory(0, ranges=[ram])
+    for phys, page in dump.pages.items():
+        memory.view(phys, 4096)[:] = page
+    return memory, Handover(*handoff["kho_fdt"], *handoff["kho_scratch"])
+
+
+def loaded(incoming: Incoming, name: str) -> bytes:
+    """A subtree's blob."""
+    return bytes(incoming.load_subtree(name))
+
+
+def test_handover_from_the_kernels_device_tree_is_luos(dump):
+    """luo finds the same four numbers in /chosen."""
+    _, handover = second_machine(dump)
+
+    assert handover == Handover.from_chosen((dump.folder / "kexec.dtb").read_bytes())
+
+
+def test_validate_of_the_kernels_handover_accepts_it(dump, image):
+    """luo accepts what a real kernel wrote, and counts what is in it."""
+    incoming = Kho.validate(*second_machine(dump))
+
+    assert len(dump.manifest["preserved"]) == incoming.nr_preserved
+    assert {node.phys for node in image.nodes} == set(incoming.tree_pages)
+    for name, child in dump.manifest["root_fdt"]["subnodes"].items():
+        expected = (int(child["preserved-data"], 16), child["blob-size"])
+
+        assert expected == incoming.retrieve_subtree(name)
+        assert (dump.folder / child["file"]).read_bytes() == loaded(incoming, name)
+
+
+def test_boot_from_the_kernels_handover_restores_every_folio(dump):
+    """A kernel of luo that boots after a real one gets each folio back, with its order."""
+    memory, handover = second_machine(dump)
+    kho = Kho.boot(memory, handover)
+    expected = [(int(at, 16), order) for at, order, owner in dump.manifest["preserved"]]
+
+    assert [order for _, order in expected] == [
+        kho.incoming.restore_folio(phys) for phys, _ in expected
+    ]
+
+
+def test_boot_from_the_kernels_handover_raises_the_count(dump):
+    """The kexec-metadata of the next handover carries the incoming count plus one."""
+    memory, handover = second_machine(dump)
+    following = Kho.boot(memory, handover).handover()
+    _, subtrees = kho_walker.read_root(
+        lambda phys, nbytes: bytes(memory.view(phys, nbytes)), following.fdt_phys, 4096
+    )
+    blob = bytes(memory.view(*subtrees["kexec-metadata"]))
+
+    assert dump.manifest["kexec_metadata"]["kexec_count"] + 1 == kho_walker.read_metadata(blob)[2]
+
+
+def test_read_blocks_of_the_kernels_sessions_is_the_walkers(dump):
+    """luo reads chains of serialization blocks that a real kernel wrote."""
+    incoming = Kho.validate(*second_machine(dump))
+    sessions_at = int(dump.manifest["luo"]["sessions_pa"], 16)
+    _, expected = kho_walker.read_blocks(dump.read, sessions_at, 80)
+
+    assert expected == [row.tobytes() for row in incoming.read_blocks(sessions_at, 80)]
+
+
+@pytest.mark.parametrize("name", ["root.fdt", "sub_memblock.bin", "sub_kho_test.bin", "kexec.dtb"])
+def test_to_dts_of_the_kernels_trees_is_what_dtc_gives(dump, name):
+    """luo's text of a tree is dtc's, up to white space."""
+    path = dump.folder / name
+    text = path.with_suffix(".dts").read_text()
+
+    assert text.split() == Fdt(path.read_bytes()).to_dts().split()

@@ -201,7 +201,7 @@ def second_machine(dump: Dump) -> tuple[PhysicalMemory, Handover]:
     """The guest's memory as far as it was kept, and what the first kernel handed over."""
     machine, handoff = dump.manifest["machine"], dump.manifest["handoff"]
     ram = (int(machine["ram_base"], 16), int(machine["ram_size"], 16), 0)
-    memory = PhysicalMemory(0, ranges=[ram])
+    memory = PhysicalMemory(ranges=[ram])
     for phys, page in dump.pages.items():
         memory.view(phys, 4096)[:] = page
     return memory, Handover(*handoff["kho_fdt"], *handoff["kho_scratch"])

@@ -62,7 +62,7 @@ MACHINES = {
 
 def machine(name: str) -> PhysicalMemory:
     """One of the machines of these tests."""
-    return PhysicalMemory(0, **MACHINES[name])
+    return PhysicalMemory(**MACHINES[name])
 
 
 sizes = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 40), st.booleans()), max_size=12)

@@ -125,9 +125,7 @@ def test_preserve_folio_on_other_pages_writes_the_vectors_key(vector: Vector):
         pytest.skip("a format of development kernels that luo does not write")
     shift, phys, order = vector["page_shift"], number(vector["phys"]), vector["order"]
     start = phys & -(1 << 30)
-    memory = PhysicalMemory(
-        0, ranges=[(start, 1 << 30, 0), (1 << 46, 1 << 26, 0)], page_size=1 << shift
-    )
+    memory = PhysicalMemory(ranges=[(start, 1 << 30, 0)], page_size=1 << shift)
     kho = Kho(memory, scratch=[])
     kho.preserve_folio(phys, order)
     nodes: list[kho_walker.TreeNode] = []
@@ -269,7 +267,7 @@ def test_preserve_pages_across_nodes_records_the_numa_vectors_blocks(vector: Vec
     """luo cuts a run of pages at the border of two NUMA nodes."""
     border = number(vector["first_pfn_of_node1"]) * PAGE
     ranges = [(0, border, 0), (border, 4 << 30, 1)]
-    kho = Kho(PhysicalMemory(0, ranges=ranges), scratch=[])
+    kho = Kho(PhysicalMemory(ranges=ranges), scratch=[])
     expected = {(pfn * PAGE, order) for pfn, order in blocks(vector["blocks_with_numa_rule"])}
 
     assert expected == preserved_by(kho, number(vector["pfn"]), vector["nr_pages"])
@@ -431,7 +429,7 @@ def test_read_scratch_of_the_vector_gives_its_areas(vector: Vector):
 @vectors("scratch_array", "length")
 def test_handover_of_the_vectors_areas_names_its_array(vector: Vector):
     """luo writes the array of these areas, into one of them."""
-    memory = PhysicalMemory(0, ranges=[(0, 4 << 30, 0), (4 << 30, 8 << 30, 1)])
+    memory = PhysicalMemory(ranges=[(0, 4 << 30, 0), (4 << 30, 8 << 30, 1)])
     handover = Kho(memory, scratch=AREAS).handover()
     array = memory.view(handover.scratch_phys, handover.scratch_len)
 

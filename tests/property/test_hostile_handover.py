@@ -42,7 +42,7 @@ def right() -> tuple[Builder, Handover]:
 
 def filled(pages: dict[int, bytearray]) -> PhysicalMemory:
     """A machine whose memory holds *pages* and is otherwise a hole."""
-    memory = PhysicalMemory(0, ranges=RANGES)
+    memory = PhysicalMemory(ranges=RANGES)
     for phys, page in pages.items():
         os.pwrite(memory.fd, page, memory.offset + phys - memory.base)
     return memory

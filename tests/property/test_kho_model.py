@@ -1,4 +1,4 @@
-"""Kho against the plain model: any calls, in any order, on machines with holes, nodes and scratch."""
+"""Kho against the plain model: any calls in any order, with holes, NUMA nodes and scratch."""
 
 import os
 

@@ -10,6 +10,7 @@ __all__ = [
     "CallbackError",
     "FdtError",
     "HandoverError",
+    "HostCrashError",
     "KernelPanic",
     "KhoBusyError",
     "KhoError",
@@ -18,6 +19,7 @@ __all__ = [
     "KhoNotFoundError",
     "LuoError",
     "StateError",
+    "SuccessorError",
     "errno_name",
     "from_errno",
 ]
@@ -166,3 +168,26 @@ class HandoverError(LuoError, ValueError):
 
 class KernelPanic(LuoError):
     """The new kernel must not go on, as Linux would panic there."""
+
+
+class SuccessorError(KhoError):
+    """The next kernel did not take over; the old one goes on, nothing is lost.
+
+    Attributes:
+        errno: ENOEXEC (could not be built), ESRCH (not there), ECHILD (died), EPROTO (refused),
+            ETIMEDOUT (answered too late).
+        step: ``"load"``, ``"validate"`` or ``"acknowledge"``.
+        rolled_back: whether a prepared update was cancelled without a failure.
+    """
+
+    def __init__(self, errno: int, message: str, step: str = "validate") -> None:
+        super().__init__(errno, message)
+        self.step = step
+        self.rolled_back = True
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (self.errno, self.strerror, self.step))
+
+
+class HostCrashError(KhoError):
+    """The new kernel died after the commit point: the old one is gone, the host is down."""

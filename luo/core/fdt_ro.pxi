@@ -1,0 +1,1462 @@
+# L2' flattened device tree, read side: Fdt, Node, Column.
+#
+# The blob is hostile. Each worker below checks an offset against the block it must lie in before
+# it loads anything, keeps no pointer into the blob between calls, and walks with counters instead
+# of recursion. So a blob that changes while it is read yields wrong answers or an FdtError, but no
+# access outside the buffer. Loads go through memcpy: values have 4-byte alignment at best, and
+# the buffer itself may have none.
+#
+#   offset 0   header: magic totalsize off_dt_struct off_dt_strings off_mem_rsvmap version
+#              last_comp_version boot_cpuid_phys size_dt_strings [size_dt_struct], u32 big-endian
+#   structure  { FDT_BEGIN_NODE name\0 pad4 | FDT_END_NODE | FDT_NOP | FDT_END
+#              | FDT_PROP len nameoff value pad4 }
+#   strings    names of properties, NUL terminated
+
+from cpython.buffer cimport (
+    PyBUF_SIMPLE,
+    PyBUF_WRITABLE,
+    PyBuffer_FillInfo,
+    PyBuffer_Release,
+    PyObject_CheckBuffer,
+    PyObject_GetBuffer,
+)
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from libc.errno cimport EINVAL, ENOMEM, ENOSPC
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
+from libc.stdlib cimport calloc, free, realloc
+from libc.string cimport memchr, memcmp, memcpy, memmove, memset
+
+import os
+import sys
+
+import numpy as np
+
+from luo.errors import FdtError
+
+
+cdef extern from "<endian.h>" nogil:
+    uint32_t be32toh(uint32_t)
+    uint64_t be64toh(uint64_t)
+    uint32_t htobe32(uint32_t)
+    uint64_t htobe64(uint64_t)
+
+
+_FDT_ERRORS = (
+    "FDT_ERR_OK", "FDT_ERR_NOTFOUND", "FDT_ERR_EXISTS", "FDT_ERR_NOSPACE", "FDT_ERR_BADOFFSET",
+    "FDT_ERR_BADPATH", "FDT_ERR_BADPHANDLE", "FDT_ERR_BADSTATE", "FDT_ERR_TRUNCATED",
+    "FDT_ERR_BADMAGIC", "FDT_ERR_BADVERSION", "FDT_ERR_BADSTRUCTURE", "FDT_ERR_BADLAYOUT",
+    "FDT_ERR_INTERNAL", "FDT_ERR_BADNCELLS", "FDT_ERR_BADVALUE", "FDT_ERR_BADOVERLAY",
+    "FDT_ERR_NOPHANDLES", "FDT_ERR_BADFLAGS", "FDT_ERR_ALIGNMENT",
+)
+
+
+# ---- faults and loads ----
+
+
+cdef inline int fdt_fault_set(
+    fdt_fault *fault, int code, uint64_t offset, const char *rule
+) noexcept nogil:
+    fault.code = code
+    fault.offset = offset
+    fault.rule = rule
+    return -1
+
+
+cdef int fdt_raise(const fdt_fault *fault) except -1:
+    """Raise what a worker found: the one place where its codes become exceptions."""
+    if fault.code == 0:
+        raise MemoryError
+    raise FdtError(_FDT_ERRORS[fault.code], fault.offset, fault.rule.decode())
+
+
+cdef inline uint32_t fdt_ld32(const void *where) noexcept nogil:
+    cdef uint32_t word
+    memcpy(&word, where, 4)
+    return be32toh(word)
+
+
+cdef inline uint64_t fdt_ld64(const void *where) noexcept nogil:
+    cdef uint64_t word
+    memcpy(&word, where, 8)
+    return be64toh(word)
+
+
+cdef inline void fdt_st32(void *where, uint32_t value) noexcept nogil:
+    cdef uint32_t word = htobe32(value)
+    memcpy(where, &word, 4)
+
+
+cdef inline uint64_t fdt_align(uint64_t nbytes) noexcept nogil:
+    return (nbytes + 3) & ~<uint64_t>3
+
+
+# ---- names ----
+
+
+cdef inline bytes fdt_encode(object name):
+    """The name's bytes; what was no UTF-8 in a blob comes back unchanged."""
+    if type(name) is str:
+        if (<str>name).isascii():
+            return (<str>name).encode("ascii")
+        return (<str>name).encode("utf-8", "surrogateescape")
+    if isinstance(name, str):
+        return str.encode(name, "utf-8", "surrogateescape")
+    if isinstance(name, bytes):
+        return bytes(name)
+    raise TypeError(f"a name must be str, not {type(name).__name__}")
+
+
+cdef inline str fdt_decode(const unsigned char *name, uint64_t length):
+    return (<const char *>name)[:length].decode("utf-8", "surrogateescape")
+
+
+# ---- header and tokens ----
+
+
+cdef int fdt_blob_init(
+    fdt_blob *blob, const unsigned char *base, uint64_t nbytes, fdt_fault *fault
+) noexcept nogil:
+    """Check the header of the *nbytes* at *base* and fill *blob*."""
+    cdef uint64_t header, size_dt_struct, tail
+    if nbytes < 4:
+        return fdt_fault_set(fault, FDT_ERR_TRUNCATED, 0, "no room for the magic number")
+    if fdt_ld32(base) != FDT_MAGIC:
+        return fdt_fault_set(fault, FDT_ERR_BADMAGIC, 0, "magic number is not 0xd00dfeed")
+    if nbytes < FDT_V16_HEADER:
+        return fdt_fault_set(fault, FDT_ERR_TRUNCATED, 0, "no room for the header")
+    blob.base = base
+    blob.totalsize = fdt_ld32(base + 4)
+    blob.off_dt_struct = fdt_ld32(base + 8)
+    blob.off_dt_strings = fdt_ld32(base + 12)
+    blob.off_mem_rsvmap = fdt_ld32(base + 16)
+    blob.version = fdt_ld32(base + 20)
+    blob.last_comp_version = fdt_ld32(base + 24)
+    blob.boot_cpuid_phys = fdt_ld32(base + 28)
+    blob.size_dt_strings = fdt_ld32(base + 32)
+
+    if blob.version < 16 or blob.last_comp_version > 17:
+        return fdt_fault_set(fault, FDT_ERR_BADVERSION, 20, "neither version 16 nor 17")
+    if blob.version < blob.last_comp_version:
+        return fdt_fault_set(fault, FDT_ERR_BADVERSION, 24, "last_comp_version above version")
+    header = FDT_V16_HEADER if blob.version == 16 else FDT_V17_HEADER
+    if blob.totalsize < header or blob.totalsize > FDT_MAX_BYTES:
+        return fdt_fault_set(fault, FDT_ERR_TRUNCATED, 4, "totalsize out of range")
+    if blob.totalsize > nbytes:
+        return fdt_fault_set(fault, FDT_ERR_TRUNCATED, 4, "totalsize beyond the buffer")
+    if blob.off_mem_rsvmap < header or blob.off_mem_rsvmap > blob.totalsize:
+        return fdt_fault_set(fault, FDT_ERR_TRUNCATED, 16, "reserve map outside the blob")
+    if blob.off_mem_rsvmap & 7:
+        return fdt_fault_set(fault, FDT_ERR_ALIGNMENT, 16, "reserve map not 8-byte aligned")
+    if blob.off_dt_struct < header or blob.off_dt_struct > blob.totalsize:
+        return fdt_fault_set(fault, FDT_ERR_TRUNCATED, 8, "structure block outside the blob")
+    if blob.off_dt_struct & 3:
+        return fdt_fault_set(fault, FDT_ERR_ALIGNMENT, 8, "structure block not 4-byte aligned")
+    tail = blob.totalsize - blob.off_dt_struct
+    size_dt_struct = tail if blob.version == 16 else fdt_ld32(base + 36)
+    if size_dt_struct > tail:
+        return fdt_fault_set(fault, FDT_ERR_TRUNCATED, 36, "structure block outside the blob")
+    blob.end_dt_struct = blob.off_dt_struct + size_dt_struct
+    if blob.off_dt_strings < header or blob.off_dt_strings > blob.totalsize:
+        return fdt_fault_set(fault, FDT_ERR_TRUNCATED, 12, "strings block outside the blob")
+    if blob.size_dt_strings > blob.totalsize - blob.off_dt_strings:
+        return fdt_fault_set(fault, FDT_ERR_TRUNCATED, 32, "strings block outside the blob")
+    return 0
+
+
+cdef inline int fdt_next_tag(
+    const fdt_blob *blob, uint64_t offset, fdt_token *token, fdt_fault *fault
+) noexcept nogil:
+    """Read the token at *offset*, any number at all."""
+    cdef uint64_t end = blob.end_dt_struct, after
+    cdef const unsigned char *nul
+    token.next = offset
+    token.data = token.length = token.nameoff = 0
+    token.tag = FDT_END
+    if offset < blob.off_dt_struct or offset > end or end - offset < 4:
+        return fdt_fault_set(fault, FDT_ERR_TRUNCATED, offset, "structure block ends here")
+    token.tag = fdt_ld32(blob.base + offset)
+    after = offset + 4
+    if token.tag == FDT_PROP:
+        if end - after < 8:
+            return fdt_fault_set(fault, FDT_ERR_TRUNCATED, offset, "property header cut off")
+        token.length = fdt_ld32(blob.base + after)
+        token.nameoff = fdt_ld32(blob.base + after + 4)
+        token.data = after + 8
+        if fdt_align(token.length) > end - token.data:
+            return fdt_fault_set(fault, FDT_ERR_TRUNCATED, offset, "property value cut off")
+        token.next = token.data + fdt_align(token.length)
+    elif token.tag == FDT_BEGIN_NODE:
+        nul = <const unsigned char *>memchr(blob.base + after, 0, end - after)
+        if nul == NULL:
+            return fdt_fault_set(fault, FDT_ERR_TRUNCATED, offset, "node name without NUL")
+        token.data = after
+        token.length = nul - (blob.base + after)
+        token.next = after + fdt_align(token.length + 1)
+        if token.next > end:
+            return fdt_fault_set(fault, FDT_ERR_TRUNCATED, offset, "node name cut off")
+    elif token.tag == FDT_END_NODE or token.tag == FDT_NOP or token.tag == FDT_END:
+        token.next = after
+    else:
+        return fdt_fault_set(fault, FDT_ERR_BADSTRUCTURE, offset, "unknown token")
+    return 0
+
+
+cdef inline int fdt_begin_tag(
+    const fdt_blob *blob, uint64_t offset, fdt_token *token, fdt_fault *fault
+) noexcept nogil:
+    """Read the token at *offset*, which must begin a node."""
+    if fdt_next_tag(blob, offset, token, fault) < 0:
+        return -1
+    if token.tag != FDT_BEGIN_NODE:
+        return fdt_fault_set(fault, FDT_ERR_BADOFFSET, offset, "no node begins here")
+    return 0
+
+
+cdef int64_t fdt_property_name(
+    const fdt_blob *blob, uint64_t offset, const fdt_token *token, fdt_fault *fault
+) noexcept nogil:
+    """Length of the name of the property at *offset*, or -1."""
+    cdef uint64_t room
+    cdef const unsigned char *name
+    cdef const unsigned char *nul
+    if token.nameoff >= blob.size_dt_strings:
+        return fdt_fault_set(fault, FDT_ERR_BADOFFSET, offset, "name outside the strings block")
+    room = blob.size_dt_strings - token.nameoff
+    name = blob.base + blob.off_dt_strings + token.nameoff
+    nul = <const unsigned char *>memchr(name, 0, min(room, <uint64_t>FDT_MAX_PROPERTY_NAME + 1))
+    if nul != NULL:
+        return nul - name
+    if room <= FDT_MAX_PROPERTY_NAME:
+        return fdt_fault_set(fault, FDT_ERR_TRUNCATED, offset, "property name without NUL")
+    # Names may share bytes, so without a limit a blob could stand for names of any total size.
+    return fdt_fault_set(fault, FDT_ERR_BADVALUE, offset, "property name above 255 bytes")
+
+
+cdef int fdt_find_property(
+    const fdt_blob *blob, uint64_t node, const unsigned char *name, uint64_t name_len,
+    uint64_t *where, fdt_token *token, fdt_fault *fault
+) noexcept nogil:
+    """Find the node's first property of that name: 1, 0 if it has none, or -1."""
+    cdef uint64_t offset
+    cdef const unsigned char *strings = blob.base + blob.off_dt_strings
+    if fdt_begin_tag(blob, node, token, fault) < 0:
+        return -1
+    while True:
+        offset = token.next
+        if fdt_next_tag(blob, offset, token, fault) < 0:
+            return -1
+        if token.tag == FDT_NOP:
+            continue
+        if token.tag != FDT_PROP:
+            return 0
+        if token.nameoff >= blob.size_dt_strings:
+            return <int>fdt_property_name(blob, offset, token, fault)
+        if (
+            name_len < blob.size_dt_strings - token.nameoff
+            and strings[token.nameoff + name_len] == 0
+            and memcmp(strings + token.nameoff, name, name_len) == 0
+        ):
+            where[0] = offset
+            return 1
+
+
+cdef inline bint fdt_name_matches(
+    const unsigned char *node, uint64_t node_len, const unsigned char *name, uint64_t name_len
+) noexcept nogil:
+    """Whether a node is meant by *name*: equal, or equal up to an '@' that *name* has not."""
+    if node_len < name_len or memcmp(node, name, name_len) != 0:
+        return False
+    if node_len == name_len:
+        return True
+    return node[name_len] == c"@" and memchr(name, c"@", name_len) == NULL
+
+
+cdef int fdt_find_child(
+    const fdt_blob *blob, uint64_t node, const unsigned char *name, uint64_t name_len,
+    int64_t *budget, uint64_t *where, fdt_fault *fault
+) noexcept nogil:
+    """Find the node's first child that *name* means: 1, 0 if none, -1, or -2 out of *budget*.
+
+    The budget counts nodes that were passed over, grandchildren included; NULL is no limit.
+    """
+    cdef fdt_token token
+    cdef uint64_t offset, depth = 0
+    if fdt_begin_tag(blob, node, &token, fault) < 0:
+        return -1
+    while True:
+        offset = token.next
+        if fdt_next_tag(blob, offset, &token, fault) < 0:
+            return -1
+        if token.tag == FDT_BEGIN_NODE:
+            if depth == 0 and fdt_name_matches(
+                blob.base + token.data, token.length, name, name_len
+            ):
+                where[0] = offset
+                return 1
+            depth += 1
+            if budget != NULL:
+                budget[0] -= 1
+                if budget[0] < 0:
+                    return -2
+        elif token.tag == FDT_END_NODE:
+            if depth == 0:
+                return 0
+            depth -= 1
+        elif token.tag == FDT_END:
+            return fdt_fault_set(
+                fault, FDT_ERR_BADSTRUCTURE, offset, "FDT_END inside a node"
+            )
+
+
+cdef int fdt_find_root(const fdt_blob *blob, uint64_t *where, fdt_fault *fault) noexcept nogil:
+    cdef fdt_token token
+    cdef uint64_t offset = blob.off_dt_struct
+    while True:
+        if fdt_next_tag(blob, offset, &token, fault) < 0:
+            return -1
+        if token.tag == FDT_BEGIN_NODE:
+            where[0] = offset
+            return 0
+        if token.tag != FDT_NOP:
+            return fdt_fault_set(
+                fault, FDT_ERR_BADSTRUCTURE, offset, "structure does not begin with a node"
+            )
+        offset = token.next
+
+
+cdef int fdt_check_reserve_map(
+    const fdt_blob *blob, uint64_t *nr_entries, fdt_fault *fault
+) noexcept nogil:
+    """Count the entries of the memory reserve map before the one that is all zero."""
+    cdef uint64_t offset = blob.off_mem_rsvmap
+    nr_entries[0] = 0
+    while True:
+        if blob.totalsize - offset < 16:
+            return fdt_fault_set(fault, FDT_ERR_TRUNCATED, offset, "reserve map without an end")
+        if fdt_ld64(blob.base + offset) == 0 and fdt_ld64(blob.base + offset + 8) == 0:
+            return 0
+        nr_entries[0] += 1
+        offset += 16
+
+
+cdef int fdt_check_structure(
+    const fdt_blob *blob, uint64_t *nr_nodes, uint64_t *size_dt_struct, fdt_fault *fault
+) noexcept nogil:
+    """Check every token: one root without a name, balanced, properties first, names in place."""
+    cdef fdt_token token
+    cdef uint64_t offset = blob.off_dt_struct, depth = 0, nodes = 0
+    cdef bint properties = False        # whether a property may stand here
+    while True:
+        if fdt_next_tag(blob, offset, &token, fault) < 0:
+            return -1
+        if token.tag == FDT_PROP:
+            if not properties:
+                if depth == 0:
+                    return fdt_fault_set(
+                        fault, FDT_ERR_BADSTRUCTURE, offset, "property outside of a node"
+                    )
+                return fdt_fault_set(
+                    fault, FDT_ERR_BADSTRUCTURE, offset, "property after a child node"
+                )
+            if fdt_property_name(blob, offset, &token, fault) < 0:
+                return -1
+        elif token.tag == FDT_BEGIN_NODE:
+            if depth == 0:
+                if nodes:
+                    return fdt_fault_set(
+                        fault, FDT_ERR_BADLAYOUT, offset, "more than one root node"
+                    )
+                if token.length:
+                    return fdt_fault_set(
+                        fault, FDT_ERR_BADLAYOUT, offset, "the root node has a name"
+                    )
+            depth += 1
+            nodes += 1
+            properties = True
+        elif token.tag == FDT_END_NODE:
+            if depth == 0:
+                return fdt_fault_set(
+                    fault, FDT_ERR_BADSTRUCTURE, offset, "FDT_END_NODE without a node"
+                )
+            depth -= 1
+            properties = False
+        elif token.tag == FDT_END:
+            if depth:
+                return fdt_fault_set(
+                    fault, FDT_ERR_BADSTRUCTURE, offset, "FDT_END inside a node"
+                )
+            if nodes == 0:
+                return fdt_fault_set(fault, FDT_ERR_BADSTRUCTURE, offset, "no root node")
+            nr_nodes[0] = nodes
+            size_dt_struct[0] = token.next - blob.off_dt_struct
+            return 0
+        offset = token.next
+
+
+# ---- index of all nodes ----
+#
+# Built when look-ups have passed over FDT_SCAN_BUDGET nodes. Nodes are numbered in file order, so
+# their offsets ascend and a binary search finds a node's number. The hash table maps (number of
+# the parent, name) to the first such child; a name with a unit address stands in it a second time
+# without the address, which is libfdt's shortcut. SipHash-1-3 with a random key, since the names
+# are the enemy's: chosen collisions would make the build quadratic.
+
+cdef enum:
+    FDT_SCAN_BUDGET = 256       # nodes
+
+
+ctypedef struct fdt_index:
+    uint64_t nr_nodes
+    uint32_t *offsets
+    uint32_t *parents           # numbers; the root is its own
+    uint32_t *slots             # number + 1, or 0
+    uint64_t nr_slots           # power of two, above twice the number of keys
+    uint64_t key[2]
+
+
+cdef inline uint64_t fdt_rotl(uint64_t x, int bits) noexcept nogil:
+    return (x << bits) | (x >> (64 - bits))
+
+
+cdef inline void fdt_sipround(uint64_t *v) noexcept nogil:
+    v[0] += v[1]
+    v[1] = fdt_rotl(v[1], 13) ^ v[0]
+    v[0] = fdt_rotl(v[0], 32)
+    v[2] += v[3]
+    v[3] = fdt_rotl(v[3], 16) ^ v[2]
+    v[0] += v[3]
+    v[3] = fdt_rotl(v[3], 21) ^ v[0]
+    v[2] += v[1]
+    v[1] = fdt_rotl(v[1], 17) ^ v[2]
+    v[2] = fdt_rotl(v[2], 32)
+
+
+cdef uint64_t fdt_name_hash(
+    const uint64_t *key, uint64_t parent, const unsigned char *name, uint64_t length
+) noexcept nogil:
+    cdef uint64_t v[4]
+    cdef uint64_t word, left = length
+    v[0] = key[0] ^ <uint64_t>0x736F6D6570736575ULL
+    v[1] = key[1] ^ <uint64_t>0x646F72616E646F6DULL
+    v[2] = key[0] ^ <uint64_t>0x6C7967656E657261ULL
+    v[3] = key[1] ^ <uint64_t>0x7465646279746573ULL
+    v[3] ^= parent
+    fdt_sipround(v)
+    v[0] ^= parent
+    while left >= 8:
+        memcpy(&word, name, 8)
+        v[3] ^= word
+        fdt_sipround(v)
+        v[0] ^= word
+        name += 8
+        left -= 8
+    word = 0
+    memcpy(&word, name, left)
+    word ^= length << 56
+    v[3] ^= word
+    fdt_sipround(v)
+    v[0] ^= word
+    v[2] ^= 0xFF
+    fdt_sipround(v)
+    fdt_sipround(v)
+    fdt_sipround(v)
+    return v[0] ^ v[1] ^ v[2] ^ v[3]
+
+
+cdef int64_t fdt_index_slot(
+    const fdt_blob *blob, const fdt_index *index, uint64_t parent,
+    const unsigned char *name, uint64_t length, fdt_fault *fault
+) noexcept nogil:
+    """Slot of the child *name* of node number *parent*, or the free one where it belongs; -1."""
+    cdef fdt_token token
+    cdef uint64_t number, slot, probes
+    slot = fdt_name_hash(index.key, parent, name, length) & (index.nr_slots - 1)
+    for probes in range(index.nr_slots):
+        if index.slots[slot] == 0:
+            return slot
+        number = index.slots[slot] - 1
+        if index.parents[number] == parent:
+            if fdt_begin_tag(blob, index.offsets[number], &token, fault) < 0:
+                return -1
+            if fdt_name_matches(blob.base + token.data, token.length, name, length):
+                return slot
+        slot = (slot + 1) & (index.nr_slots - 1)
+    return fdt_fault_set(fault, FDT_ERR_BADSTRUCTURE, 0, "blob changed while it was read")
+
+
+cdef void fdt_index_free(fdt_index *index) noexcept nogil:
+    free(index.offsets)
+    free(index.parents)
+    free(index.slots)
+    memset(index, 0, sizeof(fdt_index))
+
+
+cdef int fdt_index_build(
+    const fdt_blob *blob, uint64_t root, fdt_index *index, fdt_fault *fault
+) noexcept nogil:
+    """Fill *index*, all zero but for its key; on failure the caller frees it."""
+    cdef fdt_token token
+    cdef uint64_t offset, depth = 0, nodes = 0, keys = 0, number = 0, parent = 0
+    cdef int64_t slot
+    cdef const unsigned char *at
+
+    offset = root
+    while True:
+        if fdt_next_tag(blob, offset, &token, fault) < 0:
+            return -1
+        if token.tag == FDT_BEGIN_NODE:
+            depth += 1
+            nodes += 1
+            keys += 1 + (memchr(blob.base + token.data, c"@", token.length) != NULL)
+        elif token.tag == FDT_END_NODE:
+            depth -= 1
+            if depth == 0:
+                break
+        elif token.tag == FDT_END:
+            return fdt_fault_set(fault, FDT_ERR_BADSTRUCTURE, offset, "FDT_END inside a node")
+        offset = token.next
+
+    index.nr_nodes = nodes
+    index.nr_slots = 2
+    while index.nr_slots <= 2 * keys:
+        index.nr_slots *= 2
+    index.offsets = <uint32_t *>calloc(nodes, sizeof(uint32_t))
+    index.parents = <uint32_t *>calloc(nodes, sizeof(uint32_t))
+    index.slots = <uint32_t *>calloc(index.nr_slots, sizeof(uint32_t))
+    if index.offsets == NULL or index.parents == NULL or index.slots == NULL:
+        return -1
+
+    offset = root
+    depth = 0
+    while True:
+        if fdt_next_tag(blob, offset, &token, fault) < 0:
+            return -1
+        if token.tag == FDT_BEGIN_NODE:
+            if number >= nodes:
+                break
+            index.offsets[number] = <uint32_t>offset
+            index.parents[number] = <uint32_t>parent
+            if depth:
+                slot = fdt_index_slot(
+                    blob, index, parent, blob.base + token.data, token.length, fault
+                )
+                if slot < 0:
+                    return -1
+                if index.slots[slot] == 0:
+                    index.slots[slot] = <uint32_t>number + 1
+                at = <const unsigned char *>memchr(blob.base + token.data, c"@", token.length)
+                if at != NULL:
+                    slot = fdt_index_slot(
+                        blob, index, parent, blob.base + token.data,
+                        at - (blob.base + token.data), fault,
+                    )
+                    if slot < 0:
+                        return -1
+                    if index.slots[slot] == 0:
+                        index.slots[slot] = <uint32_t>number + 1
+            parent = number
+            number += 1
+            depth += 1
+        elif token.tag == FDT_END_NODE:
+            depth -= 1
+            parent = index.parents[parent]
+            if depth == 0:
+                break
+        elif token.tag == FDT_END:
+            break
+        offset = token.next
+    if number != nodes or depth:
+        return fdt_fault_set(fault, FDT_ERR_BADSTRUCTURE, offset, "blob changed while it was read")
+    return 0
+
+
+cdef int64_t fdt_index_number(const fdt_index *index, uint64_t offset) noexcept nogil:
+    """Number of the node at *offset*, or -1."""
+    cdef uint64_t low = 0, high = index.nr_nodes, middle
+    while low < high:
+        middle = (low + high) >> 1
+        if index.offsets[middle] < offset:
+            low = middle + 1
+        else:
+            high = middle
+    if low < index.nr_nodes and index.offsets[low] == offset:
+        return low
+    return -1
+
+
+# ---- columns ----
+
+
+@cython.final
+@cython.auto_pickle(False)
+cdef class Column:
+    """One value per node, ragged: what a property is over many nodes.
+
+    Attributes:
+        data: the bytes of all rows, one after the other; uint8, shape (m,).
+        offsets: where each row begins in *data*, and at last where the last ends; uint64,
+            shape (n + 1,), never descending.
+        present: whether the node has the property at all; bool, shape (n,).
+
+    Args:
+        data: any buffer of bytes.
+        offsets: n + 1 integers.
+        present: n booleans, or None if all are.
+
+    Raises:
+        ValueError: the shapes do not agree, or *offsets* descends or points outside *data*.
+
+    Context:
+        Arrays of the right type are taken over without a copy; whoever changes them afterwards
+        keeps the rules (they are checked again when the column is written).
+    """
+
+    cdef readonly object data
+    cdef readonly object offsets
+    cdef readonly object present
+    cdef const uint8_t[::1] _data
+    cdef const uint64_t[::1] _offsets
+    cdef const uint8_t[::1] _present
+
+    def __cinit__(self, data, offsets, present=None):
+        cdef Py_ssize_t row, rows
+        if isinstance(data, np.ndarray):
+            data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        else:
+            data = np.frombuffer(data, np.uint8) if len(data) else np.empty(0, np.uint8)
+        offsets = np.ascontiguousarray(offsets)
+        if offsets.ndim != 1 or offsets.shape[0] == 0 or offsets.dtype.kind not in "iu":
+            raise ValueError("offsets: n + 1 integers are needed")
+        if offsets.dtype.kind == "i" and offsets.shape[0] and offsets.min() < 0:
+            raise ValueError("offsets: negative")
+        offsets = offsets.astype(np.uint64, copy=False)
+        rows = offsets.shape[0] - 1
+        if present is None:
+            present = np.ones(rows, np.bool_)
+        else:
+            present = np.ascontiguousarray(present, np.bool_)
+        if present.shape != (rows,):
+            raise ValueError(f"present: shape {present.shape}, not ({rows},)")
+        self.data, self.offsets, self.present = data, offsets, present
+        self._data, self._offsets = data, offsets
+        self._present = present.view(np.uint8)
+        for row in range(rows):
+            if self._offsets[row] > self._offsets[row + 1]:
+                raise ValueError(f"offsets: row {row} ends before it begins")
+        if self._offsets[rows] > <uint64_t>self._data.shape[0]:
+            raise ValueError(f"offsets: {self._offsets[rows]} is outside the data")
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return self._offsets.shape[0] - 1
+
+    def fixed(self) -> object:
+        """Return the rows as one array, without a copy.
+
+        Returns:
+            uint8, shape (n, k), if each of the n rows is there and has k bytes.
+
+        Raises:
+            ValueError: a row is missing, or rows differ in size.
+        """
+        cdef Py_ssize_t row, rows = self._offsets.shape[0] - 1
+        cdef uint64_t width
+        if rows == 0:
+            return np.empty((0, 0), np.uint8)
+        width = self._offsets[1] - self._offsets[0]
+        for row in range(rows):
+            if not self._present[row]:
+                raise ValueError(f"row {row} is not present")
+            if self._offsets[row + 1] - self._offsets[row] != width:
+                raise ValueError(f"row {row} has not {width} bytes, as row 0 has")
+        return self.data[self._offsets[0]:self._offsets[rows]].reshape(rows, width)
+
+    def strings(self) -> list:
+        """Return the rows as text, each without the NUL at its end.
+
+        Returns:
+            list of n str; a row that is not present is "". Bytes that are no UTF-8 become
+            surrogates, as in names of files.
+        """
+        cdef Py_ssize_t row, rows = self._offsets.shape[0] - 1
+        cdef uint64_t start, stop
+        cdef list result = []
+        for row in range(rows):
+            start, stop = self._offsets[row], self._offsets[row + 1]
+            if stop > <uint64_t>self._data.shape[0] or start > stop:
+                raise ValueError(f"offsets: row {row} is outside the data")
+            if stop > start and self._data[stop - 1] == 0:
+                stop -= 1
+            result.append(fdt_decode(&self._data[start], stop - start) if stop > start else "")
+        return result
+
+    def __repr__(self) -> str:
+        return f"<Column of {len(self)} rows, {self.data.nbytes} bytes>"
+
+
+ctypedef struct fdt_column:
+    uint64_t *offsets
+    uint8_t *present
+    unsigned char *data
+    uint64_t cap
+    uint64_t pos
+    int64_t row                 # the last one that has it
+
+
+ctypedef struct fdt_scan:
+    uint64_t nr_rows
+    uint64_t name_bytes
+    int32_t *kind_of            # by name offset: 0 unseen, else number of the kind + 1
+    uint32_t *nameoffs          # of each kind
+    uint64_t *nbytes            # of each kind, over all rows
+    uint64_t nr_kinds
+    uint64_t cap_kinds
+
+
+cdef int fdt_scan_children(
+    const fdt_blob *blob, uint64_t node, fdt_scan *scan, fdt_fault *fault
+) noexcept nogil:
+    """First pass of read_nodes: count rows and bytes, and give each name offset a number."""
+    cdef fdt_token token
+    cdef uint64_t offset, depth = 0, cap
+    cdef int32_t kind
+    cdef void *grown
+    if fdt_begin_tag(blob, node, &token, fault) < 0:
+        return -1
+    while True:
+        offset = token.next
+        if fdt_next_tag(blob, offset, &token, fault) < 0:
+            return -1
+        if token.tag == FDT_PROP:
+            if depth != 1:
+                continue
+            if token.nameoff >= blob.size_dt_strings:
+                return <int>fdt_property_name(blob, offset, &token, fault)
+            kind = scan.kind_of[token.nameoff]
+            if kind == 0:
+                if fdt_property_name(blob, offset, &token, fault) < 0:
+                    return -1
+                if scan.nr_kinds == scan.cap_kinds:
+                    cap = 2 * scan.cap_kinds if scan.cap_kinds else 16
+                    grown = realloc(scan.nameoffs, cap * sizeof(uint32_t))
+                    if grown == NULL:
+                        return -1
+                    scan.nameoffs = <uint32_t *>grown
+                    grown = realloc(scan.nbytes, cap * sizeof(uint64_t))
+                    if grown == NULL:
+                        return -1
+                    scan.nbytes = <uint64_t *>grown
+                    scan.cap_kinds = cap
+                scan.nameoffs[scan.nr_kinds] = <uint32_t>token.nameoff
+                scan.nbytes[scan.nr_kinds] = 0
+                scan.nr_kinds += 1
+                kind = <int32_t>scan.nr_kinds
+                scan.kind_of[token.nameoff] = kind
+            scan.nbytes[kind - 1] += token.length
+        elif token.tag == FDT_BEGIN_NODE:
+            if depth == 0:
+                scan.nr_rows += 1
+                scan.name_bytes += token.length
+            depth += 1
+        elif token.tag == FDT_END_NODE:
+            if depth == 0:
+                return 0
+            depth -= 1
+        elif token.tag == FDT_END:
+            return fdt_fault_set(fault, FDT_ERR_BADSTRUCTURE, offset, "FDT_END inside a node")
+
+
+cdef int fdt_fill_columns(
+    const fdt_blob *blob, uint64_t node, const fdt_scan *scan, const int32_t *column_of,
+    fdt_column *columns, uint64_t nr_columns, fdt_fault *fault
+) noexcept nogil:
+    """Second pass of read_nodes: columns[0] is the names; column_of maps a kind, or is -1.
+
+    What the first pass counted is a bound here, not a promise: somebody may write to the blob.
+    """
+    cdef fdt_token token
+    cdef fdt_column *column
+    cdef uint64_t offset, depth = 0, i
+    cdef int64_t row = -1
+    cdef int32_t kind
+    cdef bint full = False
+    if fdt_begin_tag(blob, node, &token, fault) < 0:
+        return -1
+    while True:
+        offset = token.next
+        if fdt_next_tag(blob, offset, &token, fault) < 0:
+            return -1
+        if token.tag == FDT_PROP or (token.tag == FDT_BEGIN_NODE and depth == 0):
+            if token.tag == FDT_PROP:
+                if depth != 1:
+                    continue
+                if token.nameoff >= blob.size_dt_strings:
+                    return <int>fdt_property_name(blob, offset, &token, fault)
+                kind = scan.kind_of[token.nameoff]
+                if kind == 0 or column_of[kind - 1] < 0:
+                    continue
+                column = &columns[column_of[kind - 1]]
+                if column.row == row:
+                    continue            # of two properties with one name the first counts
+            else:
+                row += 1
+                depth += 1
+                column = &columns[0]
+                if <uint64_t>row >= scan.nr_rows:
+                    full = True
+            if full or token.length > column.cap - column.pos:
+                break
+            column.row = row
+            column.present[row] = 1
+            memcpy(column.data + column.pos, blob.base + token.data, token.length)
+            column.pos += token.length
+        elif token.tag == FDT_BEGIN_NODE:
+            depth += 1
+        elif token.tag == FDT_END_NODE:
+            if depth == 0:
+                if <uint64_t>(row + 1) != scan.nr_rows:
+                    break
+                return 0
+            depth -= 1
+            if depth == 0:
+                for i in range(nr_columns):
+                    columns[i].offsets[row + 1] = columns[i].pos
+        elif token.tag == FDT_END:
+            break
+    return fdt_fault_set(fault, FDT_ERR_BADSTRUCTURE, offset, "blob changed while it was read")
+
+
+# ---- the tree ----
+
+
+@cython.final
+@cython.auto_pickle(False)
+cdef class Fdt:
+    """A flattened device tree, read where it lies.
+
+    Attributes:
+        totalsize: bytes of the tree, as its header says; the buffer may be longer.
+        root: its root node.
+
+    Args:
+        buffer: bytes, or a view of memory; held as long as this object lives.
+        check: validate header, reserve map and the whole structure at once, in one pass without
+            the GIL. Without it the header alone is validated, and what is wrong further in is
+            found, by the same exception, when it is met.
+
+    Raises:
+        FdtError: ``code`` is libfdt's name of the error, ``offset`` the byte where it is.
+
+    Context:
+        Objects of this class do not change and may be shared by threads. Whoever changes the
+        structure of the bytes underneath makes a new one; changing values is fine.
+
+    Source:
+        DT spec v0.4, chapter 5; libfdt's ``fdt_check_full()``. Stricter than that: properties
+        come before children, blocks are aligned, a property's name has at most 255 bytes.
+
+    Example:
+        >>> from luo.fdt import Fdt, FdtWriter
+        >>> writer = FdtWriter()
+        >>> with writer.node(""):
+        ...     writer.add_node("memfd", {"compatible": b"memfd-v1"})
+        >>> bytes(Fdt(writer.finish()).node("/memfd")["compatible"])
+        b'memfd-v1'
+    """
+
+    cdef Py_buffer _buffer
+    cdef bint _held
+    cdef fdt_blob _blob
+    cdef uint64_t _root
+    cdef object _view           # read-only
+    cdef fdt_index _index
+    cdef int64_t _budget        # nodes that look-ups may still pass over before there is an index
+
+    def __cinit__(self, buffer, *, check=True):
+        cdef fdt_fault fault
+        cdef uint64_t nr, size_dt_struct
+        cdef bint full = check
+        cdef int rc
+        memset(&fault, 0, sizeof(fault))
+        PyObject_GetBuffer(buffer, &self._buffer, PyBUF_SIMPLE)
+        self._held = True
+        self._budget = FDT_SCAN_BUDGET
+        with nogil:
+            rc = fdt_blob_init(
+                &self._blob, <const unsigned char *>self._buffer.buf, self._buffer.len, &fault
+            )
+            if rc == 0 and full:
+                rc = fdt_check_reserve_map(&self._blob, &nr, &fault)
+                if rc == 0:
+                    rc = fdt_check_structure(&self._blob, &nr, &size_dt_struct, &fault)
+            if rc == 0:
+                rc = fdt_find_root(&self._blob, &self._root, &fault)
+        if rc < 0:
+            fdt_raise(&fault)
+        self._view = memoryview(buffer).cast("B").toreadonly()
+
+    def __dealloc__(self):
+        fdt_index_free(&self._index)
+        if self._held:
+            PyBuffer_Release(&self._buffer)
+
+    @property
+    def totalsize(self) -> int:
+        """Bytes of the tree, as its header says."""
+        return self._blob.totalsize
+
+    @property
+    def version(self) -> int:
+        """Version of the format, 17 or, without ``size_dt_struct``, 16."""
+        return self._blob.version
+
+    @property
+    def reserve_map(self) -> list:
+        """Entries of the memory reserve map: (address, bytes)."""
+        cdef fdt_fault fault
+        cdef uint64_t nr, i
+        cdef const unsigned char *entries = self._blob.base + self._blob.off_mem_rsvmap
+        if fdt_check_reserve_map(&self._blob, &nr, &fault) < 0:
+            fdt_raise(&fault)
+        return [(fdt_ld64(entries + 16 * i), fdt_ld64(entries + 16 * i + 8)) for i in range(nr)]
+
+    @property
+    def root(self) -> Node:
+        """The root node."""
+        return Node.__new__(Node, self, self._root)
+
+    def node(self, path) -> Node:
+        """Return the node at *path*, as ``fdt_path_offset()`` does.
+
+        Args:
+            path: begins with "/". A name without "@" also means the first child with that name
+                and a unit address: "/memory" finds "memory@0".
+
+        Raises:
+            FdtError: FDT_ERR_BADPATH if *path* begins otherwise, FDT_ERR_NOTFOUND.
+        """
+        cdef int64_t offset = self._path_offset(path)
+        if offset < 0:
+            raise FdtError("FDT_ERR_NOTFOUND", None, f"no node {path}")
+        return Node.__new__(Node, self, <uint64_t>offset)
+
+    def __contains__(self, path) -> bool:
+        """Tell whether there is a node at *path*."""
+        return self._path_offset(path) >= 0
+
+    def read_nodes(self, path, properties=None) -> dict:
+        """Read all children of a node at once.
+
+        Args:
+            path: of the node whose children are the rows.
+            properties: names of those that are wanted; None: all that any child has.
+
+        Returns:
+            dict from the property's name to its Column, one row per child in file order, and
+            under "name" the children's names (which hide a property called "name"). A name that
+            was asked for and that no child has is a column with no row present.
+
+        Raises:
+            FdtError: as ``node()``; FDT_ERR_NOSPACE if *properties* is None and the columns would
+                take more than 64 times the blob, since most of their rows are empty.
+
+        Context:
+            Copies the values, in two passes without the GIL.
+        """
+        cdef fdt_fault fault
+        cdef fdt_scan scan
+        cdef fdt_column *columns = NULL
+        cdef int32_t *column_of = NULL
+        cdef uint64_t node, kind, i, nr_columns
+        cdef int64_t found = self._path_offset(path)
+        cdef uint64_t[::1] offsets
+        cdef uint8_t[::1] present, data
+        cdef const unsigned char *strings = self._blob.base + self._blob.off_dt_strings
+        cdef fdt_token token
+        cdef dict numbers = {"name": 0}
+        cdef list nbytes, arrays = []
+        cdef str name
+        cdef int rc
+        if found < 0:
+            raise FdtError("FDT_ERR_NOTFOUND", None, f"no node {path}")
+        node = found
+        if properties is not None:
+            if isinstance(properties, (str, bytes)):
+                raise TypeError("properties: a sequence of names is needed")
+            for name in properties:
+                numbers.setdefault(name, len(numbers))
+        nbytes = [0] * len(numbers)
+        memset(&fault, 0, sizeof(fault))
+        memset(&scan, 0, sizeof(scan))
+        try:
+            # A table by name offset instead of a hash: no name can be slow. Its pages are only
+            # touched where the names are.
+            scan.kind_of = <int32_t *>calloc(self._blob.size_dt_strings + 1, sizeof(int32_t))
+            if scan.kind_of == NULL:
+                raise MemoryError
+            with nogil:
+                rc = fdt_scan_children(&self._blob, node, &scan, &fault)
+            if rc < 0:
+                fdt_raise(&fault)
+
+            column_of = <int32_t *>xmalloc(scan.nr_kinds * sizeof(int32_t))
+            for kind in range(scan.nr_kinds):
+                token.nameoff = scan.nameoffs[kind]
+                found = fdt_property_name(&self._blob, node, &token, &fault)
+                if found < 0:
+                    fdt_raise(&fault)
+                name = fdt_decode(strings + token.nameoff, found)
+                column_of[kind] = -1
+                if name == "name" or (properties is not None and name not in numbers):
+                    continue
+                if name not in numbers:
+                    numbers[name] = len(numbers)
+                    nbytes.append(0)
+                column_of[kind] = numbers[name]
+                nbytes[numbers[name]] += scan.nbytes[kind]
+            nbytes[0] = scan.name_bytes
+            if properties is None and <uint64_t>len(numbers) > (
+                max(64 * self._blob.totalsize, <uint64_t>1 << 24) // (9 * (scan.nr_rows + 1))
+            ):
+                raise FdtError(
+                    "FDT_ERR_NOSPACE", node,
+                    f"{len(numbers)} columns of {scan.nr_rows} rows: name the wanted properties",
+                )
+
+            columns = <fdt_column *>xmalloc(len(numbers) * sizeof(fdt_column))
+            nr_columns = len(numbers)
+            for i in range(nr_columns):
+                arrays.append((
+                    np.empty(nbytes[i], np.uint8),
+                    np.zeros(scan.nr_rows + 1, np.uint64),
+                    np.zeros(scan.nr_rows, np.bool_),
+                ))
+                data, offsets, present = arrays[i][0], arrays[i][1], arrays[i][2].view(np.uint8)
+                columns[i].data = &data[0] if data.shape[0] else NULL
+                columns[i].offsets = &offsets[0]
+                columns[i].present = &present[0] if present.shape[0] else NULL
+                columns[i].cap = data.shape[0]
+                columns[i].pos = 0
+                columns[i].row = -1
+            with nogil:
+                rc = fdt_fill_columns(
+                    &self._blob, node, &scan, column_of, columns, nr_columns, &fault
+                )
+            if rc < 0:
+                fdt_raise(&fault)
+            return {
+                name: Column(arrays[i][0][:columns[i].pos], arrays[i][1], arrays[i][2])
+                for name, i in numbers.items()
+            }
+        finally:
+            free(scan.kind_of)
+            free(scan.nameoffs)
+            free(scan.nbytes)
+            free(column_of)
+            free(columns)
+
+    def walk(self):
+        """Walk over all nodes in file order.
+
+        Yields:
+            (depth, node), the root first with depth 0.
+
+        Raises:
+            FdtError: the structure is wrong (met only with ``check=False``).
+        """
+        cdef fdt_fault fault
+        cdef fdt_token token
+        cdef uint64_t offset = self._root, depth = 0
+        while True:
+            if fdt_next_tag(&self._blob, offset, &token, &fault) < 0:
+                fdt_raise(&fault)
+            if token.tag == FDT_BEGIN_NODE:
+                yield depth, Node.__new__(Node, self, offset)
+                depth += 1
+            elif token.tag == FDT_END_NODE:
+                depth -= 1
+                if depth == 0:
+                    return
+            elif token.tag == FDT_END:
+                fdt_fault_set(&fault, FDT_ERR_BADSTRUCTURE, offset, "FDT_END inside a node")
+                fdt_raise(&fault)
+            offset = token.next
+
+    def to_dts(self) -> str:
+        """Return the tree as device tree source, as ``dtc -O dts`` guesses it.
+
+        Returns:
+            text; a value is shown as strings, 32-bit big-endian cells or bytes, whichever fits
+            first. KHO's native integers thus appear as cells with their bytes swapped.
+
+        Raises:
+            FdtError: the structure is wrong (met only with ``check=False``).
+        """
+        cdef fdt_fault fault
+        cdef fdt_token token
+        cdef uint64_t offset = self._root, depth = 0
+        cdef int64_t length
+        cdef const unsigned char *strings = self._blob.base + self._blob.off_dt_strings
+        cdef list lines = ["/dts-v1/;", ""]
+        cdef bint blank = False
+        cdef str name
+        for address, nbytes in self.reserve_map:
+            lines.append(f"/memreserve/\t{address:#018x} {nbytes:#018x};")
+        while True:
+            if fdt_next_tag(&self._blob, offset, &token, &fault) < 0:
+                fdt_raise(&fault)
+            # Indentation stops growing somewhere, or depth would make the text quadratic.
+            indent = "\t" * <int>min(depth, <uint64_t>64)
+            if token.tag == FDT_BEGIN_NODE:
+                name = fdt_decode(self._blob.base + token.data, token.length)
+                if blank:
+                    lines.append("")
+                lines.append(f"{indent}{name if depth else '/'} {{")
+                depth += 1
+                blank = False
+            elif token.tag == FDT_END_NODE:
+                depth -= 1
+                indent = "\t" * <int>min(depth, <uint64_t>64)
+                lines.append(f"{indent}}};")
+                blank = True
+                if depth == 0:
+                    break
+            elif token.tag == FDT_PROP:
+                length = fdt_property_name(&self._blob, offset, &token, &fault)
+                if length < 0:
+                    fdt_raise(&fault)
+                name = fdt_decode(strings + token.nameoff, length)
+                value = _dts_value(self._view[token.data:token.data + token.length])
+                lines.append(f"{indent}{name}{value};")
+                blank = True
+            elif token.tag == FDT_END:
+                fdt_fault_set(&fault, FDT_ERR_BADSTRUCTURE, offset, "FDT_END inside a node")
+                fdt_raise(&fault)
+            offset = token.next
+        lines.append("")
+        return "\n".join(lines)
+
+    def set_property_inplace(self, path, name, value) -> None:
+        """Overwrite a property's value by one of the same length, as ``fdt_setprop_inplace()``.
+
+        Args:
+            path: of the node.
+            name: of the property.
+            value: any buffer.
+
+        Raises:
+            TypeError: the buffer is read-only.
+            FdtError: FDT_ERR_NOTFOUND: no such node or property; FDT_ERR_NOSPACE: the
+                length differs.
+        """
+        cdef fdt_fault fault
+        cdef fdt_token token
+        cdef uint64_t where
+        cdef bytes key = fdt_encode(name)
+        cdef bytes raw
+        cdef int64_t node
+        cdef int rc
+        if self._buffer.readonly:
+            raise TypeError("the tree lies in a read-only buffer")
+        raw = fdt_value(value)
+        node = self._path_offset(path)
+        if node < 0:
+            raise FdtError("FDT_ERR_NOTFOUND", None, f"no node {path}")
+        rc = fdt_find_property(
+            &self._blob, node, <const unsigned char *>PyBytes_AS_STRING(key),
+            PyBytes_GET_SIZE(key), &where, &token, &fault,
+        )
+        if rc < 0:
+            fdt_raise(&fault)
+        if rc == 0:
+            raise FdtError("FDT_ERR_NOTFOUND", node, f"{path} has no property {name}")
+        if token.length != <uint64_t>PyBytes_GET_SIZE(raw):
+            raise FdtError(
+                "FDT_ERR_NOSPACE", where,
+                f"{path} {name}: {token.length} bytes cannot become {PyBytes_GET_SIZE(raw)}",
+            )
+        memcpy(
+            <unsigned char *>self._buffer.buf + token.data, PyBytes_AS_STRING(raw), token.length
+        )
+
+    def __repr__(self) -> str:
+        return f"<Fdt of {self._blob.totalsize} bytes>"
+
+    cdef int _build_index(self) except -1:
+        cdef fdt_fault fault
+        cdef fdt_index index
+        cdef int rc
+        cdef bytes key
+        if self._index.offsets != NULL:
+            return 0
+        memset(&fault, 0, sizeof(fault))
+        memset(&index, 0, sizeof(index))
+        key = os.urandom(16)
+        memcpy(index.key, PyBytes_AS_STRING(key), 16)
+        with nogil:
+            rc = fdt_index_build(&self._blob, self._root, &index, &fault)
+        if rc < 0 or self._index.offsets != NULL:
+            fdt_index_free(&index)      # wrong, or another thread was faster
+        else:
+            self._index = index
+        if rc < 0:
+            fdt_raise(&fault)
+        return 0
+
+    cdef int64_t _child_offset(
+        self, uint64_t node, const unsigned char *name, uint64_t length
+    ) except? -1:
+        """Offset of the first child that *name* means, or -1."""
+        cdef fdt_fault fault
+        cdef uint64_t where
+        cdef int64_t number, slot
+        cdef int rc
+        memset(&fault, 0, sizeof(fault))
+        if self._index.offsets == NULL:
+            rc = fdt_find_child(&self._blob, node, name, length, &self._budget, &where, &fault)
+            if rc == -1:
+                fdt_raise(&fault)
+            if rc >= 0:
+                return <int64_t>where if rc else -1
+            self._build_index()
+        number = fdt_index_number(&self._index, node)
+        if number < 0:
+            raise FdtError("FDT_ERR_BADOFFSET", node, "no node begins here")
+        slot = fdt_index_slot(&self._blob, &self._index, number, name, length, &fault)
+        if slot < 0:
+            fdt_raise(&fault)
+        number = <int64_t>self._index.slots[slot] - 1
+        return <int64_t>self._index.offsets[number] if number >= 0 else -1
+
+    cdef int64_t _path_offset(self, object path) except? -1:
+        """Offset of the node at *path*, or -1."""
+        cdef bytes raw = fdt_encode(path)
+        cdef const unsigned char *at = <const unsigned char *>PyBytes_AS_STRING(raw)
+        cdef const unsigned char *end = at + PyBytes_GET_SIZE(raw)
+        cdef const unsigned char *slash
+        cdef int64_t offset = self._root
+        if at == end or at[0] != c"/":
+            raise FdtError("FDT_ERR_BADPATH", None, f"{path!r} does not begin with '/'")
+        while offset >= 0:
+            while at < end and at[0] == c"/":
+                at += 1
+            if at == end:
+                return offset
+            slash = <const unsigned char *>memchr(at, c"/", end - at)
+            if slash == NULL:
+                slash = end
+            offset = self._child_offset(offset, at, slash - at)
+            at = slash
+        return -1
+
+
+cdef bytes fdt_value(object value):
+    """The bytes of any buffer."""
+    cdef Py_buffer buffer
+    if type(value) is bytes:
+        return value
+    PyObject_GetBuffer(value, &buffer, PyBUF_SIMPLE)
+    try:
+        return PyBytes_FromStringAndSize(<const char *>buffer.buf, buffer.len)
+    finally:
+        PyBuffer_Release(&buffer)
+
+
+_DTS_STRING = frozenset(range(0x20, 0x7F)) | frozenset(b"\0\a\b\t\n\v\f\r")
+_DTS_ESCAPE = {
+    7: "\\a", 8: "\\b", 9: "\\t", 10: "\\n", 11: "\\v", 12: "\\f", 13: "\\r",
+    ord('"'): '\\"', ord("\\"): "\\\\",
+}
+
+
+cdef str _dts_value(object view):
+    """A property's value with " = " before it, in the notation that dtc would guess."""
+    cdef bytes raw = bytes(view)
+    cdef Py_ssize_t i, nuls = raw.count(0)
+    if not raw:
+        return ""
+    if raw[len(raw) - 1] == 0 and 2 * nuls <= len(raw) and _DTS_STRING.issuperset(raw):
+        texts = raw[:len(raw) - 1].decode("ascii").split("\0")
+        return " = " + ", ".join(f'"{text.translate(_DTS_ESCAPE)}"' for text in texts)
+    if len(raw) % 4 == 0:
+        return " = <" + " ".join(
+            [f"0x{fdt_ld32(PyBytes_AS_STRING(raw) + i):02x}" for i in range(0, len(raw), 4)]
+        ) + ">"
+    return f" = [{raw.hex(' ')}]"
+
+
+@cython.final
+@cython.auto_pickle(False)
+cdef class Node:
+    """A node of a flattened device tree.
+
+    Attributes:
+        name: with its unit address, and without any "/"; "" for the root.
+        path: "/" for the root, else names joined by "/".
+        parent: the node above, or None for the root.
+        children: nodes directly below, in file order.
+        properties: dict from name to value, in file order.
+        offset: byte in the blob where it begins.
+
+    Args:
+        fdt: the tree.
+        offset: byte in the blob of its FDT_BEGIN_NODE; usually one gets nodes from the tree.
+
+    Raises:
+        FdtError: FDT_ERR_BADOFFSET if no node begins there. All attributes raise FdtError if the
+            structure is wrong (met only with ``check=False``).
+
+    Context:
+        Values are read-only views of the buffer: no copies, and alive as long as the tree's buffer.
+    """
+
+    cdef Fdt _fdt
+    cdef uint64_t _offset
+
+    def __cinit__(self, Fdt fdt not None, offset):
+        cdef fdt_fault fault
+        cdef fdt_token token
+        self._fdt = fdt
+        self._offset = as_u64(offset)
+        if fdt_begin_tag(&fdt._blob, self._offset, &token, &fault) < 0:
+            fdt_raise(&fault)
+
+    @property
+    def offset(self) -> int:
+        """Byte in the blob where the node begins."""
+        return self._offset
+
+    @property
+    def name(self) -> str:
+        """Name with its unit address; "" for the root."""
+        cdef fdt_fault fault
+        cdef fdt_token token
+        if fdt_begin_tag(&self._fdt._blob, self._offset, &token, &fault) < 0:
+            fdt_raise(&fault)
+        return fdt_decode(self._fdt._blob.base + token.data, token.length)
+
+    @property
+    def path(self) -> str:
+        """Names from the root down; the tree's first path or parent makes an index of its nodes."""
+        cdef list names = []
+        cdef Fdt fdt = self._fdt
+        cdef fdt_fault fault
+        cdef fdt_token token
+        cdef int64_t number = self._number()
+        while number:
+            if fdt_begin_tag(&fdt._blob, fdt._index.offsets[number], &token, &fault) < 0:
+                fdt_raise(&fault)
+            names.append(fdt_decode(fdt._blob.base + token.data, token.length))
+            number = fdt._index.parents[number]
+        return "/" + "/".join(reversed(names))
+
+    @property
+    def parent(self) -> Node | None:
+        """The node above, or None for the root."""
+        cdef int64_t number = self._number()
+        if number == 0:
+            return None
+        return Node.__new__(
+            Node, self._fdt, self._fdt._index.offsets[self._fdt._index.parents[number]]
+        )
+
+    @property
+    def children(self) -> list:
+        """Nodes directly below, in file order."""
+        cdef fdt_fault fault
+        cdef fdt_token token
+        cdef uint64_t offset, depth = 0
+        cdef const fdt_blob *blob = &self._fdt._blob
+        cdef list nodes = []
+        if fdt_begin_tag(blob, self._offset, &token, &fault) < 0:
+            fdt_raise(&fault)
+        while True:
+            offset = token.next
+            if fdt_next_tag(blob, offset, &token, &fault) < 0:
+                fdt_raise(&fault)
+            if token.tag == FDT_BEGIN_NODE:
+                if depth == 0:
+                    nodes.append(Node.__new__(Node, self._fdt, offset))
+                depth += 1
+            elif token.tag == FDT_END_NODE:
+                if depth == 0:
+                    return nodes
+                depth -= 1
+            elif token.tag == FDT_END:
+                fdt_fault_set(&fault, FDT_ERR_BADSTRUCTURE, offset, "FDT_END inside a node")
+                fdt_raise(&fault)
+
+    @property
+    def properties(self) -> dict:
+        """Values by name, in file order; of two with one name the first."""
+        cdef fdt_fault fault
+        cdef fdt_token token
+        cdef uint64_t offset
+        cdef int64_t length
+        cdef const fdt_blob *blob = &self._fdt._blob
+        cdef dict values = {}
+        if fdt_begin_tag(blob, self._offset, &token, &fault) < 0:
+            fdt_raise(&fault)
+        while True:
+            offset = token.next
+            if fdt_next_tag(blob, offset, &token, &fault) < 0:
+                fdt_raise(&fault)
+            if token.tag == FDT_NOP:
+                continue
+            if token.tag != FDT_PROP:
+                return values
+            length = fdt_property_name(blob, offset, &token, &fault)
+            if length < 0:
+                fdt_raise(&fault)
+            name = fdt_decode(blob.base + blob.off_dt_strings + token.nameoff, length)
+            if name not in values:
+                values[name] = self._fdt._view[token.data:token.data + token.length]
+
+    def __getitem__(self, name) -> memoryview:
+        """Return the value of the property *name*, or raise KeyError."""
+        value = self.get(name)
+        if value is None:
+            raise KeyError(name)
+        return value
+
+    def __contains__(self, name) -> bool:
+        """Tell whether the node has a property *name*."""
+        return self.get(name) is not None
+
+    def get(self, name) -> memoryview | None:
+        """Return the value of the property *name*, or None."""
+        cdef fdt_fault fault
+        cdef fdt_token token
+        cdef uint64_t where
+        cdef bytes key = fdt_encode(name)
+        cdef int rc = fdt_find_property(
+            &self._fdt._blob, self._offset, <const unsigned char *>PyBytes_AS_STRING(key),
+            PyBytes_GET_SIZE(key), &where, &token, &fault,
+        )
+        if rc < 0:
+            fdt_raise(&fault)
+        return self._fdt._view[token.data:token.data + token.length] if rc else None
+
+    def __eq__(self, other) -> bool:
+        return (
+            isinstance(other, Node)
+            and self._fdt is (<Node>other)._fdt
+            and self._offset == (<Node>other)._offset
+        )
+
+    def __hash__(self) -> int:
+        return hash((id(self._fdt), self._offset))
+
+    def __repr__(self) -> str:
+        return f"<Node {self.name or '/'} at {self._offset:#x}>"
+
+    cdef int64_t _number(self) except -1:
+        """Number of the node in the tree's index; 0 is the root."""
+        cdef int64_t number
+        if self._offset == self._fdt._root:
+            return 0
+        self._fdt._build_index()
+        number = fdt_index_number(&self._fdt._index, self._offset)
+        if number < 0:
+            raise FdtError("FDT_ERR_BADOFFSET", self._offset, "no node begins here")
+        return number

@@ -1,0 +1,1048 @@
+# L2' flattened device tree, sequential write: FdtWriter.
+#
+# Same bytes as libfdt's fdt_sw: reserve map at 48, structure at 64, strings behind FDT_END. The
+# string table grows downward, so the newest name comes first, and a name is looked up from the
+# table's start: the newest string that ends in it wins. Whatever is in the table keeps its distance
+# from the table's end, so that is what the hash of suffixes holds; an offset from the start is
+# distance and present size put together. When the table grows, offsets written before are too
+# small by what it grew; the writer notes where that happened ("stretches") and finish() adjusts
+# only what was written before the last growth, which in bulk writing is the first node.
+
+
+
+cdef inline uint64_t fdt_sw_limit(const fdt_sw *sw) noexcept nogil:
+    """Bytes that structure and strings may have together."""
+    return sw.cap if sw.fixed else FDT_MAX_BYTES
+
+
+# ---- string table ----
+
+
+cdef inline uint32_t fdt_sw_mix(uint64_t hashed) noexcept nogil:
+    hashed = (hashed ^ (hashed >> 32)) * <uint64_t>0x9E3779B97F4A7C15ULL
+    return <uint32_t>(hashed >> 32)
+
+
+cdef inline uint64_t fdt_sw_step(uint64_t hashed, unsigned char byte) noexcept nogil:
+    """Hash of byte + suffix, from that of the suffix: one pass gives all suffixes of a name."""
+    return (hashed + byte + 1) * <uint64_t>0xD6E8FEB86659FD93ULL
+
+
+cdef uint64_t fdt_sw_slot_of(
+    const fdt_sw *sw, uint32_t hashed, const unsigned char *name, uint64_t length
+) noexcept nogil:
+    """Slot of the suffix *name*, or the free one where it belongs."""
+    cdef uint64_t slot = hashed & (sw.nr_slots - 1)
+    cdef const unsigned char *end = sw.tab + sw.tabcap
+    cdef const unsigned char *at
+    while sw.slots[slot].dist:
+        if sw.slots[slot].hash == hashed and sw.slots[slot].dist > length:
+            at = end - sw.slots[slot].dist
+            if at[length] == 0 and memcmp(at, name, length) == 0:
+                return slot
+        slot = (slot + 1) & (sw.nr_slots - 1)
+    return slot
+
+
+cdef int fdt_sw_rehash(fdt_sw *sw, uint64_t nr_slots) noexcept nogil:
+    cdef fdt_sw_slot *old = sw.slots
+    cdef fdt_sw_slot *slots = <fdt_sw_slot *>calloc(nr_slots, sizeof(fdt_sw_slot))
+    cdef uint64_t i, slot
+    if slots == NULL:
+        return -ENOMEM
+    for i in range(sw.nr_slots):
+        if old[i].dist:
+            slot = old[i].hash & (nr_slots - 1)
+            while slots[slot].dist:
+                slot = (slot + 1) & (nr_slots - 1)
+            slots[slot] = old[i]
+    free(old)
+    sw.slots = slots
+    sw.nr_slots = nr_slots
+    return 0
+
+
+cdef int64_t fdt_sw_find_string(
+    const fdt_sw *sw, const unsigned char *name, uint64_t length
+) noexcept nogil:
+    """Distance of *name* from the end of the table, or 0."""
+    cdef uint64_t hashed = 0, i
+    if sw.nr_slots == 0:
+        return 0
+    for i in range(length, 0, -1):
+        hashed = fdt_sw_step(hashed, name[i - 1])
+    return sw.slots[fdt_sw_slot_of(sw, fdt_sw_mix(hashed), name, length)].dist
+
+
+cdef int64_t fdt_sw_add_string(
+    fdt_sw *sw, const unsigned char *name, uint64_t length
+) noexcept nogil:
+    """Distance of *name* from the end of the table, added at its start if need be; or -errno."""
+    cdef int64_t found = fdt_sw_find_string(sw, name, length)
+    cdef uint64_t hashed = 0, i, slot, cap
+    cdef unsigned char *tab
+    cdef void *grown
+    cdef int rc
+    if found:
+        return found
+    if sw.pos + sw.tabsize + length + 1 > fdt_sw_limit(sw):
+        return -ENOSPC
+
+    # All that can fail comes first.
+    if sw.tabsize + length + 1 > sw.tabcap:
+        cap = max(2 * sw.tabcap, sw.tabsize + length + 1)
+        cap = max(cap, <uint64_t>256)
+        tab = <unsigned char *>malloc(cap)
+        if tab == NULL:
+            return -ENOMEM
+        if sw.tabsize:
+            memcpy(tab + cap - sw.tabsize, sw.tab + sw.tabcap - sw.tabsize, sw.tabsize)
+        free(sw.tab)
+        sw.tab = tab
+        sw.tabcap = cap
+    if sw.nr_stretches == sw.cap_stretches:
+        cap = 2 * sw.cap_stretches if sw.cap_stretches else 16
+        grown = realloc(sw.stretches, cap * sizeof(fdt_sw_stretch))
+        if grown == NULL:
+            return -ENOMEM
+        sw.stretches = <fdt_sw_stretch *>grown
+        sw.cap_stretches = cap
+    cap = sw.nr_slots if sw.nr_slots else 64
+    while 2 * (sw.nr_used + length) > cap:
+        cap *= 2
+    if cap != sw.nr_slots:
+        rc = fdt_sw_rehash(sw, cap)
+        if rc < 0:
+            return rc
+
+    sw.tabsize += length + 1
+    tab = sw.tab + sw.tabcap - sw.tabsize
+    memcpy(tab, name, length)
+    tab[length] = 0
+    sw.stretches[sw.nr_stretches].pos = sw.pos
+    sw.stretches[sw.nr_stretches].tabsize = sw.tabsize
+    sw.nr_stretches += 1
+    for i in range(length, 0, -1):
+        hashed = fdt_sw_step(hashed, name[i - 1])
+        slot = fdt_sw_slot_of(sw, fdt_sw_mix(hashed), tab + i - 1, length - i + 1)
+        sw.nr_used += sw.slots[slot].dist == 0
+        sw.slots[slot].hash = fdt_sw_mix(hashed)
+        sw.slots[slot].dist = <uint32_t>(sw.tabsize - (i - 1))
+    return sw.tabsize
+
+
+# ---- structure ----
+
+
+cdef int fdt_sw_grow(fdt_sw *sw, uint64_t need) noexcept nogil:
+    """Let the buffer hold *need* bytes, of which there are at most FDT_MAX_BYTES."""
+    cdef uint64_t cap
+    cdef void *grown
+    if need > sw.cap:
+        cap = min(max(2 * sw.cap, need), <uint64_t>FDT_MAX_BYTES)
+        grown = realloc(sw.buf, cap)
+        if grown == NULL:
+            return -ENOMEM
+        sw.buf = <unsigned char *>grown
+        sw.cap = cap
+    return 0
+
+
+cdef int fdt_sw_reserve(fdt_sw *sw, uint64_t nbytes) noexcept nogil:
+    """Make room for *nbytes* more of structure."""
+    if nbytes > FDT_MAX_BYTES or sw.pos + nbytes + sw.tabsize > fdt_sw_limit(sw):
+        return -ENOSPC
+    return fdt_sw_grow(sw, sw.pos + nbytes)
+
+
+cdef inline void fdt_copy(
+    unsigned char *to, const unsigned char *source, uint64_t length
+) noexcept nogil:
+    """memcpy that is inlined where most names and values are: up to 16 bytes."""
+    if length > 16:
+        memcpy(to, source, length)
+    elif length >= 8:
+        memcpy(to, source, 8)
+        memcpy(to + length - 8, source + length - 8, 8)
+    elif length >= 4:
+        memcpy(to, source, 4)
+        memcpy(to + length - 4, source + length - 4, 4)
+    elif length:
+        to[0] = source[0]
+        to[length >> 1] = source[length >> 1]
+        to[length - 1] = source[length - 1]
+
+
+cdef inline unsigned char *fdt_sw_put_name(
+    unsigned char *to, const unsigned char *name, uint64_t length
+) noexcept nogil:
+    cdef uint64_t padded = fdt_align(length + 1)
+    fdt_st32(to, FDT_BEGIN_NODE)
+    memset(to + padded, 0, 4)           # the last word of the name: NUL and padding
+    fdt_copy(to + 4, name, length)
+    return to + 4 + padded
+
+
+cdef inline unsigned char *fdt_sw_put_property(
+    unsigned char *to, uint32_t nameoff, const unsigned char *value, uint64_t length
+) noexcept nogil:
+    """*nameoff* is big-endian already."""
+    cdef uint64_t padded = fdt_align(length)
+    fdt_st32(to, FDT_PROP)
+    fdt_st32(to + 4, <uint32_t>length)
+    memcpy(to + 8, &nameoff, 4)
+    if padded != length:
+        memset(to + 8 + padded, 0, 4)
+    fdt_copy(to + 12, value, length)
+    return to + 12 + padded
+
+
+cdef int fdt_sw_property(
+    fdt_sw *sw, const unsigned char *name, uint64_t name_len,
+    const unsigned char *value, uint64_t length
+) noexcept nogil:
+    cdef int64_t dist
+    cdef int rc
+    if length > FDT_MAX_BYTES:
+        return -ENOSPC
+    rc = fdt_sw_reserve(sw, 12 + fdt_align(length))
+    if rc < 0:
+        return rc
+    if (
+        sw.pos + 12 + fdt_align(length) + sw.tabsize + name_len + 1 > fdt_sw_limit(sw)
+        and not fdt_sw_find_string(sw, name, name_len)
+    ):
+        return -ENOSPC                  # before the string is added
+    dist = fdt_sw_add_string(sw, name, name_len)
+    if dist < 0:
+        return <int>dist
+    sw.pos = fdt_sw_put_property(
+        sw.buf + sw.pos, htobe32(<uint32_t>(sw.tabsize - dist)), value, length
+    ) - sw.buf
+    return 0
+
+
+cdef void fdt_sw_adjust(fdt_sw *sw) noexcept nogil:
+    """Bring name offsets of a smaller string table up to date."""
+    cdef fdt_blob blob
+    cdef fdt_token token
+    cdef fdt_fault fault
+    cdef uint64_t offset = FDT_SW_STRUCT, stretch = 0, last = sw.nr_stretches - 1
+    if sw.nr_stretches == 0:
+        return
+    blob.base = sw.buf
+    blob.off_dt_struct = FDT_SW_STRUCT
+    blob.end_dt_struct = sw.pos
+    while offset < sw.stretches[last].pos:
+        while sw.stretches[stretch + 1].pos <= offset:
+            stretch += 1
+        if fdt_next_tag(&blob, offset, &token, &fault) < 0:
+            return                      # somebody else wrote into the buffer
+        if token.tag == FDT_PROP:
+            fdt_st32(
+                sw.buf + offset + 8,
+                <uint32_t>(token.nameoff + sw.tabsize - sw.stretches[stretch].tabsize),
+            )
+        offset = token.next
+
+
+cdef int fdt_sw_finish(fdt_sw *sw) noexcept nogil:
+    """Write FDT_END, strings and header; sw.pos becomes totalsize."""
+    cdef unsigned char *header
+    cdef uint64_t end = sw.pos + 4
+    cdef int rc
+    if end + sw.tabsize > fdt_sw_limit(sw):
+        return -ENOSPC
+    rc = fdt_sw_grow(sw, end + sw.tabsize)
+    if rc < 0:
+        return rc
+    fdt_sw_adjust(sw)
+    fdt_st32(sw.buf + sw.pos, FDT_END)
+    if sw.tabsize:
+        memcpy(sw.buf + end, sw.tab + sw.tabcap - sw.tabsize, sw.tabsize)
+    header = sw.buf
+    memset(header, 0, FDT_SW_STRUCT)
+    fdt_st32(header, FDT_MAGIC)
+    fdt_st32(header + 4, <uint32_t>(end + sw.tabsize))
+    fdt_st32(header + 8, FDT_SW_STRUCT)
+    fdt_st32(header + 12, <uint32_t>end)
+    fdt_st32(header + 16, FDT_SW_RSVMAP)
+    fdt_st32(header + 20, 17)
+    fdt_st32(header + 24, 16)
+    fdt_st32(header + 32, <uint32_t>sw.tabsize)
+    fdt_st32(header + 36, <uint32_t>(end - FDT_SW_STRUCT))
+    sw.pos = end + sw.tabsize
+    return 0
+
+
+cdef void fdt_sw_free(fdt_sw *sw) noexcept nogil:
+    if not sw.fixed:
+        free(sw.buf)
+    free(sw.tab)
+    free(sw.slots)
+    free(sw.stretches)
+    memset(sw, 0, sizeof(fdt_sw))
+
+
+# ---- many nodes ----
+
+cdef enum:
+    FDT_DIGITS = 20             # of the largest uint64_t
+
+
+# A run of names <prefix><number>: text holds the present one, NUL padded to a whole word.
+ctypedef struct fdt_counter:
+    unsigned char *text         # prefix_len + FDT_DIGITS + 8 bytes
+    uint64_t prefix_len
+    uint64_t digits
+
+
+cdef void fdt_counter_set(fdt_counter *counter, uint64_t number) noexcept nogil:
+    cdef unsigned char reversed_[FDT_DIGITS]
+    cdef uint64_t digits = 0, i
+    while True:
+        reversed_[digits] = <unsigned char>(c"0" + number % 10)
+        number //= 10
+        digits += 1
+        if number == 0:
+            break
+    for i in range(digits):
+        counter.text[counter.prefix_len + i] = reversed_[digits - 1 - i]
+    memset(counter.text + counter.prefix_len + digits, 0, 8)
+    counter.digits = digits
+
+
+cdef inline void fdt_counter_next(fdt_counter *counter, uint64_t number) noexcept nogil:
+    """Go on to *number*, one above the present one."""
+    cdef unsigned char *last = counter.text + counter.prefix_len + counter.digits - 1
+    if last[0] != c"9":
+        last[0] += 1
+    else:
+        fdt_counter_set(counter, number)
+
+
+cdef inline int fdt_row_bounds(
+    const fdt_rows *rows, uint64_t row, uint64_t *length
+) noexcept nogil:
+    """Length of a ragged row whose offsets are checked, or -1."""
+    cdef uint64_t start = rows.offsets[row], stop = rows.offsets[row + 1]
+    if start > stop or stop > rows.size or stop - start < rows.tail:
+        return -1
+    length[0] = stop - start - rows.tail
+    return 0
+
+
+cdef int fdt_rows_size(
+    const fdt_rows *names, uint64_t first, bint counted, const fdt_rows *properties,
+    uint64_t nr_properties, uint64_t nr_rows, uint64_t *sizes, uint64_t *total, uint64_t *bad
+) noexcept nogil:
+    """Check all rows and add up what they take in the structure; -1 if row *bad* is wrong.
+
+    *sizes*, if not NULL, gets each row's bytes.
+    """
+    cdef const fdt_rows *rows
+    cdef uint64_t row, i, length = 0, nbytes, fixed = 8, digits = 1, limit = 10
+    if counted:
+        while limit <= first:
+            digits += 1
+            limit *= 10
+    for i in range(nr_properties):
+        if properties[i].offsets == NULL and properties[i].present == NULL:
+            fixed += 12 + fdt_align(properties[i].width)
+    total[0] = 0
+    for row in range(nr_rows):
+        bad[0] = row
+        if counted:
+            if first + row == limit:
+                digits += 1
+                limit *= 10
+            length = names.width + digits
+        elif fdt_row_bounds(names, row, &length) < 0 or length == 0:
+            return -1
+        nbytes = fixed + fdt_align(length + 1)
+        for i in range(nr_properties):
+            rows = &properties[i]
+            if rows.offsets == NULL:
+                if rows.present != NULL and rows.present[row]:
+                    nbytes += 12 + fdt_align(rows.width)
+            elif rows.present == NULL or rows.present[row]:
+                if fdt_row_bounds(rows, row, &length) < 0:
+                    return -1
+                nbytes += 12 + fdt_align(length)
+        if sizes != NULL:
+            sizes[row] = nbytes
+        total[0] += nbytes
+        if total[0] > <uint64_t>1 << 62:
+            return -1
+    return 0
+
+
+cdef int fdt_sw_add_rows(
+    fdt_sw *sw, const fdt_rows *names, uint64_t first, fdt_counter *counter,
+    fdt_rows *properties, uint64_t nr_properties, uint64_t nr_rows, uint64_t nbytes
+) noexcept nogil:
+    """Write nodes; fdt_rows_size() checked them and said that they take *nbytes*."""
+    cdef unsigned char *to
+    cdef unsigned char *limit
+    cdef const unsigned char *value
+    cdef fdt_rows *rows
+    cdef uint64_t row, i, length = 0
+    cdef int64_t dist
+    cdef int rc = fdt_sw_reserve(sw, nbytes)
+    if rc < 0:
+        return rc
+    to = sw.buf + sw.pos
+    limit = to + nbytes
+    if counter != NULL:
+        fdt_counter_set(counter, first)
+    for row in range(nr_rows):
+        if counter != NULL:
+            if row:
+                fdt_counter_next(counter, first + row)
+            value = counter.text
+            length = counter.prefix_len + counter.digits
+        else:
+            if fdt_row_bounds(names, row, &length) < 0:
+                return -EINVAL
+            value = names.data + names.offsets[row]
+        if 8 + fdt_align(length + 1) > <uint64_t>(limit - to):
+            return -EINVAL              # another thread changed the arrays
+        to = fdt_sw_put_name(to, value, length)
+        for i in range(nr_properties):
+            rows = &properties[i]
+            if rows.present != NULL and not rows.present[row]:
+                continue
+            if rows.tabsize != sw.tabsize:
+                sw.pos = to - sw.buf
+                dist = fdt_sw_add_string(sw, rows.name, rows.name_len)
+                if dist < 0:
+                    return <int>dist
+                rows.nameoff = htobe32(<uint32_t>(sw.tabsize - dist))
+                rows.tabsize = sw.tabsize
+            if rows.offsets == NULL:
+                value = rows.data + row * rows.stride
+                length = rows.width
+            else:
+                if fdt_row_bounds(rows, row, &length) < 0:
+                    return -EINVAL
+                value = rows.data + rows.offsets[row]
+            if 16 + fdt_align(length) > <uint64_t>(limit - to):
+                return -EINVAL
+            to = fdt_sw_put_property(to, rows.nameoff, value, length)
+        fdt_st32(to, FDT_END_NODE)
+        to += 4
+    sw.pos = to - sw.buf
+    return 0
+
+
+cdef object fdt_whole(object array):
+    """An array's own bytes, one behind the other."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+# What add_nodes() is given, as pointers. Rows count from `start` of what the caller gave.
+@cython.final
+@cython.auto_pickle(False)
+cdef class _FdtRows:
+    cdef list keep              # owners of what is pointed to
+    cdef fdt_rows names
+    cdef bint counted
+    cdef uint64_t first
+    cdef fdt_counter counter
+    cdef fdt_rows *properties
+    cdef uint64_t nr_properties
+    cdef uint64_t nr_rows
+    cdef uint64_t start
+
+    def __cinit__(self, names, properties, start, stop):
+        cdef Py_ssize_t rows
+        self.keep = []
+        self.counted = (
+            isinstance(names, tuple) and len(names) == 3
+            and not isinstance(names[1], (str, bytes))
+        )
+        if self.counted:
+            rows = PyNumber_Index(names[2])
+            if rows < 0:
+                raise ValueError(f"names: {rows} nodes")
+        elif isinstance(names, (str, bytes)):
+            raise TypeError("names: a sequence of names is needed")
+        else:
+            rows = len(names)
+        start, stop, _ = slice(start, stop).indices(rows)
+        self.start = start
+        self.nr_rows = max(stop - start, 0)
+        if 12 * self.nr_rows > FDT_MAX_BYTES:
+            raise FdtError("FDT_ERR_NOSPACE", None, f"{self.nr_rows} nodes")
+        self._take_names(names, start, self.nr_rows)
+
+        properties = dict(properties)
+        self.properties = <fdt_rows *>calloc(len(properties) + 1, sizeof(fdt_rows))
+        if self.properties == NULL:
+            raise MemoryError
+        for name, value in properties.items():
+            self._take_property(&self.properties[self.nr_properties], name, value, rows, start)
+            self.nr_properties += 1
+
+    def __dealloc__(self):
+        free(self.properties)
+        free(self.counter.text)
+
+    cdef int _point(self, fdt_rows *rows, object data) except -1:
+        """Let *rows* point to the uint8 array *data*, or to bytes."""
+        cdef const uint8_t[::1] view = data
+        self.keep.append(data)
+        rows.size = view.shape[0]
+        rows.data = &view[0] if view.shape[0] else <const unsigned char *>b""
+        return 0
+
+    cdef int _take_column(self, fdt_rows *rows, Column column, Py_ssize_t start) except -1:
+        self.keep.append(column)
+        rows.size = column._data.shape[0]
+        rows.data = &column._data[0] if rows.size else <const unsigned char *>b""
+        rows.offsets = &column._offsets[start]
+        if column._present.shape[0]:
+            rows.present = &column._present[0] + start
+        return 0
+
+    cdef int _take_names(self, object names, Py_ssize_t start, Py_ssize_t rows) except -1:
+        cdef bytes prefix, joined
+        cdef uint64_t[::1] offsets
+        cdef const unsigned char *at
+        cdef const unsigned char *end
+        cdef Py_ssize_t i
+        cdef uint64_t low, high
+        if isinstance(names, Column):
+            if not (<Column>names).present[start:start + rows].all():
+                raise ValueError("names: a row is not present")
+            self._take_column(&self.names, names, start)
+            low, high = self.names.offsets[0], self.names.offsets[rows]
+            if rows and low <= high <= self.names.size:
+                for byte in b"/\0":
+                    if memchr(self.names.data + low, byte, high - low) != NULL:
+                        raise ValueError(f"names: a name has {chr(byte)!r} in it")
+            self.names.present = NULL
+            return 0
+        if self.counted:
+            prefix = fdt_encode(names[0])
+            fdt_check_name(prefix + b"0", False)
+            self.first = as_u64(names[1])
+            if self.first > <uint64_t>1000000000000000000:
+                raise OverflowError(f"names: {self.first} is above 10 ** 18")
+            self.first += start
+            self.names.width = len(prefix)
+            self.counter.prefix_len = len(prefix)
+            self.counter.text = <unsigned char *>xmalloc(len(prefix) + FDT_DIGITS + 8)
+            memcpy(self.counter.text, PyBytes_AS_STRING(prefix), len(prefix))
+            return 0
+
+        # Names are joined by NULs, which at the same time shows those that have one inside.
+        chosen = names[start:start + rows]
+        if isinstance(chosen, np.ndarray):
+            chosen = chosen.tolist()
+        if rows and isinstance(chosen[0], bytes):
+            joined = b"\0".join(chosen) + b"\0"
+        else:
+            joined = fdt_encode("\0".join(chosen) + "\0")
+        if rows == 0:
+            joined = b""
+        if b"/" in joined:
+            raise ValueError("names: a name has '/' in it")
+        if joined.count(0) != rows:
+            raise ValueError("names: a name has NUL in it")
+        array = np.zeros(rows + 1, np.uint64)
+        offsets = array
+        at = <const unsigned char *>PyBytes_AS_STRING(joined)
+        end = at + len(joined)
+        for i in range(rows):
+            at = <const unsigned char *>memchr(at, 0, end - at) + 1
+            offsets[i + 1] = at - <const unsigned char *>PyBytes_AS_STRING(joined)
+        self._point(&self.names, joined)
+        self.keep.append(array)
+        self.names.offsets = &offsets[0]
+        self.names.tail = 1
+        return 0
+
+    cdef int _take_property(
+        self, fdt_rows *rows, object name, object value, Py_ssize_t all_rows, Py_ssize_t start
+    ) except -1:
+        cdef bytes key = fdt_property_key(name)
+        cdef uint64_t[::1] offsets
+        cdef uint8_t[::1] present
+        cdef uint64_t i, end = 0
+        self.keep.append(key)
+        rows.name = <const unsigned char *>PyBytes_AS_STRING(key)
+        rows.name_len = len(key)
+        rows.tabsize = <uint64_t>-1     # never looked up yet
+        if isinstance(value, Column):
+            if len(value) != all_rows:
+                raise ValueError(f"{name}: {len(value)} rows for {all_rows} nodes")
+            self._take_column(rows, value, start)
+        elif isinstance(value, np.ndarray):
+            if value.ndim == 0 or value.shape[0] != all_rows:
+                raise ValueError(f"{name}: shape {value.shape} for {all_rows} nodes")
+            if value.dtype.hasobject:
+                raise TypeError(f"{name}: an array of Python objects has no bytes")
+            self._point(rows, fdt_whole(value[start:start + self.nr_rows]))
+            if self.nr_rows:
+                rows.width = rows.stride = rows.size // self.nr_rows
+        elif isinstance(value, (list, tuple)):
+            if len(value) != all_rows:
+                raise ValueError(f"{name}: {len(value)} values for {all_rows} nodes")
+            chosen = value[start:start + self.nr_rows]
+            array = np.zeros(self.nr_rows + 1, np.uint64)
+            flags = np.ones(self.nr_rows, np.uint8)
+            offsets, present = array, flags
+            for i in range(self.nr_rows):
+                item = chosen[i]
+                if item is None:
+                    present[i] = 0
+                elif type(item) is bytes:
+                    end += PyBytes_GET_SIZE(item)
+                else:
+                    end += memoryview(item).nbytes
+                offsets[i + 1] = end
+            self._point(rows, b"".join([item for item in chosen if item is not None]))
+            self.keep += [array, flags]
+            rows.offsets = &offsets[0]
+            if self.nr_rows:
+                rows.present = &present[0]
+        elif PyObject_CheckBuffer(value):
+            self._point(rows, fdt_value(value))
+            rows.width = rows.size
+        else:
+            raise TypeError(
+                f"{name}: bytes, an array, a list of bytes or a Column, "
+                f"not {type(value).__name__}"
+            )
+        if rows.width > FDT_MAX_BYTES:
+            raise FdtError("FDT_ERR_NOSPACE", None, f"{name}: {rows.width} bytes")
+        return 0
+
+    cdef uint64_t size(self, uint64_t *sizes) except? 0:
+        """Check all rows; bytes that they take in the structure."""
+        cdef uint64_t total, bad = 0
+        cdef int rc
+        with nogil:
+            rc = fdt_rows_size(
+                &self.names, self.first, self.counted, self.properties, self.nr_properties,
+                self.nr_rows, sizes, &total, &bad,
+            )
+        if rc < 0:
+            raise ValueError(
+                f"row {self.start + bad}: its name is empty, or offsets point outside the data"
+            )
+        return total
+
+
+cdef int fdt_check_name(bytes name, bint root) except -1:
+    if root:
+        if name:
+            raise ValueError(f"the root node has no name, not {name!r}")
+        return 0
+    if not name:
+        raise ValueError("only the root node may have an empty name")
+    if b"/" in name or b"\0" in name:
+        raise ValueError(f"node name {name!r}: '/' and NUL are not allowed")
+    return 0
+
+
+cdef bytes fdt_property_key(object name):
+    """A property's name as bytes, within the rules."""
+    cdef bytes key = fdt_encode(name)
+    if PyBytes_GET_SIZE(key) == 0:
+        raise ValueError("a property needs a name")
+    if PyBytes_GET_SIZE(key) > FDT_MAX_PROPERTY_NAME:
+        raise ValueError(f"property name {key[:40]!r}...: above {FDT_MAX_PROPERTY_NAME} bytes")
+    if memchr(PyBytes_AS_STRING(key), 0, PyBytes_GET_SIZE(key)) != NULL:
+        raise ValueError(f"property name {key!r}: NUL is not allowed")
+    return key
+
+
+# ---- the writer ----
+
+
+# Owner of a finished tree's bytes, once the writer let go of them.
+@cython.final
+@cython.auto_pickle(False)
+cdef class _FdtBytes:
+    cdef unsigned char *buf
+    cdef Py_ssize_t nbytes
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        PyBuffer_FillInfo(view, self, self.buf, self.nbytes, False, flags)
+
+    def __dealloc__(self):
+        free(self.buf)
+
+
+@cython.final
+@cython.auto_pickle(False)
+cdef class _FdtNodeContext:
+    cdef FdtWriter writer
+    cdef object name
+    cdef object token
+
+    def __cinit__(self, FdtWriter writer not None, name):
+        self.writer = writer
+        self.name = name
+
+    def __enter__(self):
+        if self.token is not None:
+            raise ValueError(f"node {self.name!r} was begun already")
+        self.token = self.writer.begin_node(self.name)
+        return self.writer
+
+    def __exit__(self, kind, value, traceback):
+        if kind is None:
+            self.writer.end_node(self.token)
+
+
+@cython.final
+@cython.auto_pickle(False)
+cdef class FdtWriter:
+    """Write a flattened device tree from its first byte to its last.
+
+    Gives byte for byte what libfdt's sequential writer (``fdt_create()`` to ``fdt_finish()``) gives
+    for the same calls, version 17 with an empty reserve map.
+
+    Args:
+        size_hint: bytes that will be needed, to have them from the start; it may be wrong.
+        into: writable buffer to write to, as a view of simulated memory; it does not grow.
+
+    Raises:
+        ValueError: a call breaks a rule: a property after a child, names with "/" or NUL, a second
+            root, ``end_node()`` or ``finish()`` at the wrong place.
+        FdtError: FDT_ERR_NOSPACE: *into* is full, or the tree has more than 2 GiB - 1.
+
+    Context:
+        One thread at a time; a second one gets RuntimeError while a bulk call runs without the GIL.
+        A single call that raises leaves the tree as it was; after a bulk call that raised
+        FdtError or MemoryError the writer is only good to be dropped.
+
+    Source:
+        libfdt's ``fdt_sw.c``; DT spec v0.4, chapter 5.
+
+    Example:
+        >>> writer = FdtWriter()
+        >>> with writer.node("") as node:
+        ...     node.property_string("compatible", "kho-v4")
+        ...     node.property_native_u64("preserved-memory-map", 0x123456000)
+        >>> len(writer.finish())
+        152
+    """
+
+    cdef fdt_sw _sw
+    cdef Py_buffer _buffer
+    cdef bint _held
+    cdef object _into
+    cdef list _open             # tokens of the open nodes
+    cdef uint64_t _nr_begun
+    cdef bint _ended            # the last thing written was a node's end
+    cdef bint _busy
+    cdef bint _finished
+    cdef bint _broken
+
+    def __cinit__(self, size_hint=0, *, into=None):
+        cdef uint64_t hint = as_u64(size_hint)
+        self._open = []
+        if into is None:
+            hint = min(max(hint, <uint64_t>1024), <uint64_t>FDT_MAX_BYTES)
+            self._sw.buf = <unsigned char *>xmalloc(hint)
+            self._sw.cap = hint
+        else:
+            PyObject_GetBuffer(into, &self._buffer, PyBUF_WRITABLE)
+            self._held = True
+            self._into = memoryview(into).cast("B") if self._buffer.len else memoryview(b"")
+            self._sw.fixed = True
+            self._sw.buf = <unsigned char *>self._buffer.buf
+            self._sw.cap = min(<uint64_t>self._buffer.len, <uint64_t>FDT_MAX_BYTES)
+            if self._sw.cap < FDT_SW_STRUCT:
+                raise FdtError("FDT_ERR_NOSPACE", None, f"{self._sw.cap} bytes hold no header")
+        self._sw.pos = FDT_SW_STRUCT
+
+    def __dealloc__(self):
+        fdt_sw_free(&self._sw)
+        if self._held:
+            PyBuffer_Release(&self._buffer)
+
+    def begin_node(self, name) -> int:
+        """Begin a node, the root (named "") first.
+
+        Args:
+            name: with its unit address; neither "/" nor NUL.
+
+        Returns:
+            token to give back to ``end_node()``.
+        """
+        cdef bytes raw = fdt_encode(name)
+        self._claim()
+        if not self._open and self._nr_begun:
+            raise ValueError(f"node {name!r}: the root node is complete, and there is only one")
+        fdt_check_name(raw, not self._open)
+        self._room(4 + fdt_align(len(raw) + 1), name)
+        self._sw.pos = fdt_sw_put_name(
+            self._sw.buf + self._sw.pos, <const unsigned char *>PyBytes_AS_STRING(raw),
+            PyBytes_GET_SIZE(raw),
+        ) - self._sw.buf
+        self._nr_begun += 1
+        self._open.append(self._nr_begun)
+        self._ended = False
+        return self._nr_begun
+
+    def end_node(self, token=None) -> None:
+        """End the innermost open node.
+
+        Args:
+            token: what its ``begin_node()`` returned, to have the order checked.
+        """
+        self._claim()
+        if not self._open:
+            raise ValueError("end_node: no node is open")
+        if token is not None and token != self._open[len(self._open) - 1]:
+            raise ValueError("end_node: not the node that was begun last")
+        self._room(4, "end_node")
+        fdt_st32(self._sw.buf + self._sw.pos, FDT_END_NODE)
+        self._sw.pos += 4
+        self._open.pop()
+        self._ended = True
+
+    def node(self, name):
+        """Return a context that begins a node and ends it; its target is this writer.
+
+        Raises:
+            ValueError: on leaving it, if nodes begun inside are still open. An exception that
+                leaves the block leaves the node open.
+        """
+        return _FdtNodeContext.__new__(_FdtNodeContext, self, name)
+
+    def property(self, name, value) -> None:
+        """Add a property to the open node.
+
+        Args:
+            name: 1 to 255 bytes without NUL.
+            value: any buffer, taken as it is.
+        """
+        cdef bytes key
+        cdef Py_buffer buffer
+        if type(value) is bytes:
+            self._property(name, PyBytes_AS_STRING(value), PyBytes_GET_SIZE(value))
+            return
+        PyObject_GetBuffer(value, &buffer, PyBUF_SIMPLE)
+        try:
+            self._property(name, buffer.buf, buffer.len)
+        finally:
+            PyBuffer_Release(&buffer)
+
+    def property_u32(self, name, value) -> None:
+        """Add a property of one big-endian 32-bit cell, as the DT spec has it."""
+        cdef uint64_t number = as_u64(value)
+        cdef uint32_t word
+        if number > <uint32_t>-1:
+            raise OverflowError(f"{name}: {number} needs more than 32 bits")
+        word = htobe32(<uint32_t>number)
+        self._property(name, &word, 4)
+
+    def property_u64(self, name, value) -> None:
+        """Add a property of one big-endian 64-bit number, as the DT spec has it."""
+        cdef uint64_t word = htobe64(as_u64(value))
+        self._property(name, &word, 8)
+
+    def property_native_u64(self, name, value) -> None:
+        """Add a property of one 64-bit number in the processor's byte order, as KHO has it."""
+        cdef uint64_t word = as_u64(value)
+        self._property(name, &word, 8)
+
+    def property_cells(self, name, values) -> None:
+        """Add a property of big-endian 32-bit cells, as ``reg = <1 2 3>``."""
+        cdef list cells = [as_u64(value) for value in values]
+        if cells and max(cells) > <uint32_t>-1:
+            raise OverflowError(f"{name}: {max(cells)} needs more than 32 bits")
+        self.property(name, np.array(cells, ">u4"))
+
+    def property_string(self, name, value) -> None:
+        """Add a property of one NUL-terminated string."""
+        self.property_strings(name, (value,))
+
+    def property_strings(self, name, values) -> None:
+        """Add a property of NUL-terminated strings, one after the other."""
+        cdef bytes raw
+        cdef list parts = []
+        if isinstance(values, (str, bytes)):
+            raise TypeError(f"{name}: a sequence of strings is needed")
+        for value in values:
+            raw = fdt_encode(value)
+            if b"\0" in raw:
+                raise ValueError(f"{name}: NUL inside the string {value!r}")
+            parts.append(raw)
+            parts.append(b"\0")
+        self.property(name, b"".join(parts))
+
+    def add_node(self, name, properties=None) -> None:
+        """Add a whole node without children.
+
+        Args:
+            name: of the node.
+            properties: dict from name to value, any buffer.
+        """
+        cdef uint64_t before = self._sw.pos
+        cdef bint ended = self._ended
+        cdef Py_ssize_t depth = len(self._open)
+        token = self.begin_node(name)
+        try:
+            if properties:
+                for key, value in properties.items():
+                    self.property(key, value)
+            self.end_node(token)
+        except BaseException:
+            # The strings stay; a stretch must not begin behind the end of the structure.
+            if not self._broken and not self._finished and len(self._open) == depth + 1:
+                self._open.pop()
+                self._nr_begun -= depth == 0
+                self._rewind(before)
+                self._ended = ended
+            raise
+
+    def add_nodes(self, names, properties, start=0, stop=None) -> None:
+        """Add many nodes without children, side by side in the open node.
+
+        Args:
+            names: sequence of str; or ``("dev", first, count)`` for dev<first>, dev<first + 1>...;
+                or a Column.
+            properties: dict from a property's name to its values: bytes or another buffer, the
+                same for all nodes; an array of shape (n,) or (n, k), the raw bytes of each row;
+                a list of n buffers, None where the node has no such property; a Column.
+            start: first row to write.
+            stop: row before which to stop; None: all. Both count as in a slice.
+
+        Raises:
+            ValueError: lengths do not agree, or a name breaks the rules; nothing is written.
+
+        Context:
+            Runs without the GIL, except for what turns sequences of Python objects into arrays.
+        """
+        cdef _FdtRows rows
+        cdef uint64_t nbytes
+        cdef int rc
+        self._claim()
+        rows = _FdtRows.__new__(_FdtRows, names, properties, start, stop)
+        nbytes = rows.size(NULL)
+        self._claim()                   # the size was counted without the GIL
+        if not self._open:
+            raise ValueError("add_nodes: no node is open")
+        if rows.nr_rows == 0:
+            return
+        self._busy = True
+        with nogil:
+            rc = fdt_sw_add_rows(
+                &self._sw, &rows.names, rows.first, &rows.counter if rows.counted else NULL,
+                rows.properties, rows.nr_properties, rows.nr_rows, nbytes,
+            )
+        self._busy = False
+        if rc < 0:
+            self._broken = True
+            self._fail(rc, f"add_nodes: {rows.nr_rows} nodes, {nbytes} bytes")
+        self._ended = True
+
+    @staticmethod
+    def nodes_size(names, properties) -> object:
+        """Return the bytes of structure that each node would take.
+
+        Args:
+            names: as in ``add_nodes()``.
+            properties: as in ``add_nodes()``.
+
+        Returns:
+            uint64, shape (n,). Names of properties are not counted, being shared, nor are the
+            open node, the header (64 bytes) and FDT_END (4).
+        """
+        cdef _FdtRows rows = _FdtRows.__new__(_FdtRows, names, properties, 0, None)
+        cdef uint64_t[::1] sizes
+        result = np.empty(rows.nr_rows, np.uint64)
+        if rows.nr_rows:
+            sizes = result
+            rows.size(&sizes[0])
+        return result
+
+    def finish(self) -> memoryview:
+        """End the tree.
+
+        Returns:
+            its bytes, writable: of *into*, or of a block of their own.
+
+        Raises:
+            ValueError: nodes are open, or there is no root.
+        """
+        cdef _FdtBytes owner
+        cdef void *trimmed
+        cdef int rc
+        self._claim()
+        if self._open:
+            raise ValueError(f"finish: {len(self._open)} nodes are open")
+        if not self._nr_begun:
+            raise ValueError("finish: there is no root node")
+        self._busy = True
+        with nogil:
+            rc = fdt_sw_finish(&self._sw)
+        self._busy = False
+        if rc < 0:
+            self._fail(rc, "finish")
+        self._finished = True
+        if self._sw.fixed:
+            return self._into[:self._sw.pos]
+        owner = _FdtBytes.__new__(_FdtBytes)
+        trimmed = realloc(self._sw.buf, self._sw.pos)
+        owner.buf = <unsigned char *>trimmed if trimmed != NULL else self._sw.buf
+        owner.nbytes = self._sw.pos
+        self._sw.buf = NULL
+        fdt_sw_free(&self._sw)
+        return memoryview(owner)
+
+    def __repr__(self) -> str:
+        return f"<FdtWriter, {self._nr_begun} nodes begun, {len(self._open)} open>"
+
+    cdef int _claim(self) except -1:
+        """Refuse a call that comes at the wrong time."""
+        if self._busy:
+            raise RuntimeError("another thread is using this FdtWriter")
+        if self._finished:
+            raise ValueError("the tree is finished")
+        if self._broken:
+            raise ValueError("an earlier add_nodes() failed half-way")
+        return 0
+
+    cdef int _fail(self, int rc, object what) except -1:
+        if rc == -ENOMEM:
+            raise MemoryError
+        if rc == -EINVAL:
+            raise RuntimeError(f"{what}: the arrays changed meanwhile")
+        raise FdtError("FDT_ERR_NOSPACE", self._sw.pos, str(what))
+
+    cdef int _room(self, uint64_t nbytes, object what) except -1:
+        cdef int rc = fdt_sw_reserve(&self._sw, nbytes)
+        if rc < 0:
+            self._fail(rc, what)
+        return 0
+
+    cdef void _rewind(self, uint64_t pos) noexcept:
+        cdef uint64_t i
+        self._sw.pos = pos
+        for i in range(self._sw.nr_stretches):
+            if self._sw.stretches[i].pos > pos:
+                self._sw.stretches[i].pos = pos
+
+    cdef int _property(self, object name, const void *value, uint64_t nbytes) except -1:
+        cdef bytes key = fdt_property_key(name)
+        cdef int rc
+        self._claim()
+        if not self._open:
+            raise ValueError(f"property {name!r}: no node is open")
+        if self._ended:
+            raise ValueError(f"property {name!r}: properties come before a node's children")
+        rc = fdt_sw_property(
+            &self._sw, <const unsigned char *>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key),
+            <const unsigned char *>value, nbytes,
+        )
+        if rc < 0:
+            self._fail(rc, f"property {name!r} of {nbytes} bytes")
+        return 0

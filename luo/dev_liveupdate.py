@@ -1,0 +1,872 @@
+"""The devices in a live update: order, records, slots and callbacks.
+
+Mirrors RFC v1's ``drivers/base/dev_liveupdate.c`` in its intended form (``spec/luo-rfc-v1.md``
+1.8 to 1.12), and adds what its list left to do: state slots in preserved memory, a record for
+each device, and the way back in the next kernel.
+
+Happy path: PREPARE orders the requested devices and their ancestors, children first; lays out
+slots in slabs and records in shards; calls driver then bus of each. REBOOT calls who has a
+callback. The next kernel reads the records before the old one is let go, matches them to its
+devices by path and bus, and calls restore, parents first. FINISH goes children first and frees.
+
+Unhappy path: a failure in PREPARE or REBOOT ends in CANCEL for whatever PREPARE had finished,
+in reverse, bus before driver; then slots and records are freed and the flags are as before.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luo import abi
+from luo._kho import CallTable, call_devices, digest_slots, match_strings, pack_slots
+from luo.device import Batch, Device, DeviceBatch, Devices
+from luo.errors import CallbackError, FdtError, HandoverError, from_errno
+from luo.fdt import Column, Fdt, FdtWriter
+from luo.notifier import (
+    BACKWARDS,
+    RESTORE,
+    Context,
+    Event,
+    Priority,
+    Step,
+    callback_error,
+    failed,
+)
+
+if TYPE_CHECKING:
+    from luo._kho import CallRecorder
+    from luo.kho import Incoming, Kho
+    from luo.liveupdate import LuoIncoming
+    from luo.machine import DeviceTree
+
+__all__ = ["DeviceParticipant", "DeviceRecords"]
+
+Index = NDArray[np.int32]
+Address = NDArray[np.uint64]
+
+#: Driver before bus for everything but the way back.
+SIDES: Final = ("driver", "bus")
+_BIT: Final = {"driver": 1, "bus": 2}
+_MODE: Final = {"PREPARE": "set", "REBOOT": "need", "CANCEL": "clear"}
+
+
+@dataclass(slots=True)
+class _Run:
+    """A stretch of the walk: one batch run, or devices called one by one."""
+
+    start: int
+    stop: int
+    batch: bool
+
+
+@dataclass(slots=True)
+class _Walk:
+    """The devices of one update in the order of PREPARE, and where their slots are.
+
+    Attributes:
+        order: device numbers, ``int32 (n,)``.
+        phys, nbytes: of each slot, by side, in the order of the walk.
+        runs, places, chosen, tables: by event, who is called: the runs, which are cut from the
+            chosen devices, their places in the walk, and the callbacks of each side.
+    """
+
+    order: Index
+    phys: dict[str, Address]
+    nbytes: dict[str, Address]
+    runs: dict[str, list[_Run]] = field(default_factory=dict)
+    places: dict[str, NDArray[np.intp]] = field(default_factory=dict)
+    chosen: dict[str, Index] = field(default_factory=dict)
+    tables: dict[str, dict[str, CallTable]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Saved:
+    """What PREPARE allocated, for whoever must free it."""
+
+    slabs: list[int] = field(default_factory=list)
+    shards: list[int] = field(default_factory=list)
+    chains: dict[str, int] = field(default_factory=dict)
+    slab_entries: NDArray[np.uint64] = field(default_factory=lambda: np.zeros((0, 4), np.uint64))
+    nr_records: int = 0
+    shard_bytes: int = 0
+
+
+def _aligned(nbytes: Address) -> Address:
+    return (nbytes + np.uint64(7)) & ~np.uint64(7)
+
+
+class DeviceParticipant:
+    """All devices of a kernel as one participant of the chain."""
+
+    name = "devices"
+    priority = Priority.WITH_DEVICES
+
+    def __init__(self, devices: Devices, recorder: CallRecorder) -> None:
+        self.devices = devices
+        self.context = Context(devices.kernel)
+        self.records: DeviceRecords | None = None
+        self._recorder = recorder
+        self._done = np.zeros(len(devices.requested), np.uint8)
+        self._walk: _Walk | None = None
+        self._saved = _Saved()
+        self._failures: list[CallbackError] = []
+
+    # ---- the chain's side ----
+
+    @property
+    def prepared(self) -> bool:
+        """Whether CANCEL has something to undo."""
+        return self._walk is not None and self.records is None
+
+    def collect(self) -> list[CallbackError]:
+        """Return, and forget, the failures of restore, finish and cancel callbacks."""
+        failures, self._failures = self._failures, []
+        return failures
+
+    def steps(self, event: str, bulk: bool) -> Iterator[Step]:
+        """Yield the steps of *event*: one a callback, or one a stretch of devices if *bulk*."""
+        if event == Event.PREPARE.name:
+            self._plan()
+        elif self._walk is None:
+            if event == Event.CANCEL.name:
+                self._discard()  # PREPARE failed before there was an order of devices
+            return
+        walk = self._walk
+        assert walk is not None
+        if event not in walk.runs:
+            self._arrange(walk, event)
+        runs = walk.runs[event]
+        for run in reversed(runs) if self._backwards(event) else runs:
+            if run.batch:
+                for side in self._sides(event):
+                    yield from self._batch_steps(walk, event, run, side, bulk)
+            elif bulk:
+                yield self._bulk_step(walk, event, run, self._sides(event))
+            else:
+                yield from self._single_steps(walk, event, run, self._sides(event))
+            self._mark(event, walk.chosen[event][run.start : run.stop])
+        self._mark(event, walk.order)
+        if event == Event.CANCEL.name:
+            self._discard()
+        elif event == Event.FINISH.name:
+            self._release()
+        elif event == RESTORE:
+            self._reclaim_the_rest(walk)
+
+    def _bulk_step(self, walk: _Walk, event: str, run: _Run, sides: tuple[str, ...]) -> Step:
+        count = run.stop - run.start
+        return Step("devices", self.name, lambda: self._call(walk, event, run, sides), None, count)
+
+    def _batch_steps(
+        self, walk: _Walk, event: str, run: _Run, side: str, bulk: bool
+    ) -> Iterator[Step]:
+        """Yield the steps of one side of a batch run; the other side may be no batch."""
+        first = int(walk.chosen[event][run.start])
+        callback = self._callback(side, first, event)
+        if isinstance(callback, Batch):
+            for part in self._parts(walk, event, run, side):
+                call = partial(self._call_batch, walk, event, part, side)
+                yield Step(side, self._owner(side, first), call, None, part.stop - part.start)
+        elif callback is None:
+            self._call(walk, event, run, (side,))  # nothing to call, but the done mask
+        elif bulk:
+            yield self._bulk_step(walk, event, run, (side,))
+        else:
+            yield from self._single_steps(walk, event, run, (side,))
+
+    def _single_steps(
+        self, walk: _Walk, event: str, run: _Run, sides: tuple[str, ...]
+    ) -> Iterator[Step]:
+        """Yield one step a device and callback."""
+        places = range(run.start, run.stop)
+        for place in reversed(places) if self._backwards(event) else places:
+            number = int(walk.chosen[event][place])
+            here = _Run(place, place + 1, False)
+            for side in sides:
+                call = partial(self._call, walk, event, here, (side,))
+                if self._callback(side, number, event) is None or not self._wants(
+                    event, number, side
+                ):
+                    call()  # nothing to call, but the done mask
+                    continue
+                device = Device(self.devices, number)
+                yield Step(side, self._owner(side, number), call, device, 1)
+            if len(sides) == len(SIDES):
+                self._mark(event, walk.chosen[event][place : place + 1])
+
+    def _sides(self, event: str) -> tuple[str, ...]:
+        return SIDES[::-1] if self._backwards(event) else SIDES
+
+    @staticmethod
+    def _backwards(event: str) -> bool:
+        return event in (Event.CANCEL.name, RESTORE)
+
+    def _wants(self, event: str, device: int, side: str) -> bool:
+        return event not in ("REBOOT", "CANCEL") or bool(self._done[device] & _BIT[side])
+
+    def _mark(self, event: str, which: Index) -> None:
+        """Set the flags that *event* leaves on devices that are through with it."""
+        if event == Event.PREPARE.name:
+            self.devices.preserved[which] = True
+        elif event in (Event.CANCEL.name, Event.FINISH.name):
+            self.devices.preserved[which] = False
+            self.devices.reclaimed[which] = False
+
+    # ---- who is called ----
+
+    def _ids(self, side: str) -> Index:
+        return self.devices.driver_ids if side == "driver" else self.devices.bus_ids
+
+    def _owners(self, side: str) -> list[Any]:
+        return self.devices.drivers if side == "driver" else self.devices.buses
+
+    def _owner(self, side: str, device: int) -> str:
+        number = int(self._ids(side)[device])
+        return "" if number < 0 else str(self._owners(side)[number].name)
+
+    def _callback(self, side: str, device: int, event: str) -> Any:
+        number = int(self._ids(side)[device])
+        ops = None if number < 0 else self._owners(side)[number].ops
+        return None if ops is None else getattr(ops, event.lower())
+
+    def _kinds(self, side: str, event: str) -> NDArray[np.int8]:
+        """Return for each owner 0 without a callback, 1 per device, 2 batch; 0 for no owner."""
+        kinds = []
+        for owner in self._owners(side):
+            callback = None if owner.ops is None else getattr(owner.ops, event.lower())
+            kinds.append(0 if callback is None else 2 if isinstance(callback, Batch) else 1)
+        return np.array([*kinds, 0], np.int8)
+
+    def _arrange(self, walk: _Walk, event: str) -> None:
+        """Cut the walk into runs for *event* and build its call tables."""
+        kinds = {side: self._kinds(side, event)[self._ids(side)[walk.order]] for side in SIDES}
+        called = (kinds["driver"] > 0) | (kinds["bus"] > 0)
+        # PREPARE leaves its mark on every device; elsewhere who has no callback costs nothing.
+        everyone = event == Event.PREPARE.name
+        places = np.arange(len(walk.order)) if everyone else np.flatnonzero(called)
+        chosen = walk.order[places]
+        batch = (kinds["driver"][places] == 2) | (kinds["bus"][places] == 2)
+        walk.places[event] = places
+        walk.chosen[event] = chosen
+        walk.runs[event] = list(self._cut(walk, places, chosen, batch))
+        walk.tables[event] = {side: self._table(side, event) for side in SIDES}
+
+    def _cut(
+        self, walk: _Walk, places: NDArray[np.intp], chosen: Index, batch: NDArray[np.bool_]
+    ) -> Iterator[_Run]:
+        n = len(chosen)
+        if not n:
+            return
+        new = batch[1:] != batch[:-1]
+        if batch.any():
+            tree: DeviceTree = self.devices.tree  # type: ignore[assignment]
+            differs = tree.depths[chosen[1:]] != tree.depths[chosen[:-1]]
+            stride = np.zeros(n, np.uint64)
+            for side in SIDES:
+                ids, nbytes = self._ids(side)[chosen], walk.nbytes[side][places]
+                differs |= (ids[1:] != ids[:-1]) | (nbytes[1:] != nbytes[:-1])
+                stride += _aligned(nbytes)
+            for side in SIDES:
+                # The slots of a run lie at equal distances, so that they are one array.
+                phys = walk.phys[side][places]
+                differs |= (walk.nbytes[side][places][1:] > 0) & (
+                    phys[1:] != phys[:-1] + stride[:-1]
+                )
+            new |= batch[1:] & differs
+        cuts = [0, *(np.flatnonzero(new) + 1).tolist(), n]
+        for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+            yield _Run(start, stop, bool(batch[start]))
+
+    def _table(self, side: str, event: str) -> CallTable:
+        calls: list[Callable[[Device], int | None] | None] = []
+        keys = []
+        for owner in self._owners(side):
+            callback = None if owner.ops is None else getattr(owner.ops, event.lower())
+            calls.append(None if isinstance(callback, Batch) else callback)
+            keys.append(self._key(event, side, owner.name) if callback is not None else 0)
+        mode = _MODE.get(event, "plain")
+        return CallTable(self._ids(side), calls, np.array(keys, np.int32), _BIT[side], mode)
+
+    def _key(self, event: str, side: str, name: str) -> int:
+        return self._recorder.key(self.name, event, side, name)
+
+    # ---- calling ----
+
+    def _call(self, walk: _Walk, event: str, run: _Run, sides: tuple[str, ...]) -> None:
+        collect: list[Any] | None = [] if event in BACKWARDS else None
+        failure = call_devices(
+            self._recorder,
+            self.devices,
+            Device,
+            walk.chosen[event],
+            run.start,
+            run.stop,
+            self._backwards(event),
+            [walk.tables[event][side] for side in sides],
+            self._done,
+            collect,
+        )
+        for device, side, outcome in collect or ():
+            self._failures.append(self._error(event, sides[side], device, outcome))
+        if failure is not None:
+            device, side, outcome = failure
+            error = self._error(event, sides[side], device, outcome)
+            raise error from error.__cause__
+
+    def _error(self, event: str, side: str, device: int, outcome: object) -> CallbackError:
+        return callback_error(
+            outcome,
+            event=event,
+            kind=side,
+            name=self._owner(side, device),
+            callback=self._callback(side, device, event),
+            device=self.devices.tree.path(device),
+        )
+
+    def _parts(self, walk: _Walk, event: str, run: _Run, side: str) -> list[_Run]:
+        """Return the parts of a batch run that are to be called: CANCEL skips who did not run."""
+        chosen = walk.chosen[event][run.start : run.stop]
+        if event not in ("REBOOT", "CANCEL"):
+            return [run]
+        wanted = (self._done[chosen] & _BIT[side]) != 0
+        edges = np.flatnonzero(np.diff(np.concatenate(([False], wanted, [False])).astype(np.int8)))
+        return [
+            _Run(run.start + int(start), run.start + int(stop), True)
+            for start, stop in zip(edges[::2], edges[1::2], strict=True)
+        ]
+
+    def _batch(self, walk: _Walk, event: str, run: _Run, side: str) -> DeviceBatch:
+        index = walk.chosen[event][run.start : run.stop]
+        place = walk.places[event][run.start]
+        size, phys = int(walk.nbytes[side][place]), int(walk.phys[side][place])
+        stride = sum(int(_aligned(walk.nbytes[s][place : place + 1])[0]) for s in SIDES)
+        if size:
+            extent = self.devices.kernel.memory.view(phys, stride * (len(index) - 1) + size)
+            slots = np.ndarray((len(index), size), np.uint8, extent, 0, (stride, 1))
+        else:
+            slots = np.empty((len(index), 0), np.uint8)
+        return DeviceBatch(self.devices, index, slots)
+
+    def _call_batch(self, walk: _Walk, event: str, run: _Run, side: str) -> None:
+        devices = self._batch(walk, event, run, side)
+        index, bit = devices.index, np.uint8(_BIT[side])
+        first = int(index[0])
+        callback = self._callback(side, first, event)
+        key = self._key(event, side, self._owner(side, first))
+        if event == Event.CANCEL.name:
+            self._done[index] &= ~bit
+        start = self._recorder.read_clock()
+        outcome: Any
+        try:
+            outcome = callback(devices)
+        except Exception as error:
+            outcome = error
+        self._recorder.add(key, self._recorder.read_clock() - start, len(index))
+        wrong = self._wrong(outcome, len(index))
+        if event == Event.PREPARE.name:
+            ran = np.ones(len(index), np.bool_)
+            ran[[place for place, _ in wrong]] = False
+            self._done[index[ran]] |= bit
+        errors = [self._error(event, side, int(index[place]), what) for place, what in wrong]
+        if event in BACKWARDS:
+            self._failures += errors if isinstance(outcome, np.ndarray) else errors[:1]
+        elif errors:
+            raise errors[0] from errors[0].__cause__
+
+    @staticmethod
+    def _wrong(outcome: Any, n: int) -> list[tuple[int, object]]:
+        """Return (place, outcome) of each device of a batch that failed, lowest first."""
+        if isinstance(outcome, np.ndarray) and outcome.shape == (n,):
+            return [(int(place), int(outcome[place])) for place in np.flatnonzero(outcome)]
+        if isinstance(outcome, BaseException) or failed(outcome):
+            return [(place, outcome) for place in range(n)]
+        return []
+
+    # ---- PREPARE ----
+
+    def _plan(self) -> None:
+        """Order the devices, allocate slots, write records: all that can fail for memory."""
+        devices = self.devices
+        tree: DeviceTree = devices.tree  # type: ignore[assignment]
+        requested = devices.requested & tree.alive
+        lost = np.flatnonzero(requested & ~devices.eligible())
+        if lost.size:  # RFC v1 quirk 12: somebody bound another driver since the request
+            first = int(lost[0])
+            raise from_errno(
+                errno.EINVAL, f"PREPARE {tree.path(first)}: {devices.why_not_eligible(first)}"
+            )
+        order = tree.preserve_order(requested)
+        nbytes = {side: self._state_sizes(side, order) for side in SIDES}
+        group = self._batch_groups(order, nbytes)
+        if group is not None:
+            by_device = {side: np.zeros(len(requested), np.uint64) for side in SIDES}
+            for side in SIDES:
+                by_device[side][order] = nbytes[side]
+            order = tree.preserve_order(requested, group)
+            nbytes = {side: by_device[side][order] for side in SIDES}
+        phys = self._allocate_slots(order, nbytes)
+        self._write_records(order, phys, nbytes)
+        self._done[:] = 0
+        self._walk = _Walk(order, phys, nbytes)
+        devices.set_slots(order, phys, nbytes)
+        for event in (Event.PREPARE, Event.REBOOT, Event.CANCEL):
+            self._arrange(self._walk, event.name)  # REBOOT shall not do it in blackout
+
+    def _state_sizes(self, side: str, order: Index) -> Address:
+        """Return the slot size of each device in *order* on one side."""
+        ids = self._ids(side)[order]
+        sizes = np.zeros(len(order), np.uint64)
+        for number, owner in enumerate(self._owners(side)):
+            if owner.ops is None or (
+                owner.ops.state_size.__class__ is int and not owner.ops.state_size
+            ):
+                continue
+            places = np.flatnonzero(ids == number)
+            if not places.size:
+                continue
+            ask = owner.ops.state_size
+            if isinstance(ask, int):
+                sizes[places] = ask
+            elif isinstance(ask, Batch):
+                empty = np.empty((len(places), 0), np.uint8)
+                answer = self._ask(side, ask, DeviceBatch(self.devices, order[places], empty), None)
+                sizes[places] = answer
+            else:
+                for place in places:
+                    device = Device(self.devices, int(order[place]))
+                    sizes[place] = self._ask(side, ask, device, device.path)
+        return sizes
+
+    def _ask(self, side: str, ask: Any, what: Any, path: str | None) -> Any:
+        first = what.index if path is not None else int(what.index[0])
+        try:
+            answer = ask(what)
+            array = np.asarray(answer)
+            if array.dtype.kind not in "iu" or (array.size and int(array.min()) < 0):
+                raise TypeError(f"state_size returned {answer!r}, not a number of bytes")
+            return array.astype(np.uint64)
+        except Exception as error:
+            raise callback_error(
+                error,
+                event=Event.PREPARE.name,
+                kind=side,
+                name=self._owner(side, first),
+                callback=ask,
+                device=path or self.devices.tree.path(first),
+            ) from error
+
+    def _batch_groups(self, order: Index, nbytes: dict[str, Address]) -> Index | None:
+        """Return a group number for each device that batch callbacks serve, None if none is."""
+        batched = np.zeros(len(order), np.bool_)
+        for event in (*(event.name for event in Event), RESTORE):
+            for side in SIDES:
+                batched |= (self._kinds(side, event) == 2)[self._ids(side)[order]]
+        if not batched.any():
+            return None
+        # One number for (driver, bus, sizes); a mixed radix would overflow, so step by step.
+        number = np.zeros(len(order), np.int64)
+        for part in (
+            *(self._ids(side)[order] for side in SIDES),
+            *(nbytes[side] for side in SIDES),
+        ):
+            values, code = np.unique(part, return_inverse=True)
+            if len(values) > 1:
+                _, number = np.unique(number * len(values) + code, return_inverse=True)
+        group = np.full(len(self.devices.requested), -1, np.int32)
+        group[order[batched]] = number[batched]
+        return group
+
+    def _allocate_slots(self, order: Index, nbytes: dict[str, Address]) -> dict[str, Address]:
+        kho: Kho = self.devices.kernel.kho
+        limit = self.devices.kernel.memory.page_size << self.devices.kernel.memory.max_order
+        sizes = _aligned(nbytes["driver"]) + _aligned(nbytes["bus"])
+        if sizes.size and int(sizes.max()) > limit:
+            first = int(order[int(np.flatnonzero(sizes > limit)[0])])
+            raise from_errno(
+                errno.E2BIG,
+                f"PREPARE {self.devices.tree.path(first)}: slot of {int(sizes.max())} bytes,"
+                f" a kernel allocates {limit} in one piece",
+            )
+        slab, offset, used = pack_slots(sizes, limit)
+        entries = np.zeros((len(used), 4), np.uint64)
+        for number, nbytes_used in enumerate(used.tolist()):
+            self._saved.slabs.append(kho.alloc_preserve(nbytes_used))
+            entries[number, 1] = nbytes_used
+        entries[:, 0] = np.array(self._saved.slabs, np.uint64)
+        entries[:, 2] = np.searchsorted(slab, np.arange(len(used)))
+        entries[:, 3] = np.bincount(slab[slab < len(used)], minlength=len(used))[: len(used)]
+        self._saved.slab_entries = entries
+        self._saved.chains["slabs"] = kho.write_blocks(entries, 32) if len(used) else 0
+        # A slot of no bytes after the last full slab has no slab; its address is never used.
+        start = np.array([*self._saved.slabs, 0], np.uint64)[np.minimum(slab, len(used))] + offset
+        return {
+            "driver": np.where(nbytes["driver"] > 0, start, np.uint64(0)),
+            "bus": np.where(nbytes["bus"] > 0, start + _aligned(nbytes["driver"]), np.uint64(0)),
+        }
+
+    def _write_records(
+        self, order: Index, phys: dict[str, Address], nbytes: dict[str, Address]
+    ) -> None:
+        """Write one FDT node a device into shards that a kernel can allocate in one piece."""
+        kernel, tree = self.devices.kernel, self.devices.tree
+        kho: Kho = kernel.kho
+        self._saved.nr_records = len(order)
+        if not len(order):
+            return
+        properties: dict[str, Any] = {
+            "path": _strings(*tree.paths(order)),  # type: ignore[attr-defined]
+            "bus": self._names("bus", order),
+            "driver": self._names("driver", order),
+            "state": np.stack(
+                [phys["driver"], nbytes["driver"], phys["bus"], nbytes["bus"]], axis=1
+            )
+            .view(np.uint8)
+            .reshape(len(order), 32),
+            "index": order.astype(np.uint64).view(np.uint8).reshape(len(order), 8),
+        }
+        names = ("device", 0, len(order))
+        limit = kernel.memory.page_size << kernel.memory.max_order
+        ends = np.cumsum(FdtWriter.nodes_size(names, properties))
+        entries = []
+        start = 0
+        while start < len(order):
+            before = int(ends[start - 1]) if start else 0
+            room = limit - abi.LUO_SHARD_OVERHEAD
+            stop = int(np.searchsorted(ends, before + room, side="right"))
+            if stop == start:
+                raise from_errno(
+                    errno.E2BIG,
+                    f"PREPARE {tree.path(int(order[start]))}: record above {room} bytes",
+                )
+            size = int(ends[stop - 1]) - before + abi.LUO_SHARD_OVERHEAD
+            shard = kho.alloc_preserve(size)
+            self._saved.shards.append(shard)
+            writer = FdtWriter(into=kernel.memory.view(shard, size))
+            with writer.node(""):
+                writer.property_string("compatible", abi.LUO_DEVICES_COMPATIBLE)
+                writer.add_nodes(names, properties, start=start, stop=stop)
+            written = len(writer.finish())
+            self._saved.shard_bytes += written
+            entries.append((shard, written, start, stop - start))
+            start = stop
+        self._saved.chains["records"] = kho.write_blocks(np.array(entries, np.uint64), 32)
+
+    def _names(self, side: str, order: Index) -> Column:
+        """Return the bus or driver name of each device as a string column; none has no row."""
+        names = [owner.name.encode() + b"\0" for owner in self._owners(side)]
+        ids = self._ids(side)[order]
+        lengths = np.array([*map(len, names), 0], np.uint64)
+        offsets = np.concatenate((np.zeros(1, np.uint64), np.cumsum(lengths[ids])))
+        width = int(lengths.max())
+        table = np.zeros((len(names) + 1, width), np.uint8)
+        for number, name in enumerate(names):
+            table[number, : len(name)] = np.frombuffer(name, np.uint8)
+        rows = table[ids]
+        data = rows[np.arange(width) < lengths[ids][:, None]]
+        return Column(data, offsets, ids >= 0)
+
+    # ---- the end of an update ----
+
+    def _discard(self) -> None:
+        """Free what PREPARE allocated (CANCEL)."""
+        kho: Kho = self.devices.kernel.kho
+        for head in self._saved.chains.values():
+            if head:
+                kho.free_blocks(head)
+        for phys in (*reversed(self._saved.shards), *reversed(self._saved.slabs)):
+            kho.unpreserve_free(phys)
+        self._forget()
+
+    def _release(self) -> None:
+        """Free what came over from the previous kernel (FINISH)."""
+        if self.records is not None:
+            self.records.free(self.devices.kernel.kho.incoming)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._saved = _Saved()
+        self._walk = None
+        self.records = None
+        self._done[:] = 0
+        self.devices.clear_slots()
+
+    # ---- the outgoing side, for LUO's node and the report ----
+
+    def luo_properties(self) -> dict[str, int]:
+        """Return the values of the ``devices`` node."""
+        return {
+            "count": self._saved.nr_records,
+            "records": self._saved.chains.get("records", 0),
+            "slabs": self._saved.chains.get("slabs", 0),
+        }
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of all record shards."""
+        return self._saved.shard_bytes
+
+    def digests(self) -> dict[tuple[str, str], tuple[int, int]]:
+        """Return (bytes, digest) of what is in the slots now, by (side, driver or bus name)."""
+        if self._walk is None:
+            return {}
+        walk = self._walk
+        if self.records is not None:
+            return self.records.digests(self.devices.kernel.memory)
+        names = {side: [owner.name for owner in self._owners(side)] for side in SIDES}
+        owners = {side: self._ids(side)[walk.order] for side in SIDES}
+        return _digests(
+            self.devices.kernel.memory,
+            self._saved.slab_entries,
+            walk.phys,
+            walk.nbytes,
+            owners,
+            names,
+        )
+
+    # ---- the new kernel ----
+
+    def adopt(self, records: DeviceRecords) -> None:
+        """Take over the records of the previous kernel: flags and slots of the matched devices."""
+        found = np.flatnonzero(records.devices >= 0)
+        matched = records.devices[found]
+        self.records = records
+        self._walk = _Walk(
+            matched,
+            {side: records.phys[side][found] for side in SIDES},
+            {side: records.nbytes[side][found] for side in SIDES},
+        )
+        self.devices.preserved[matched] = True
+        self.devices.set_slots(matched, self._walk.phys, self._walk.nbytes)
+
+    def unreclaimed(self) -> tuple[str, ...]:
+        """Return the paths of the devices that came over and do not run again."""
+        lost = np.flatnonzero(self.devices.preserved & ~self.devices.reclaimed)
+        return tuple(self.devices.tree.path(int(index)) for index in lost)
+
+    def _reclaim_the_rest(self, walk: _Walk) -> None:
+        """Reclaim the devices that have no restore callback: nobody else would."""
+        silent = np.ones(len(walk.order), np.bool_)
+        for side in SIDES:
+            silent &= (self._kinds(side, RESTORE) == 0)[self._ids(side)[walk.order]]
+        if silent.any():
+            self.devices.reclaim(walk.order[silent])
+
+
+def _strings(data: NDArray[np.uint8], offsets: Address) -> Column:
+    """Return the rows of (data, offsets) with a NUL after each."""
+    n = len(offsets) - 1
+    spread = np.zeros(len(data) + n, np.uint8)
+    lengths = np.diff(offsets)
+    ends = np.cumsum(lengths + np.uint64(1))
+    keep = np.ones(len(spread), np.bool_)
+    keep[ends - np.uint64(1)] = False
+    spread[keep] = data
+    return Column(spread, np.concatenate((np.zeros(1, np.uint64), ends)), None)
+
+
+def _digests(
+    memory: Any,
+    slabs: NDArray[np.uint64],
+    phys: dict[str, Address],
+    nbytes: dict[str, Address],
+    owners: dict[str, Index],
+    names: dict[str, list[str]],
+) -> dict[tuple[str, str], tuple[int, int]]:
+    result = {}
+    for side in SIDES:
+        sums = np.zeros(len(names[side]), np.uint64)
+        totals = np.zeros(len(names[side]), np.uint64)
+        for slab, size, first, count in slabs.tolist():
+            part = slice(first, first + count)
+            digest_slots(
+                memory.view(slab, size),
+                np.where(nbytes[side][part] > 0, phys[side][part] - np.uint64(slab), np.uint64(0)),
+                nbytes[side][part],
+                owners[side][part],
+                first,
+                sums,
+                totals,
+            )
+        for number, name in enumerate(names[side]):
+            if totals[number]:
+                result[side, name] = (int(totals[number]), int(sums[number]))
+    return result
+
+
+@dataclass(slots=True)
+class DeviceRecords:
+    """The device records of the previous kernel, read and checked; arrays in record order.
+
+    Attributes:
+        devices: number of the matching device in this kernel, -1 if it is gone; ``int32``.
+        paths: path of each device, as a string column.
+        phys, nbytes: of each slot, by side; ``uint64``.
+        owners, names: driver and bus of each record, as number in names.
+        heads: first block of the two chains.
+        shards, slabs: ``uint64 (n, 4)``: phys, bytes, first record, count.
+        expected: how many devices the previous kernel says that it preserved.
+    """
+
+    devices: Index
+    paths: list[Column]
+    phys: dict[str, Address]
+    nbytes: dict[str, Address]
+    owners: dict[str, Index]
+    names: dict[str, list[str]]
+    heads: dict[str, int]
+    shards: NDArray[np.uint64]
+    slabs: NDArray[np.uint64]
+    expected: int
+
+    @classmethod
+    def read(cls, incoming: Incoming, found: LuoIncoming, devices: Devices) -> DeviceRecords:
+        """Read the records and match them to *devices* by path and bus.
+
+        Reads memory only: this runs before the old kernel is let go.
+
+        Raises:
+            HandoverError: a chain, a shard or a record breaks a rule.
+        """
+        heads = {name: found.devices.get(name, 0) for name in ("records", "slabs")}
+        shards, slabs = (_read_chain(incoming, heads[name], name) for name in ("records", "slabs"))
+        parts: dict[str, list[Any]] = {name: [] for name in ("path", "state", "bus", "driver")}
+        matched = [np.zeros(0, np.int32)]
+        tree: DeviceTree = devices.tree  # type: ignore[assignment]
+        drivers = dict.fromkeys([*tree.driver_names, *(driver.name for driver in devices.drivers)])
+        names = {"driver": list(drivers), "bus": list(tree.bus_names)}
+        known = {side: [name.encode() for name in names[side]] for side in SIDES}
+        for phys, nbytes, first, count in shards.tolist():
+            columns = _read_shard(incoming, phys, nbytes, count)
+            path = columns["path"]
+            hints = np.ascontiguousarray(columns["index"].fixed()).view(np.uint64).ravel()
+            ends = path.offsets[1:] - np.uint64(1)
+            if not path.present.all() or len(path) and path.data[ends.astype(np.intp)].any():
+                raise HandoverError(f"record {first}…: a path is missing or has no end", phys)
+            index = tree.find_paths(
+                *_unterminated(path), np.minimum(hints, 2**31 - 1).astype(np.int32)
+            )
+            for side in SIDES:
+                codes = match_strings(columns[side].data, columns[side].offsets, known[side])
+                parts[side].append(codes)
+            here = np.append(tree.bus_ids, np.int32(-3))[index]  # -1 finds the last
+            # A device of that path on another bus is another device.
+            matched.append(np.where(parts["bus"][-1] == here, index, -1).astype(np.int32))
+            parts["path"].append(path)
+            parts["state"].append(np.ascontiguousarray(columns["state"].fixed()).view(np.uint64))
+        state = np.concatenate([np.zeros((0, 4), np.uint64), *parts["state"]])
+        records = cls(
+            np.concatenate(matched),
+            parts["path"],
+            {"driver": state[:, 0].copy(), "bus": state[:, 2].copy()},
+            {"driver": state[:, 1].copy(), "bus": state[:, 3].copy()},
+            {side: np.concatenate([np.zeros(0, np.int32), *parts[side]]) for side in SIDES},
+            names,
+            heads,
+            shards,
+            slabs,
+            found.devices.get("count", 0),
+        )
+        records._check_slots()
+        return records
+
+    def _check_slots(self) -> None:
+        """Raise unless every slot lies in the slab that lists its record."""
+        n = len(self.devices)
+        listed = np.zeros(n, np.bool_)
+        start, end = np.zeros(n, np.uint64), np.zeros(n, np.uint64)
+        for phys, nbytes, first, count in self.slabs.tolist():
+            if first + count > n or listed[first : first + count].any():
+                raise HandoverError(f"slab lists records {first}…{first + count} of {n}", phys)
+            listed[first : first + count] = True
+            start[first : first + count] = phys
+            end[first : first + count] = phys + nbytes
+        for side in SIDES:
+            phys_of, size = self.phys[side], self.nbytes[side]
+            used = size > 0
+            wrong = used & (
+                ~listed
+                | (phys_of < start)
+                | (phys_of > end)
+                | (size > end - np.minimum(phys_of, end))
+            )
+            if wrong.any():
+                first = int(np.flatnonzero(wrong)[0])
+                raise HandoverError(
+                    f"record {first}: {side} slot of {int(size[first])} bytes leaves its slab",
+                    int(phys_of[first]),
+                )
+        live = self.devices[self.devices >= 0]
+        if len(np.unique(live)) != len(live):
+            raise HandoverError("two records name the same device", None)
+
+    @property
+    def without_device(self) -> list[str]:
+        """Paths of the records whose device is not there any more."""
+        gone = set(np.flatnonzero(self.devices < 0).tolist())
+        paths, first = [], 0
+        for column in self.paths:
+            here = [place - first for place in gone if first <= place < first + len(column)]
+            if here:
+                strings = column.strings()
+                paths += [strings[place] for place in sorted(here)]
+            first += len(column)
+        return paths
+
+    @property
+    def devices_without_record(self) -> int:
+        """How many devices the previous kernel preserved and left no record of."""
+        return max(0, self.expected - len(self.devices))
+
+    def digests(self, memory: Any) -> dict[tuple[str, str], tuple[int, int]]:
+        """Return (bytes, digest) of the slots, by (side, driver or bus name)."""
+        return _digests(memory, self.slabs, self.phys, self.nbytes, self.owners, self.names)
+
+    def free(self, incoming: Incoming) -> None:
+        """Free shards, slabs and both chains in the new kernel."""
+        for head in self.heads.values():
+            if head:
+                incoming.restore_free_blocks(head)
+        for phys in (*self.shards[:, 0].tolist(), *self.slabs[:, 0].tolist()):
+            incoming.restore_free(phys)
+
+
+def _read_chain(incoming: Incoming, head: int, name: str) -> NDArray[np.uint64]:
+    if not head:
+        return np.zeros((0, 4), np.uint64)
+    entries = np.ascontiguousarray(incoming.read_blocks(head, 32)).view(np.uint64)
+    for phys, nbytes, _first, _count in entries.tolist():
+        if not incoming.is_preserved(phys, nbytes):
+            raise HandoverError(f"{name}: {nbytes} bytes are not preserved", phys)
+    return entries
+
+
+def _read_shard(incoming: Incoming, phys: int, nbytes: int, count: int) -> dict[str, Column]:
+    try:
+        tree = Fdt(incoming.memory.view(phys, nbytes))
+        compatible = bytes(tree.root["compatible"]) if "compatible" in tree.root else b""
+        if compatible != abi.LUO_DEVICES_COMPATIBLE.encode() + b"\0":
+            raise HandoverError(f"device records: compatible is {compatible!r}", phys)
+        columns = tree.read_nodes("/", ["path", "bus", "driver", "state", "index"])
+        for name, size in (("state", 32), ("index", 8)):
+            if columns[name].fixed().shape != (count, size):
+                raise HandoverError(f"device records: {name} is not {count} times {size}", phys)
+    except (FdtError, ValueError) as error:
+        if isinstance(error, HandoverError):
+            raise
+        raise HandoverError(f"device records: {error}", phys) from error
+    return columns
+
+
+def _unterminated(column: Column) -> tuple[NDArray[np.uint8], Address]:
+    """Return (data, offsets) of a string column without the NULs."""
+    keep = np.ones(len(column.data), np.bool_)
+    keep[(column.offsets[1:] - np.uint64(1)).astype(np.intp)] = False
+    offsets = column.offsets - np.arange(len(column.offsets), dtype=np.uint64)
+    return column.data[keep], offsets

@@ -1,0 +1,552 @@
+"""A kernel's view of its devices, and what drivers and buses register.
+
+Mirrors the per-device part of RFC v1's ``include/linux/dev_liveupdate.h``; the walk over the
+devices is in :mod:`luo.dev_liveupdate`. Nothing here exists once per device: flags and slots
+are columns, and a :class:`Device` is made when somebody asks for one.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from luo._kho import DeviceRef
+from luo.errors import KhoNotFoundError, StateError, from_errno
+from luo.notifier import Mortal, State
+
+if TYPE_CHECKING:
+    from luo.kho import Kho
+    from luo.memory import PhysicalMemory
+
+__all__ = ["Batch", "Bus", "Device", "DeviceBatch", "Devices", "Driver", "LiveUpdateOps", "batch"]
+
+Outcome: TypeAlias = int | None
+BatchOutcome: TypeAlias = "int | NDArray[np.int32] | None"
+BatchFunction = TypeVar("BatchFunction", bound="Callable[[DeviceBatch], Any]")
+
+
+class Batch:
+    """A callback that is called once for a run of devices; made by :func:`batch`."""
+
+    __slots__ = ("function",)
+
+    def __init__(self, function: Callable[[DeviceBatch], Any]) -> None:
+        if not callable(function):
+            raise TypeError(f"batch: {function!r} is not callable")
+        self.function = function
+
+    def __call__(self, devices: DeviceBatch) -> Any:
+        """Call the function, as the engine does."""
+        return self.function(devices)
+
+
+def batch(function: Callable[[DeviceBatch], Any]) -> Batch:
+    """Mark *function* as a batch callback: once a run instead of once a device.
+
+    A run is a stretch of consecutive devices of one depth, driver, bus and slot size; devices of
+    one depth are brought together by driver for it.
+
+    Args:
+        function: takes a :class:`DeviceBatch`; returns None or 0, a negative errno for the
+            whole run, or ``int32[n]`` with one result a device.
+    """
+    return Batch(function)
+
+
+Callback: TypeAlias = "Callable[[Device], Outcome] | Batch"
+StateSize: TypeAlias = "int | Callable[[Device], int] | Batch"
+
+
+@dataclass(frozen=True, slots=True)
+class LiveUpdateOps:
+    """The callback table of a driver or a bus (``struct dev_liveupdate_ops``).
+
+    Every callback is optional; a device takes part only if the table itself exists.
+
+    Args:
+        prepare: save state into ``dev.slot`` (``dev.bus_slot`` for a bus); may fail.
+        reboot: the last word before the jump, patches the slot; may fail.
+        finish: in the new kernel, when the update is over.
+        cancel: undoes prepare and reboot.
+        restore: in the new kernel, parents first; ``dev.reclaim()`` when the device runs again.
+        state_size: bytes of the slot: a number, ``f(dev) -> int``, or ``batch(f)`` that returns a
+            number or an array of n.
+    """
+
+    prepare: Callback | None = None
+    reboot: Callback | None = None
+    finish: Callback | None = None
+    cancel: Callback | None = None
+    restore: Callback | None = None
+    state_size: StateSize = 0
+
+    def __post_init__(self) -> None:
+        for name in ("prepare", "reboot", "finish", "cancel", "restore"):
+            value = getattr(self, name)
+            if value is not None and not callable(value):
+                raise TypeError(f"LiveUpdateOps.{name}: {value!r} is not callable")
+        if isinstance(self.state_size, int):
+            if self.state_size < 0:
+                raise ValueError(f"LiveUpdateOps.state_size: {self.state_size} is negative")
+        elif not callable(self.state_size):
+            raise TypeError(f"LiveUpdateOps.state_size: {self.state_size!r}: int or callable")
+
+
+@dataclass(frozen=True, slots=True)
+class Driver:
+    """A driver, bound to every device whose hardware names it.
+
+    Args:
+        name: as in ``/sys``, e.g. ``"virtio-pci"``.
+        ops: None if the driver does not support live update.
+        probe: ``f(dev)``, called when a kernel boots, unless the device is preserved.
+        shutdown: ``f(dev)``, called before the jump and at ``Kernel.shutdown()``, unless the
+            device is preserved.
+    """
+
+    name: str
+    ops: LiveUpdateOps | None = None
+    probe: Callable[[Device], object] | None = field(default=None, kw_only=True)
+    shutdown: Callable[[Device], object] | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Bus:
+    """A bus type.
+
+    Args:
+        name: as in ``/sys/bus``, e.g. ``"pci"``.
+        ops: None if the bus does not support live update.
+    """
+
+    name: str
+    ops: LiveUpdateOps | None = None
+
+
+class Tree(Protocol):
+    """What :class:`Devices` reads of a :class:`luo.machine.DeviceTree`."""
+
+    parents: NDArray[np.int32]
+    bus_ids: NDArray[np.int32]
+    driver_ids: NDArray[np.int32]
+    alive: NDArray[np.bool_]
+    bus_names: list[str]
+    driver_names: list[str]
+    column_names: list[str]
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[int]: ...
+    def __getitem__(self, path: str) -> int: ...
+    def path(self, index: int) -> str: ...
+    def match(self, pattern: str) -> NDArray[np.bool_]: ...
+    def gather(
+        self, name: str, indices: NDArray[np.int32], out: NDArray[np.uint8] | None = None
+    ) -> NDArray[np.uint8]: ...
+    def sizes(self, name: str, indices: NDArray[np.int32]) -> NDArray[np.uint64]: ...
+    def eligible(
+        self, driver_ok: NDArray[np.bool_], bus_ok: NDArray[np.bool_]
+    ) -> NDArray[np.bool_]: ...
+
+
+class Device(DeviceRef):
+    """A kernel's view of one device: two fields, everything else is looked up.
+
+    Two views of the same device in the same kernel are equal. A view of a kernel that is gone
+    raises ``StateError(ESHUTDOWN)``.
+    """
+
+    __slots__ = ()
+    devices: Devices
+
+    @property
+    def name(self) -> str:
+        """Last component of the path."""
+        return self.path.rsplit("/", 1)[-1]
+
+    @property
+    def path(self) -> str:
+        """Path in the device tree, as below ``/sys/devices``."""
+        return self.devices.tree.path(self.index)
+
+    @property
+    def parent(self) -> Device | None:
+        """The device above, or None at the root."""
+        parent = int(self.devices.tree.parents[self.index])
+        return None if parent < 0 else Device(self.devices, parent)
+
+    @property
+    def bus(self) -> Bus | None:
+        """The kernel's bus of this device, None if it has none or the kernel does not know it."""
+        return self.devices.bus_of(self.index)
+
+    @property
+    def driver(self) -> Driver | None:
+        """The driver that is bound, None if there is none."""
+        return self.devices.driver_of(self.index)
+
+    @property
+    def columns(self) -> Mapping[str, bytes]:
+        """What the hardware is, by column name, as bytes."""
+        tree, here = self.devices.tree, np.array([self.index], np.int32)
+        return {name: tree.gather(name, here)[0].tobytes() for name in tree.column_names}
+
+    @property
+    def kernel(self) -> Any:
+        """The kernel whose view this is."""
+        return self.devices.kernel
+
+    @property
+    def kho(self) -> Kho:
+        """The kernel's Kexec HandOver."""
+        kho: Kho = self.devices.kernel.kho
+        return kho
+
+    @property
+    def memory(self) -> PhysicalMemory:
+        """The machine's memory."""
+        memory: PhysicalMemory = self.devices.kernel.memory
+        return memory
+
+    @property
+    def requested(self) -> bool:
+        """Whether user space asked to keep this device; writable in NORMAL (RFC v1 1.9)."""
+        return bool(self.devices.requested[self.index])
+
+    @requested.setter
+    def requested(self, on: bool) -> None:
+        self.devices.request_one(self.index, bool(on))
+
+    @property
+    def preserved(self) -> bool:
+        """Whether its state is kept across the jump."""
+        return bool(self.devices.preserved[self.index])
+
+    @property
+    def reclaimed(self) -> bool:
+        """Whether it runs again in the new kernel."""
+        return bool(self.devices.reclaimed[self.index])
+
+    @property
+    def slot(self) -> memoryview:
+        """The driver's state of this device, in preserved memory: a writable view of its bytes."""
+        return self.devices.slot(self.index, "driver")
+
+    @property
+    def bus_slot(self) -> memoryview:
+        """The bus's state of this device, in preserved memory."""
+        return self.devices.slot(self.index, "bus")
+
+    def reclaim(self) -> None:
+        """Say that the device runs again in this kernel.
+
+        Raises:
+            StateError: EINVAL if the device was not preserved by the previous kernel.
+        """
+        self.devices.reclaim(np.array([self.index], np.int32))
+
+    def bind(self, driver: str | Driver) -> None:
+        """Bind *driver*, as writing to ``/sys/bus/…/drivers/…/bind`` does; NORMAL only.
+
+        Raises:
+            StateError: EBUSY while the device is preserved or an update is under way.
+            KhoError: ENODEV if the kernel has no such driver, EBUSY if one is bound already.
+        """
+        self.devices.bind(self.index, driver if isinstance(driver, str) else driver.name)
+
+    def unbind(self) -> None:
+        """Unbind the driver; NORMAL only.
+
+        Raises:
+            StateError: EBUSY while the device is preserved or an update is under way.
+        """
+        self.devices.unbind(self.index)
+
+    def __repr__(self) -> str:
+        return f"<Device {self.path}>"
+
+
+class DeviceBatch:
+    """A run of devices, as a batch callback gets it.
+
+    Attributes:
+        index: device numbers, ``int32 (n,)``, in the order of the walk.
+        slots: their state in preserved memory, ``uint8 (n, size)``, writable; for a bus
+            callback the bus's slots.
+    """
+
+    __slots__ = ("_devices", "index", "slots")
+
+    def __init__(
+        self, devices: Devices, index: NDArray[np.int32], slots: NDArray[np.uint8]
+    ) -> None:
+        self._devices = devices
+        self.index = index
+        self.slots = slots
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __iter__(self) -> Iterator[Device]:
+        return (Device(self._devices, int(i)) for i in self.index)
+
+    def column(self, name: str, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+        """Return the hardware column *name* of these devices, ``uint8 (n, k)``.
+
+        Args:
+            name: the column.
+            out: where to put it, without a copy in between: mostly ``slots``.
+
+        Raises:
+            ValueError: the rows differ in length.
+            KeyError: there is no such column.
+        """
+        if out is None or out.flags.c_contiguous:
+            return self._devices.tree.gather(name, self.index, out)
+        out[:] = self._devices.tree.gather(name, self.index)
+        return out
+
+    def sizes(self, name: str) -> NDArray[np.uint64]:
+        """Return the length in bytes of each row of the hardware column *name*."""
+        return self._devices.tree.sizes(name, self.index)
+
+    @property
+    def kernel(self) -> Any:
+        """The kernel whose devices these are."""
+        return self._devices.kernel
+
+    def reclaim(self, ok: NDArray[np.bool_] | None = None) -> None:
+        """Say that these devices run again, or those where *ok* is true."""
+        self._devices.reclaim(self.index if ok is None else self.index[ok])
+
+
+_EMPTY: Final = memoryview(bytearray())
+
+
+class Devices(Mortal):
+    """All devices as one kernel sees them: bound drivers, flags, slots.
+
+    Attributes:
+        kernel: the kernel.
+        tree: the machine's device tree.
+        driver_ids: number of the bound driver in :attr:`drivers`, -1 for none; ``int32``.
+        bus_ids: number in :attr:`buses`, -1 for none; ``int32``.
+        requested, preserved, reclaimed: flag columns, ``bool``.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        tree: Tree,
+        drivers: Mapping[str, Driver],
+        buses: Mapping[str, Bus],
+    ) -> None:
+        self.kernel = kernel
+        self.tree = tree
+        n = len(tree.parents)
+        # A driver that the hardware names and this kernel lacks stays unbound.
+        self.drivers: list[Driver] = list(drivers.values())
+        self._driver_number = {driver.name: i for i, driver in enumerate(self.drivers)}
+        numbers = [self._driver_number.get(name, -1) for name in tree.driver_names]
+        self.driver_ids = np.array([*numbers, -1], np.int32)[tree.driver_ids]
+        # A bus that this kernel has no object for still is a bus, one without a table.
+        self.buses: list[Bus] = [buses.get(name) or Bus(name) for name in tree.bus_names]
+        self.bus_ids: NDArray[np.int32] = np.array(tree.bus_ids, np.int32)
+        self.requested = np.zeros(n, np.bool_)
+        self.preserved = np.zeros(n, np.bool_)
+        self.reclaimed = np.zeros(n, np.bool_)
+        self._slots: dict[str, tuple[NDArray[np.uint64], NDArray[np.uint64]]] = {}
+
+    # ---- looking ----
+
+    def __len__(self) -> int:
+        return len(self.tree)
+
+    def __iter__(self) -> Iterator[Device]:
+        return (Device(self, index) for index in self.tree)
+
+    def __getitem__(self, path: str | int) -> Device:
+        """Return the device at *path* (or with that number)."""
+        if isinstance(path, str):
+            return Device(self, self.tree[path])
+        if not 0 <= path < len(self.tree.parents) or not self.tree.alive[path]:
+            raise KhoNotFoundError(errno.ENOENT, f"device number {path}: no such device")
+        return Device(self, path)
+
+    def driver_of(self, index: int) -> Driver | None:
+        """Return the driver bound to device number *index*."""
+        number = int(self.driver_ids[index])
+        return None if number < 0 else self.drivers[number]
+
+    def bus_of(self, index: int) -> Bus | None:
+        """Return the bus of device number *index*."""
+        number = int(self.bus_ids[index])
+        return None if number < 0 else self.buses[number]
+
+    def eligible(self) -> NDArray[np.bool_]:
+        """Return which devices may be requested: they and all above them support live update.
+
+        A device or ancestor with a driver passes if the driver has a table, one with a bus if
+        the bus has a table, one with neither passes (RFC v1 1.9). What is bound now counts, not
+        what the hardware names.
+        """
+        has_ops = [driver.ops is not None for driver in self.drivers]
+        driver_ok = np.array([*has_ops, True], np.bool_)[self.driver_ids]
+        bus_ok = np.array([*(bus.ops is not None for bus in self.buses), True], np.bool_)[
+            self.bus_ids
+        ]
+        return self._from_root(driver_ok & bus_ok) & self.tree.alive
+
+    def _from_root(self, ok: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Return where *ok* holds on the device and on everything above it."""
+        parents = self.tree.parents
+        result = ok.copy()
+        above = parents.copy()
+        while (rest := above >= 0).any():
+            result[rest] &= ok[above[rest]]
+            above[rest] = parents[above[rest]]
+        return result
+
+    def why_not_eligible(self, index: int) -> str:
+        """Return in words what keeps device number *index* from being requested; "" if nothing."""
+        at = index
+        while at >= 0:
+            driver, bus = self.driver_of(at), self.bus_of(at)
+            where = self.tree.path(at)
+            if driver is not None and driver.ops is None:
+                return f"driver {driver.name} of {where} does not support live update"
+            if bus is not None and bus.ops is None:
+                return f"bus {bus.name} of {where} does not support live update"
+            at = int(self.tree.parents[at])
+        return ""
+
+    # ---- what user space writes ----
+
+    def request_one(self, index: int, on: bool) -> None:
+        """Write ``requested`` of one device, with RFC v1's order of checks (1.9)."""
+        if bool(self.requested[index]) == on:
+            return
+        with self.kernel.luo.read_state():
+            self.kernel.luo.require_normal(f"requested of {self.tree.path(index)}")
+            if on and (why := self.why_not_eligible(index)):
+                raise from_errno(errno.EINVAL, f"requested of {self.tree.path(index)}: {why}")
+            self.requested[index] = on
+
+    def request(self, which: str | ArrayLike, on: bool = True) -> int:
+        """Write ``requested`` of many devices, all or nothing.
+
+        Args:
+            which: a glob over paths, which takes of the devices that it matches those that
+                support live update; a bool mask over all devices; or device numbers.
+            on: what to write.
+
+        Returns:
+            Number of devices that changed.
+
+        Raises:
+            StateError: EINVAL outside NORMAL.
+            KhoError: EINVAL if a mask or number names a device that is not eligible, ENOENT if
+                it names no device.
+        """
+        n = len(self.requested)
+        with self.kernel.luo.read_state():
+            self.kernel.luo.require_normal("requested")
+            if isinstance(which, str):
+                mask = self.tree.match(which)
+                if on:
+                    mask = mask & self.eligible()
+            else:
+                chosen = np.asarray(which)
+                if chosen.dtype == np.bool_:
+                    if chosen.shape != (n,):
+                        raise ValueError(f"request: mask of shape {chosen.shape}, {n} devices")
+                    mask = chosen
+                else:
+                    mask = np.zeros(n, np.bool_)
+                    if chosen.size and (int(chosen.min()) < 0 or int(chosen.max()) >= n):
+                        raise from_errno(errno.ENOENT, f"request: device number not in 0..{n - 1}")
+                    mask[chosen.astype(np.intp)] = True
+                if on and (wrong := np.flatnonzero(mask & ~self.eligible())).size:
+                    first = int(wrong[0])
+                    why = self.why_not_eligible(first) or "no such device"
+                    raise from_errno(errno.EINVAL, f"requested of {self.tree.path(first)}: {why}")
+            changed = mask & (self.requested != on)
+            self.requested[changed] = on
+            return int(changed.sum())
+
+    def bind(self, index: int, name: str) -> None:
+        """Bind the driver called *name* to device number *index*."""
+        what = f"bind {self.tree.path(index)}"
+        with self.kernel.luo.read_state():
+            self._require_unpreserved(index, what)
+            if name not in self._driver_number:
+                raise from_errno(errno.ENODEV, f"{what}: this kernel has no driver {name}")
+            if self.driver_ids[index] >= 0:
+                bound = self.drivers[self.driver_ids[index]].name
+                raise from_errno(errno.EBUSY, f"{what}: {bound} is bound")
+            self.driver_ids[index] = self._driver_number[name]
+
+    def unbind(self, index: int) -> None:
+        """Unbind the driver of device number *index*."""
+        with self.kernel.luo.read_state():
+            self._require_unpreserved(index, f"unbind {self.tree.path(index)}")
+            self.driver_ids[index] = -1
+
+    def _require_unpreserved(self, index: int, what: str) -> None:
+        # RFC v1 quirk 12: a driver that goes while the device is preserved leaves nothing saved.
+        if self.preserved[index]:
+            raise StateError(errno.EBUSY, f"{what}: the device is preserved")
+
+    # ---- what the device layer keeps ----
+
+    def set_slots(
+        self,
+        order: NDArray[np.int32],
+        phys: dict[str, NDArray[np.uint64]],
+        nbytes: dict[str, NDArray[np.uint64]],
+    ) -> None:
+        """Say where the slots of the devices in *order* are, by side ("driver", "bus")."""
+        n = len(self.requested)
+        for side in ("driver", "bus"):
+            where, size = np.zeros(n, np.uint64), np.zeros(n, np.uint64)
+            where[order] = phys[side]
+            size[order] = nbytes[side]
+            self._slots[side] = where, size
+
+    def clear_slots(self) -> None:
+        """Forget where slots are: they have been freed."""
+        self._slots = {}
+
+    def slot(self, index: int, side: str) -> memoryview:
+        """Return the view of one slot, empty if the device has none on this side."""
+        if side not in self._slots:
+            state = self.kernel.luo.state
+            raise StateError(
+                errno.EINVAL,
+                f"slot of {self.tree.path(index)}: devices have slots from PREPARE to FINISH,"
+                f" the state is {state.name}",
+            )
+        phys, size = self._slots[side]
+        nbytes = int(size[index])
+        view: memoryview = self.kernel.memory.view(int(phys[index]), nbytes) if nbytes else _EMPTY
+        return view
+
+    def reclaim(self, indices: NDArray[np.int32]) -> None:
+        """Mark devices as running again in this kernel.
+
+        Raises:
+            StateError: EINVAL if one of them was not preserved by the previous kernel.
+        """
+        lost = np.flatnonzero(~self.preserved[indices])
+        if lost.size or self.kernel.luo.state is not State.UPDATED:
+            which = int(indices[lost[0]] if lost.size else indices[0]) if len(indices) else -1
+            name = self.tree.path(which) if which >= 0 else "nothing"
+            raise StateError(
+                errno.EINVAL, f"reclaim {name}: not preserved by the kernel before this one"
+            )
+        self.reclaimed[indices] = True
+        self.kernel.luo.note_reclaim()

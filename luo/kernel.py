@@ -1,0 +1,611 @@
+"""Kernels, the images they are built from, boot, and a whole live update."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import numpy as np
+
+from luo import abi
+from luo._kho import CallRecorder
+from luo.dev_liveupdate import DeviceParticipant, DeviceRecords
+from luo.device import Bus, Device, Devices, Driver
+from luo.errors import CallbackError, HandoverError, KernelPanic, StateError, from_errno
+from luo.kexec import Arrival, Departure, LocalSuccessor, jump
+from luo.kho import Handover, Incoming, Kho
+from luo.liveupdate import LuoIncoming, Orchestrator
+from luo.memory import PhysicalMemory
+from luo.notifier import State, Subsystem
+from luo.remote import RemoteKernel
+from luo.report import Report, describe
+
+if TYPE_CHECKING:
+    from luo.machine import Machine
+
+__all__ = ["Kernel", "KernelImage", "RemoteKernel", "Report", "live_update"]
+
+_log = logging.getLogger(__name__)
+
+_RELEASE: Final = "7.3.0"
+Digests: TypeAlias = dict[tuple[str, str], tuple[int, int]]
+
+_ARCHES: Final = ("x86_64",)  # who hands over which way; others come with their own records
+_BEHAVIOURS: Final = ("intended",)
+
+
+def _kstrtobool(text: str) -> bool | None:
+    """Return what the kernel reads in *text*, None for a value that it refuses (RFC v1 1.2)."""
+    if text[:1] in tuple("yYtT1eE"):
+        return True
+    if text[:1] in tuple("nNfF0dD"):
+        return False
+    if text[:1] in tuple("oO"):
+        return {"n": True, "f": False}.get(text[1:2].lower())
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class CommandLine:
+    """The parameters of a kernel's command line that this engine reads.
+
+    Attributes:
+        kho: ``kho=``; off unless given, as in the kernel.
+        liveupdate: ``liveupdate=``; off unless given.
+        kho_scratch: ``kho_scratch=`` as written, or None.
+    """
+
+    kho: bool = False
+    liveupdate: bool = False
+    kho_scratch: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> CommandLine:
+        """Read *text*; a malformed value leaves its parameter as it was, with a warning."""
+        values: dict[str, Any] = {}
+        for word in text.split():
+            name, _, value = word.partition("=")
+            if name in ("kho", "liveupdate"):
+                on = _kstrtobool(value)
+                if on is None:
+                    _log.warning("malformed early option %r", name)
+                else:
+                    values[name] = on
+            elif name == "kho_scratch":
+                values[name] = value
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class KernelImage:
+    """What a kernel in another process is started from.
+
+    Args:
+        name: ``"package.module:factory"``; ``factory(machine, **args)`` returns a
+            :class:`Kernel` that has not booted. The module must be importable there.
+        cmdline: replaces the command line that the factory gave its kernel.
+        args: keyword arguments of the factory; JSON values.
+    """
+
+    name: str
+    cmdline: str | None = None
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        module, colon, factory = self.name.partition(":")
+        if not (module and colon and factory):
+            raise ValueError(f"kernel image {self.name!r}: 'package.module:factory' is expected")
+
+    def build(self, machine: Machine) -> Kernel:
+        """Build the kernel on *machine* in this process.
+
+        Raises:
+            KhoError: ENOEXEC if there is no such factory, or what it returns is no new kernel.
+        """
+        module, _, path = self.name.partition(":")
+        try:
+            factory: Any = importlib.import_module(module)
+            for part in path.split("."):
+                factory = getattr(factory, part)
+        except (ImportError, AttributeError) as error:
+            raise from_errno(errno.ENOEXEC, f"kernel image {self.name}: {error}") from error
+        kernel = factory(machine, **self.args)
+        if not isinstance(kernel, Kernel) or kernel.booted:
+            raise from_errno(
+                errno.ENOEXEC, f"kernel image {self.name}: made {kernel!r}, not a new Kernel"
+            )
+        if self.cmdline is not None:
+            kernel.set_cmdline(self.cmdline)
+        return kernel
+
+
+@dataclass(slots=True)
+class _Plan:
+    """A handover that has been read and found good, or why it is none."""
+
+    incoming: Incoming | None = None
+    luo: LuoIncoming | None = None
+    records: DeviceRecords | None = None
+
+
+def _by_name(kind: str, things: Iterable[Any]) -> dict[str, Any]:
+    named: dict[str, Any] = {}
+    for thing in things:
+        if thing.name in named:
+            raise ValueError(f"two {kind} are called {thing.name}")
+        named[thing.name] = thing
+    return named
+
+
+class Kernel:
+    """The software of a machine: one at a time.
+
+    Building one enumerates the machine's devices and binds drivers, as a loaded image does that
+    waits; :meth:`boot` makes it run.
+
+    Args:
+        machine: the machine.
+        drivers, buses, subsystems: what this kernel has.
+        kho_abi: generation of the handover; ``"kho-v4"``.
+        release: what ``uname -r`` would say; handed over in the metadata.
+        cmdline: ``kho=``, ``liveupdate=`` and ``kho_scratch=`` are read.
+        arch, behaviour, quirks, workers: ``"x86_64"``, ``"intended"``, none and 1.
+        clock: returns nanoseconds; None is the system's monotonic clock.
+        observer: called as ``observer(what, name)``, ``what`` being ``"phase"`` when a phase
+            begins or ``"state"`` when a state has been reached.
+
+    Attributes:
+        machine: its machine.
+        luo: its :class:`~luo.liveupdate.Orchestrator`.
+        devices: its :class:`~luo.device.Devices`.
+        profile: what callbacks cost; stays readable after the kernel is gone.
+        phases: nanoseconds of each phase that it has passed.
+        arrival: how it came to run, if by :meth:`kexec`.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        *,
+        drivers: Iterable[Driver] = (),
+        buses: Iterable[Bus] = (),
+        subsystems: Iterable[Subsystem] = (),
+        kho_abi: str = "kho-v4",
+        release: str = _RELEASE,
+        cmdline: str = "kho=on liveupdate=on",
+        arch: str = "x86_64",
+        behaviour: str = "intended",
+        quirks: Sequence[str] = (),
+        workers: int = 1,
+        clock: Callable[[], int] | None = None,
+        observer: Callable[[str, str], None] | None = None,
+    ) -> None:
+        for name, value, known in (
+            ("kho_abi", kho_abi, tuple(abi.GENERATIONS)),
+            ("arch", arch, _ARCHES),
+            ("behaviour", behaviour, _BEHAVIOURS),
+            ("workers", workers, (1,)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} {value!r}: this engine has {', '.join(map(str, known))}")
+        if quirks:
+            raise ValueError(f"quirks {quirks!r}: the intended behaviour has none")
+        self.machine = machine
+        self.kho_abi = kho_abi
+        self.release = release
+        self.arch = arch
+        self.profile = CallRecorder(clock)
+        self.phases: dict[str, int] = {}
+        self.devices = Devices(
+            self, machine.devices, _by_name("drivers", drivers), _by_name("buses", buses)
+        )
+        self.luo = Orchestrator(self, self.profile, phase=self._phase, observer=observer)
+        for subsystem in subsystems:
+            self.luo.register(subsystem)
+        self._layer = DeviceParticipant(self.devices, self.profile)
+        self.luo.join_devices(self._layer)
+        self._observer = observer
+        self._kho: Kho | None = None
+        self._plan = _Plan()
+        self._status = "built"  # then "running", then "gone"
+        self.arrival: Arrival | None = None
+        self._next: LocalSuccessor | RemoteKernel | None = None
+        self._restore_failures: tuple[CallbackError, ...] = ()
+        self._digests: Digests = {}
+        self._digest_ns = 0
+        self.boot_began_ns = 0
+        self.set_cmdline(cmdline)
+
+    def set_cmdline(self, text: str) -> None:
+        """Replace the command line, before boot."""
+        if self._status != "built":
+            raise StateError(errno.EBUSY, "command line: the kernel has booted")
+        self.cmdline = text
+        self.parameters = CommandLine.parse(text)
+        self.luo.enabled = self.parameters.kho and self.parameters.liveupdate
+
+    # ---- what it is ----
+
+    @property
+    def booted(self) -> bool:
+        """Whether it runs, or has run."""
+        return self._status != "built"
+
+    @property
+    def memory(self) -> PhysicalMemory:
+        """The machine's memory.
+
+        Raises:
+            StateError: ESHUTDOWN once this kernel is gone.
+        """
+        self._require("memory", "built", "running")
+        return self.machine.memory
+
+    @property
+    def kho(self) -> Kho:
+        """Its Kexec HandOver.
+
+        Raises:
+            StateError: ESHUTDOWN once it is gone, EOPNOTSUPP before boot and with ``kho=off``.
+        """
+        self._require("kho", "built", "running")
+        if self._kho is None:
+            raise StateError(errno.EOPNOTSUPP, "kho: off in this kernel, or it has not booted")
+        return self._kho
+
+    @property
+    def restore_failures(self) -> tuple[CallbackError, ...]:
+        """Every restore callback that failed at boot."""
+        return self._restore_failures
+
+    def _require(self, what: str, *statuses: str) -> None:
+        if self._status in statuses:
+            return
+        if self._status == "gone":
+            raise StateError(errno.ESHUTDOWN, f"{what}: this kernel is gone")
+        raise StateError(errno.EBUSY, f"{what}: the kernel is {self._status}")
+
+    def __repr__(self) -> str:
+        return f"<Kernel {self.release} {self._status}>"
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """Time a phase, and tell the observer that it begins."""
+        if self._observer is not None:
+            self._observer("phase", name)
+        start = self.profile.read_clock()
+        try:
+            yield
+        finally:
+            self.phases[name] = self.profile.read_clock() - start
+
+    # ---- boot ----
+
+    def boot(self, handover: Handover | None = None) -> Kernel:
+        """Make it the machine's running kernel.
+
+        Args:
+            handover: what the previous kernel left; None is a cold boot, which forgets
+                everything. A root that cannot be read is a cold boot as well, with the reason
+                logged, as in Linux.
+
+        Returns:
+            itself.
+
+        Raises:
+            StateError: EBUSY if it has booted, or another kernel runs on the machine.
+            KernelPanic: LUO's node is there and not for this kernel.
+        """
+        self._require("boot", "built")
+        running = self.machine.running
+        if running is not None:
+            raise StateError(errno.EBUSY, f"boot: {running!r} runs on this machine")
+        plan = _Plan()
+        self.machine.memory.forget()
+        if handover is not None:
+            try:
+                plan = self.validate(handover)
+            except HandoverError as error:
+                _log.warning("disabling KHO revival: %s", error)
+                self.machine.memory.forget()
+        return self.take_over(plan)
+
+    def validate(
+        self, handover: Handover | None, memory: PhysicalMemory | None = None
+    ) -> _Plan:
+        """Read what the previous kernel left, without a write to the memory.
+
+        Args:
+            handover: its four numbers, None if KHO is off.
+            memory: another view of the machine's memory to read through.
+
+        Raises:
+            HandoverError: it breaks a rule of the format.
+            KernelPanic: LUO's node is there and not for this kernel.
+        """
+        if handover is None:
+            return _Plan()
+        memory = memory or self.machine.memory
+        plan = _Plan(Kho.validate(memory, handover, abi=self.kho_abi))
+        assert plan.incoming is not None
+        plan.luo = LuoIncoming.read(plan.incoming)
+        if plan.luo is not None:
+            if not self.luo.enabled:
+                raise KernelPanic(f"{abi.LUO_NODE}: found, but live update is off in this kernel")
+            plan.records = DeviceRecords.read(plan.incoming, plan.luo, self.devices)
+        return plan
+
+    def take_over(self, plan: _Plan, verify: bool = False) -> Kernel:
+        """Run from a handover that :meth:`validate` found good; the first write is in here."""
+        self.boot_began_ns = self.profile.read_clock()
+        with self._phase("boot"):
+            self._plan = plan
+            self._status = "running"
+            self.machine.running = self
+            if plan.incoming is not None:
+                self._kho = Kho.boot(
+                    self.machine.memory, plan.incoming, abi=self.kho_abi, release=self.release
+                )
+            elif self.parameters.kho:
+                self._kho = Kho(
+                    self.machine.memory,
+                    abi=self.kho_abi,
+                    scratch=self.parameters.kho_scratch,
+                    release=self.release,
+                )
+            self.luo.startup(plan.luo)
+        if plan.luo is not None and plan.records is not None:
+            if verify:  # outside both phases: an instrument, not a part of the update
+                began = self.profile.read_clock()
+                self._digests = plan.records.digests(self.machine.memory)
+                self._digest_ns = self.profile.read_clock() - began
+            with self._phase("restore"):
+                self._layer.adopt(plan.records)
+                self._restore_failures = self.luo.restore()
+        self._probe()
+        return self
+
+    def _probe(self) -> None:
+        """Probe the bound devices that were not preserved; who fails stays unbound."""
+        for device in self._each("probe"):
+            driver = device.driver
+            assert driver is not None and driver.probe is not None
+            try:
+                driver.probe(device)
+            except Exception:
+                _log.warning(
+                    "probe of %s with driver %s failed", device.path, driver.name, exc_info=True
+                )
+                self.devices.driver_ids[device.index] = -1
+
+    def _each(self, callback: str) -> list[Device]:
+        """Return the devices, not preserved, whose driver has *callback*."""
+        wanted = [getattr(driver, callback) is not None for driver in self.devices.drivers]
+        mask = np.array([*wanted, False], np.bool_)[self.devices.driver_ids]
+        mask &= ~self.devices.preserved & self.devices.tree.alive
+        return [Device(self.devices, int(index)) for index in np.flatnonzero(mask)]
+
+    def boot_result(self) -> dict[str, Any]:
+        """Return what boot and restore came to, in JSON values, for :class:`Arrival`."""
+        records = self._plan.records
+        return {
+            "boot_began_ns": self.boot_began_ns,
+            "phases": {name: self.phases.get(name, 0) for name in ("boot", "restore")},
+            "digest_ns": self._digest_ns,
+            "last_reclaim_ns": self.luo.last_reclaim_ns,
+            "reclaimed": int(self.devices.reclaimed.sum()),
+            "digests": [[*key, *value] for key, value in self._digests.items()],
+            "records_without_device": [] if records is None else records.without_device,
+            "devices_without_record": 0 if records is None else records.devices_without_record,
+            "failures": [describe(error) for error in self._restore_failures],
+        }
+
+    # ---- kexec ----
+
+    def kexec_load(self, next: Kernel | KernelImage, *, timeout: float = 60.0) -> None:
+        """Load the next kernel, which waits until the jump.
+
+        What PREPARE will write is touched here, so that no timed phase meets memory for the
+        first time.
+
+        Args:
+            next: a :class:`KernelImage` starts another process; a :class:`Kernel` of the same
+                machine that has not booted takes over in this one.
+            timeout: seconds in which the other process must be ready.
+
+        Raises:
+            SuccessorError: ENOEXEC, ECHILD or ETIMEDOUT; nothing has changed.
+            ValueError: the kernel is of another machine, or has booted.
+        """
+        self._require("kexec_load", "running")
+        if isinstance(next, Kernel):
+            if next.machine is not self.machine or next.booted:
+                raise ValueError("kexec_load: not a new kernel of this machine")
+            successor: LocalSuccessor | RemoteKernel = LocalSuccessor(next)
+        elif isinstance(next, KernelImage):
+            successor = RemoteKernel(self.machine, next, timeout)
+        else:
+            raise TypeError(f"kexec_load: {next!r} is neither Kernel nor KernelImage")
+        self.kexec_unload()
+        self._next = successor
+        self.prefault()
+
+    def kexec_unload(self) -> None:
+        """Drop the loaded kernel, if there is one."""
+        if self._next is not None:
+            self._next.close()
+            self._next = None
+
+    def prefault(self) -> None:
+        """Touch the memory that PREPARE will allocate for slots and records."""
+        if self._kho is not None and self.luo.enabled:
+            self._layer.prefault()
+
+    def kexec(
+        self, *, preflight: bool = True, timeout: float = 60.0, verify: bool = False
+    ) -> Kernel | RemoteKernel:
+        """Jump into the loaded kernel; a live update if one is prepared.
+
+        Args:
+            preflight: let the successor check first, and cancel if it refuses. False does what
+                a real kernel does: what cannot be read is a cold boot, a LUO that does not fit
+                a :class:`KernelPanic`.
+            timeout: seconds for the successor's answer.
+            verify: digest the slots before and after; not part of any phase.
+
+        Returns:
+            the kernel that runs now. This one is gone.
+
+        Raises:
+            StateError: EINVAL if no kernel is loaded.
+            CallbackError: a REBOOT callback failed; the state is NORMAL.
+            SuccessorError: the successor did not take over; the state is NORMAL.
+            HostCrashError: it died after the commit point.
+        """
+        self._require("kexec", "running")
+        if self._next is None:
+            raise StateError(errno.EINVAL, "kexec: no kernel image is loaded")
+        successor, self._next = self._next, None
+        return jump(self, successor, preflight=preflight, timeout=timeout, verify=verify)
+
+    def reboot(self, verify: bool) -> Departure:
+        """Run REBOOT and say what is handed over: the first part of :func:`luo.kexec.jump`."""
+        live = self.luo.reboot()
+        handover = None if self._kho is None else self._kho.handover()
+        ended = self.profile.read_clock()
+        digests = self._layer.digests() if live and verify else {}
+        return Departure(
+            live=live,
+            handover=None if handover is None else handover.numbers,
+            reboot_began_ns=self.luo.reboot_began_ns if live else ended,
+            reboot_ended_ns=ended,
+            digests=[[*key, *value] for key, value in digests.items()],
+            image=self.image_sizes(),
+            preserved=int(self.devices.preserved.sum()),
+            requested=int(self.devices.requested.sum()),
+            phases=dict(self.phases),
+            calls=self.profile.dump(),
+        )
+
+    def image_sizes(self) -> dict[str, int]:
+        """Return the ``image`` object of ``luo run --json``: bytes and pages handed over."""
+        if self._kho is None:
+            return dict.fromkeys(
+                ("root_fdt_bytes", "device_tree_bytes", "map_bytes", "preserved_pages"), 0
+            )
+        return {
+            "root_fdt_bytes": self._kho.root_bytes,
+            "device_tree_bytes": self._layer.record_bytes,
+            "map_bytes": self._kho.tree_pages * self.machine.memory.page_size,
+            "preserved_pages": self._kho.preserved_pages,
+        }
+
+    def cancel_reboot(self) -> bool:
+        """Cancel after a failed jump; returns whether nothing failed."""
+        return not self.luo.cancel().failures
+
+    def release(self) -> None:
+        """Be gone: the commit point is passed."""
+        self._shutdown_devices()
+        self._end()
+
+    def _end(self) -> None:
+        self.kexec_unload()
+        self._status = "gone"
+        if self._kho is not None:
+            self._kho.close()
+        self.luo.close()
+        self.devices.close()
+        if self.machine.running is self:
+            self.machine.running = None
+
+    def _shutdown_devices(self) -> None:
+        """Call shutdown of every device that is not preserved (RFC v1 1.11)."""
+        for device in reversed(self._each("shutdown")):
+            driver = device.driver
+            assert driver is not None and driver.shutdown is not None
+            try:
+                driver.shutdown(device)
+            except Exception:
+                _log.warning("shutdown of %s failed", device.path, exc_info=True)
+
+    def shutdown(self) -> None:
+        """Switch the machine off: a prepared update is cancelled, the kernel is gone.
+
+        Raises:
+            StateError: ESHUTDOWN if it is gone already.
+        """
+        self._require("shutdown", "built", "running")
+        if self.booted and self.luo.state is State.PREPARED:
+            self.luo.cancel()
+        self.release()
+
+    def close(self) -> None:
+        """Be gone, if not gone already: what ``with`` and tests call."""
+        if self._status != "gone":
+            self._end()
+
+    def __enter__(self) -> Kernel:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def live_update(
+    kernel: Kernel | RemoteKernel,
+    next: Kernel | KernelImage,
+    *,
+    repeat: int = 1,
+    in_process: bool = False,
+    timeout: float = 60.0,
+    report: Report | None = None,
+) -> Report:
+    """Update *kernel* to *next*, and finish: load, PREPARE, REBOOT, jump, restore, FINISH.
+
+    Args:
+        kernel: the running kernel, with devices requested.
+        next: an image starts a second process (or, *in_process*, is built here); a kernel of
+            the same machine takes over in this process.
+        repeat: how many updates in a row; each new kernel gets the same requests. More than
+            one needs an image.
+        in_process: build the image's kernel in this process.
+        timeout: seconds for the successor's answers.
+        report: where to write; filled as far as it went when an exception is raised.
+
+    Returns:
+        the report; its ``kernel`` runs now, and is the caller's to close.
+
+    Raises:
+        CallbackError, SuccessorError: the update was cancelled, *kernel* is NORMAL.
+        HostCrashError, KernelPanic: the new kernel did not survive; there is none.
+    """
+    if repeat < 1:
+        raise ValueError(f"repeat {repeat}: at least 1")
+    if repeat > 1 and not isinstance(next, KernelImage):
+        raise ValueError("repeat: a kernel boots once; give an image")
+    report = report if report is not None else Report()
+    report.begin(kernel)
+    for _ in range(repeat):
+        requested = kernel.devices.requested.copy()
+        here = isinstance(next, KernelImage) and in_process
+        successor = next.build(kernel.machine) if here else next  # type: ignore[union-attr]
+        with report.watch(kernel):
+            if isinstance(kernel, RemoteKernel):
+                assert isinstance(successor, KernelImage)
+                kernel.kexec_load(successor, timeout=timeout)
+            else:
+                kernel.kexec_load(successor, timeout=timeout)
+            kernel.luo.prepare()
+            report.note_state(kernel)
+            kernel = kernel.kexec(timeout=timeout, verify=True)
+            report.note_state(kernel)
+            report.note_finish(kernel, kernel.luo.finish())
+        if repeat > 1:
+            kernel.devices.request(requested)
+    return report

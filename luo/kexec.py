@@ -1,0 +1,186 @@
+"""The jump from one kernel to the next, and its commit point.
+
+Happy path of :func:`jump`: REBOOT, handover, the successor validates and acknowledges (commit
+point), the old kernel goes, the successor boots, restores and is UPDATED.
+
+Unhappy paths: before the acknowledgement, whatever goes wrong cancels the update, the old kernel
+is NORMAL again and the error says which step failed. After it the old kernel's objects are dead,
+its views are cut off from the memory, and a successor that dies is a crashed host.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from luo.errors import HandoverError, HostCrashError, KernelPanic, SuccessorError
+from luo.kho import Handover
+from luo.memory import PhysicalMemory
+
+if TYPE_CHECKING:
+    from luo.kernel import Kernel
+    from luo.machine import Machine
+    from luo.remote import RemoteKernel
+
+__all__ = ["Arrival", "Departure", "LocalSuccessor", "jump"]
+
+
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """What the old kernel leaves behind when REBOOT has run; JSON values.
+
+    Attributes:
+        live: whether it is a live update, not an ordinary kexec.
+        handover: the four numbers, None with KHO off.
+        reboot_began_ns, reboot_ended_ns: on the monotonic clock.
+        digests: [side, name, bytes, digest] of what driver and bus callbacks stored.
+        image: the ``image`` object of ``luo run --json``.
+        preserved, requested: numbers of devices.
+        phases, calls: what it took so far; calls as of ``CallRecorder.dump()``.
+    """
+
+    live: bool
+    handover: list[int] | None
+    reboot_began_ns: int
+    reboot_ended_ns: int
+    digests: list[list[Any]]
+    image: dict[str, int]
+    preserved: int
+    requested: int
+    phases: dict[str, int]
+    calls: list[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """How a kernel came to run by kexec.
+
+    Attributes:
+        departure: what the kernel before it left.
+        result: what boot and restore came to.
+        phases: nanoseconds of reboot, jump, boot, restore and blackout. Blackout runs from the
+            first REBOOT callback to the last reclaimed device, less what the two digests took.
+    """
+
+    departure: Departure
+    result: dict[str, Any]
+    phases: dict[str, int]
+
+    @property
+    def verified_bytes(self) -> int:
+        """Bytes of state whose digests before and after the jump are equal."""
+        after = {
+            (side, name): (nbytes, sum_) for side, name, nbytes, sum_ in self.result["digests"]
+        }
+        return sum(
+            nbytes
+            for side, name, nbytes, sum_ in self.departure.digests
+            if after.get((side, name)) == (nbytes, sum_)
+        )
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of state that callbacks stored."""
+        return sum(nbytes for _side, _name, nbytes, _sum in self.departure.digests)
+
+
+class _Old(Protocol):
+    machine: Machine
+
+    def reboot(self, verify: bool) -> Departure: ...
+    def cancel_reboot(self) -> bool: ...
+    def release(self) -> None: ...
+
+
+class LocalSuccessor:
+    """A successor in this process: it sees the old kernel's memory through a mapping of its own.
+
+    Page state belongs to a kernel; until the commit point the old one has its own.
+    """
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self._plan: Any = None
+
+    def validate(self, handover: Handover | None, timeout: float) -> None:
+        """Check what the old kernel left, on a read-only mapping."""
+        memory = self.kernel.machine.memory
+        view = PhysicalMemory.attach(
+            memory.fd, memory.ranges, offset=memory.offset, page_size=memory.page_size
+        )
+        try:
+            self._plan = self.kernel.validate(handover, view)
+        except (HandoverError, KernelPanic) as error:
+            raise SuccessorError(
+                errno.EPROTO, f"validate: successor {self.kernel!r} refused: {error}"
+            ) from error
+
+    def start(self, handover: Handover | None, preflight: bool, verify: bool) -> Kernel:
+        """Pass the commit point: boot and restore."""
+        if preflight:
+            return self.kernel.take_over(self._plan, verify)
+        return self.kernel.boot(handover)
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What boot and restore came to."""
+        return self.kernel.boot_result()
+
+    def close(self) -> None:
+        """Let it go unused."""
+        self.kernel.close()
+
+
+def jump(
+    old: _Old,
+    successor: LocalSuccessor | RemoteKernel,
+    *,
+    clock: Callable[[], int] = time.monotonic_ns,
+    preflight: bool,
+    timeout: float,
+    verify: bool,
+) -> Kernel | RemoteKernel:
+    """Change the kernel of a machine: see :meth:`luo.kernel.Kernel.kexec`."""
+    machine = old.machine
+    departure: Departure | None = None
+    try:
+        departure = old.reboot(verify)
+        handover = None if departure.handover is None else Handover(*departure.handover)
+        began = clock()
+        if preflight:
+            successor.validate(handover, timeout)
+    except BaseException as error:
+        successor.close()
+        if departure is not None and departure.live:
+            clean = old.cancel_reboot()
+            if isinstance(error, SuccessorError):
+                error.rolled_back = clean
+        raise
+    # The commit point: the successor has acknowledged, there is no way back from here.
+    old.release()
+    machine.memory.cut_off()
+    machine.memory.forget()
+    try:
+        kernel = successor.start(handover, preflight, verify)
+    except (HostCrashError, KernelPanic):
+        successor.close()
+        raise
+    result = successor.result
+    restored_ns = result["last_reclaim_ns"] or (
+        result["boot_began_ns"] + result["phases"]["boot"] + result["phases"]["restore"]
+    )
+    instruments = began - departure.reboot_ended_ns + result["digest_ns"]
+    kernel.arrival = Arrival(
+        departure,
+        result,
+        {
+            "reboot": departure.reboot_ended_ns - departure.reboot_began_ns,
+            "jump": result["boot_began_ns"] - began,
+            **result["phases"],
+            "blackout": restored_ns - departure.reboot_began_ns - instruments,
+        },
+    )
+    return kernel

@@ -1,0 +1,570 @@
+"""The live update orchestrator: the state machine and its events.
+
+Mirrors RFC v1's ``kernel/liveupdate.c`` in its intended form (``spec/luo-rfc-v1.md`` 1.3, 1.4,
+1.6): what it meant to do where its code had a hole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import struct
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from luo import abi
+from luo.errors import CallbackError, FdtError, HandoverError, KernelPanic, StateError, from_errno
+from luo.fdt import Fdt, FdtWriter
+from luo.notifier import (
+    RESTORE,
+    Context,
+    Event,
+    Mortal,
+    NotifierChain,
+    Participant,
+    Priority,
+    State,
+    Step,
+    Subsystem,
+    SubsystemParticipant,
+)
+
+if TYPE_CHECKING:
+    from luo._kho import CallRecorder
+    from luo.kho import Incoming
+
+__all__ = [
+    "CancelResult",
+    "Context",
+    "Event",
+    "FinishResult",
+    "Orchestrator",
+    "Priority",
+    "State",
+    "Step",
+    "Subsystem",
+]
+
+_log = logging.getLogger(__name__)
+
+#: The transition table (RFC v1 1.4): an absent pair is EINVAL. After REBOOT this kernel stays
+#: PREPARED; the next one boots into UPDATED.
+NEXT: Final = {
+    (State.NORMAL, Event.PREPARE): State.PREPARED,
+    (State.PREPARED, Event.REBOOT): State.PREPARED,
+    (State.PREPARED, Event.CANCEL): State.NORMAL,
+    (State.UPDATED, Event.FINISH): State.NORMAL,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CancelResult:
+    """What CANCEL came to; the state is NORMAL in any case.
+
+    Attributes:
+        failures: every cancel callback that failed, in the order of calling.
+    """
+
+    failures: tuple[CallbackError, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FinishResult:
+    """What FINISH came to; the state is NORMAL in any case.
+
+    Attributes:
+        unreclaimed: paths of the devices that were kept and never reclaimed.
+        failures: every finish callback that failed, in the order of calling.
+    """
+
+    unreclaimed: tuple[str, ...] = ()
+    failures: tuple[CallbackError, ...] = ()
+
+
+class StateLock:
+    """Many readers or one writer; the writer's own thread is refused instead of deadlocked."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._writer: int | None = None
+        self._readers: dict[int, int] = {}
+
+    @contextlib.contextmanager
+    def writing(self, what: str) -> Iterator[None]:
+        """Hold the lock alone.
+
+        Raises:
+            StateError: EDEADLK if this thread holds it already: *what* was called by a callback.
+        """
+        me = threading.get_ident()
+        with self._changed:
+            self._refuse_deadlock(me, what)
+            if me in self._readers:
+                raise StateError(errno.EDEADLK, f"{what}: this thread is reading the state")
+            while self._writer is not None or self._readers:
+                self._changed.wait()
+            self._writer = me
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._writer = None
+                self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def reading(self, what: str) -> Iterator[None]:
+        """Hold the lock together with other readers."""
+        me = threading.get_ident()
+        with self._changed:
+            self._refuse_deadlock(me, what)
+            while self._writer is not None:
+                self._changed.wait()
+            self._readers[me] = self._readers.get(me, 0) + 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._readers[me] -= 1
+                if not self._readers[me]:
+                    del self._readers[me]
+                self._changed.notify_all()
+
+    def _refuse_deadlock(self, me: int, what: str) -> None:
+        if self._writer == me:
+            raise StateError(errno.EDEADLK, f"{what}: called from a callback of a running event")
+
+
+class DeviceLayer(Participant, Protocol):
+    """The devices in the chain; :mod:`luo.dev_liveupdate` has them."""
+
+    def luo_properties(self) -> dict[str, int]:
+        """Return the values of the ``devices`` node: count and chain heads."""
+        ...
+
+    def unreclaimed(self) -> tuple[str, ...]:
+        """Return the paths of the devices that came over and do not run again."""
+        ...
+
+
+@dataclass(slots=True)
+class LuoIncoming:
+    """What LUO's node of the previous kernel says, checked.
+
+    Attributes:
+        version: (major, minor).
+        devices: properties of the ``devices`` node: count, and heads of the two block chains.
+        data: the u64 of each subsystem, by name.
+        phys, nbytes: the blob.
+    """
+
+    version: tuple[int, int]
+    devices: dict[str, int] = field(default_factory=dict)
+    data: dict[str, int] = field(default_factory=dict)
+    phys: int = 0
+    nbytes: int = 0
+
+    @classmethod
+    def read(cls, incoming: Incoming) -> LuoIncoming | None:
+        """Read LUO's node; None if the previous kernel left none. Reads memory only.
+
+        Raises:
+            HandoverError: the blob, or a property in it, is not what the format says.
+            KernelPanic: its version is not ours (RFC v1 1.3, steps 2 and 3).
+        """
+        if abi.LUO_NODE not in incoming.subtrees():
+            return None
+        phys, nbytes = incoming.retrieve_subtree(abi.LUO_NODE)
+        try:
+            tree = Fdt(incoming.load_subtree(abi.LUO_NODE))
+            root = tree.root
+            raw = bytes(root["version"]) if "version" in root else b""
+            if len(raw) != 8:
+                raise KernelPanic(f"{abi.LUO_NODE}: version has {len(raw)} bytes, 8 are expected")
+            version = struct.unpack("=II", raw)
+            if version[0] != abi.LUO_VERSION[0] or version[1] > abi.LUO_VERSION[1]:
+                raise KernelPanic(
+                    f"{abi.LUO_NODE}: version {version[0]}.{version[1]},"
+                    f" this kernel reads {abi.LUO_VERSION[0]}.0 to"
+                    f" {abi.LUO_VERSION[0]}.{abi.LUO_VERSION[1]}"
+                )
+            found = cls(version, phys=phys, nbytes=nbytes)
+            for node in root.children:
+                if node.name == "devices":
+                    found.devices = {
+                        name: _native_u64(node, name, phys) for name in abi.LUO_DEVICES_PROPERTIES
+                    }
+                elif node.name == "subsystems":
+                    found.data = {
+                        child.name: _native_u64(child, "data", phys) for child in node.children
+                    }
+        except FdtError as error:
+            raise HandoverError(f"{abi.LUO_NODE}: {error}", phys) from error
+        return found
+
+
+def _native_u64(node: Any, name: str, phys: int) -> int:
+    raw = bytes(node[name]) if name in node else b""
+    if len(raw) != 8:
+        raise HandoverError(
+            f"{abi.LUO_NODE}{node.path}: {name} has {len(raw)} bytes, 8 are expected", phys
+        )
+    value: int = struct.unpack("=Q", raw)[0]
+    return value
+
+
+class Orchestrator(Mortal):
+    """LUO of one kernel.
+
+    Args:
+        kernel: the kernel; callbacks see it as ``context.kernel``.
+        recorder: where every callback's time goes.
+        enabled: whether ``liveupdate=`` and ``kho=`` are both on.
+        phase: context manager that times a phase by name.
+        observer: called as ``observer("state", name)`` after each change of state.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        recorder: CallRecorder,
+        *,
+        enabled: bool = True,
+        phase: Callable[[str], AbstractContextManager[None]] = contextlib.nullcontext,
+        observer: Callable[[str, str], None] | None = None,
+    ) -> None:
+        self.kernel = kernel
+        self.enabled = enabled
+        self._recorder = recorder
+        self._phase = phase
+        self._observer = observer
+        self._state = State.NORMAL
+        self._chain = NotifierChain()
+        self._layer: DeviceLayer | None = None
+        self._lock = StateLock()
+        self._page = 0  # LUO's blob of the outgoing side, allocated in PREPARE
+        self._published = False  # REBOOT has run; only the jump or CANCEL may follow
+        self._collected: list[CallbackError] = []
+        self.incoming: LuoIncoming | None = None
+        self.reboot_began_ns = 0
+        self.last_reclaim_ns = 0
+
+    # ---- what anybody may ask ----
+
+    @property
+    def state(self) -> State:
+        """The present state; read without the lock, as the ``state`` file is."""
+        return self._state
+
+    @contextlib.contextmanager
+    def read_state(self) -> Iterator[State]:
+        """Hold the state as it is while the block runs (``liveupdate_read_state_enter()``).
+
+        Raises:
+            StateError: EDEADLK from a callback of a running event, which holds the lock.
+        """
+        with self._lock.reading("read_state"):
+            yield self._state
+
+    def require_normal(self, what: str) -> None:
+        """Raise ``StateError(EINVAL)`` unless the state is NORMAL."""
+        if self._state is not State.NORMAL:
+            raise StateError(errno.EINVAL, f"{what}: needs NORMAL, the state is {self._state.name}")
+
+    def note_reclaim(self) -> None:
+        """Note the time: a device has been reclaimed."""
+        self.last_reclaim_ns = self._recorder.read_clock()
+
+    # ---- who takes part ----
+
+    def register(self, subsystem: Subsystem) -> None:
+        """Add *subsystem* to the chain.
+
+        Raises:
+            KhoError: EEXIST if the name is taken, EBUSY in PREPARED: it would get REBOOT or
+                CANCEL without PREPARE (RFC v1 quirk 11).
+        """
+        with self._lock.reading(f"register {subsystem.name}"):
+            self._require_unprepared(f"register {subsystem.name}")
+            self._chain.register(SubsystemParticipant(subsystem, self.kernel, self._recorder))
+
+    def unregister(self, subsystem: Subsystem | str) -> None:
+        """Remove a subsystem from the chain.
+
+        Raises:
+            KhoError: ENOENT if it is not registered, EBUSY in PREPARED: it would never be
+                cancelled.
+        """
+        name = subsystem if isinstance(subsystem, str) else subsystem.name
+        with self._lock.reading(f"unregister {name}"):
+            self._require_unprepared(f"unregister {name}")
+            self._chain.unregister(name)
+
+    def _require_unprepared(self, what: str) -> None:
+        if self._state is State.PREPARED:
+            raise from_errno(errno.EBUSY, f"{what}: a live update is prepared")
+
+    def join_devices(self, layer: DeviceLayer) -> None:
+        """Add the device layer to the chain."""
+        self._chain.register(layer)
+        self._layer = layer
+
+    # ---- events ----
+
+    def prepare(self) -> None:
+        """NORMAL to PREPARED: every participant saves what it can while all still runs.
+
+        Raises:
+            StateError: EINVAL in another state, EDEADLK from a callback, EOPNOTSUPP if disabled.
+            CallbackError: a callback failed; everything is as before.
+            KhoNoMemoryError: no room for slots and records; everything is as before.
+        """
+        self._run(Event.PREPARE)
+
+    def reboot(self) -> bool:
+        """Call the REBOOT callbacks and publish LUO's node: what comes before the jump.
+
+        Returns:
+            False, and nothing is done, unless the state is PREPARED: then an ordinary kexec
+            goes on, as in the kernel.
+
+        Raises:
+            StateError: EALREADY if it has run and neither jump nor cancel followed.
+            CallbackError: a callback failed; all were cancelled, the state is NORMAL.
+        """
+        if self._state is not State.PREPARED:
+            return False
+        self.reboot_began_ns = self._recorder.read_clock()
+        self._run(Event.REBOOT)
+        return True
+
+    def dry_reboot(self) -> CancelResult:
+        """Call the REBOOT callbacks, then cancel: for authors of drivers (RFC v1's list, 4).
+
+        Raises:
+            StateError: EINVAL unless the state is PREPARED.
+            CallbackError: a REBOOT callback failed.
+        """
+        if not self.reboot():
+            raise StateError(
+                errno.EINVAL, f"dry reboot: needs PREPARED, the state is {self._state.name}"
+            )
+        return self.cancel()
+
+    def cancel(self) -> CancelResult:
+        """PREPARED to NORMAL: every participant undoes PREPARE, in the reverse order.
+
+        Raises:
+            StateError: EINVAL in another state.
+        """
+        return CancelResult(self._run(Event.CANCEL))
+
+    def finish(self) -> FinishResult:
+        """UPDATED to NORMAL: the update is over, what carried it is freed.
+
+        Raises:
+            StateError: EINVAL in another state.
+        """
+        unreclaimed = self._layer.unreclaimed() if self._layer is not None else ()
+        return FinishResult(unreclaimed, self._run(Event.FINISH))
+
+    def steps(self, event: Event) -> Generator[Step, None, None]:
+        """Run *event* one callback at a time; ``prepare()`` and the others run the same steps.
+
+        Each step runs by its ``run()``, or when the next one is asked for. When the last one has
+        run the event is complete. Closing the generator early rolls PREPARE and REBOOT back;
+        CANCEL and FINISH have no way back and are completed.
+
+        Args:
+            event: the event; the state must allow it when the first step is asked for.
+
+        Yields:
+            the steps, in order.
+        """
+        return self._transition(Event(event), bulk=False)
+
+    def _run(self, event: Event) -> tuple[CallbackError, ...]:
+        with (
+            self._phase(event.name.lower()),
+            contextlib.closing(self._transition(event, bulk=True)) as steps,
+        ):
+            for step in steps:
+                step.run()
+        failures, self._collected = tuple(self._collected), []
+        return failures
+
+    def _transition(self, event: Event, bulk: bool) -> Generator[Step, None, None]:
+        with self._lock.writing(event.name):
+            self._require(event)
+            self._collected = []
+            steps = self._steps(event, bulk)
+            ended = False
+
+            def fail(error: BaseException) -> None:
+                nonlocal ended
+                ended = True
+                if event in (Event.PREPARE, Event.REBOOT):
+                    self._roll_back(error)
+                else:
+                    self._complete(event, steps)
+
+            try:
+                if event is Event.PREPARE:
+                    self._page = self.kernel.kho.alloc_preserve(self._blob_bytes())
+                for step in steps:
+                    step._fail = fail
+                    yield step
+                    if not ended and not step.done:
+                        step.run()
+                    if ended:
+                        return
+                if event is Event.REBOOT:
+                    self._publish()
+                self._enter(event)
+            except BaseException as error:
+                if not ended:
+                    fail(error)
+                raise
+
+    def _require(self, event: Event) -> None:
+        if not self.enabled:
+            raise StateError(
+                errno.EOPNOTSUPP, f"{event.name}: live update is off (liveupdate= or kho=)"
+            )
+        if (self._state, event) not in NEXT:
+            wanted = " or ".join(state.name for state, wants in NEXT if wants is event)
+            raise StateError(
+                errno.EINVAL, f"{event.name}: needs {wanted}, the state is {self._state.name}"
+            )
+        if event is Event.REBOOT and self._published:
+            raise StateError(errno.EALREADY, "REBOOT: has run; jump or cancel")
+
+    def _steps(self, event: Event, bulk: bool) -> Iterator[Step]:
+        for participant in self._chain.order(event.name):
+            try:
+                yield from participant.steps(event.name, bulk)
+            finally:
+                self._collected += participant.collect()
+
+    def _enter(self, event: Event) -> None:
+        if event is Event.CANCEL:
+            self._withdraw()
+        elif event is Event.FINISH:
+            self._discard_incoming()
+        self._set_state(NEXT[self._state, event])
+
+    def _set_state(self, state: State) -> None:
+        if state is self._state:
+            return
+        _log.info("switched from [%s] to [%s]", self._state.name.lower(), state.name.lower())
+        self._state = state
+        if self._observer is not None:
+            self._observer("state", state.name.lower())
+
+    def _roll_back(self, error: BaseException) -> None:
+        # The first error is the one that is raised; what fails here is attached to it.
+        undo: list[BaseException] = []
+        for participant in self._chain.order(Event.CANCEL.name):
+            undo += self._finish_steps(participant.steps(Event.CANCEL.name, True))
+            undo += participant.collect()
+        self._withdraw()
+        self._set_state(State.NORMAL)
+        self._collected = []
+        for problem in undo:
+            error.add_note(f"while cancelling: {problem}")
+        if isinstance(error, CallbackError):
+            error.undo_errors = undo
+            error.rolled_back = not undo
+
+    def _complete(self, event: Event, steps: Iterator[Step]) -> None:
+        for problem in self._finish_steps(steps):
+            _log.warning("%s: %s", event.name, problem)
+        self._enter(event)
+
+    @staticmethod
+    def _finish_steps(steps: Iterator[Step]) -> list[BaseException]:
+        # An interrupt must not stop half-way here: it is noted, and what is left still runs.
+        problems: list[BaseException] = []
+        while True:
+            try:
+                step = next(steps, None)
+                if step is None:
+                    return problems
+                step.run()
+            except (Exception, KeyboardInterrupt) as error:
+                problems.append(error)
+
+    # ---- LUO's node ----
+
+    def _blob(self) -> bytes:
+        writer = FdtWriter()
+        with writer.node(""):
+            writer.property("version", struct.pack("=II", *abi.LUO_VERSION))
+            with writer.node("devices"):
+                properties = self._layer.luo_properties() if self._layer is not None else {}
+                for name in abi.LUO_DEVICES_PROPERTIES:
+                    writer.property_native_u64(name, properties.get(name, 0))
+            with writer.node("subsystems"):
+                for participant in self._chain:
+                    if isinstance(participant, SubsystemParticipant):
+                        with writer.node(participant.name):
+                            writer.property_native_u64("data", participant.context.data)
+        return bytes(writer.finish())
+
+    def _blob_bytes(self) -> int:
+        return len(self._blob())  # no value in it changes its length
+
+    def _publish(self) -> None:
+        blob = self._blob()
+        self.kernel.memory.view(self._page, len(blob))[:] = blob
+        self.kernel.kho.add_subtree(abi.LUO_NODE, self._page, len(blob))
+        self._published = True
+
+    def _withdraw(self) -> None:
+        # RFC v1 quirk 5: a node that stays behind makes the next ordinary kexec boot UPDATED.
+        if self._published:
+            self.kernel.kho.remove_subtree(self._page)
+            self._published = False
+        if self._page:
+            self.kernel.kho.unpreserve_free(self._page)
+            self._page = 0
+
+    # ---- the new kernel's side ----
+
+    def startup(self, found: LuoIncoming | None) -> None:
+        """Set the first state from what the previous kernel left (RFC v1 1.3).
+
+        Raises:
+            KernelPanic: it left LUO's node and live update is off here.
+        """
+        if found is None:
+            return
+        if not self.enabled:
+            raise KernelPanic(f"{abi.LUO_NODE}: found, but live update is off in this kernel")
+        self.incoming = found
+        for participant in self._chain:
+            if isinstance(participant, SubsystemParticipant):
+                participant.context.data = found.data.get(participant.name, 0)
+        self._set_state(State.UPDATED)
+
+    def restore(self) -> tuple[CallbackError, ...]:
+        """Call the restore callbacks, against the order of PREPARE; failures are collected.
+
+        Returns:
+            every callback that failed; its device stays unreclaimed.
+        """
+        with self._lock.writing(RESTORE):
+            failures: list[CallbackError] = []
+            for participant in self._chain.order(RESTORE):
+                for step in participant.steps(RESTORE, True):
+                    step.run()
+                failures += participant.collect()
+            return tuple(failures)
+
+    def _discard_incoming(self) -> None:
+        if self.incoming is not None:
+            self.kernel.kho.incoming.restore_free(self.incoming.phys)
+            self.incoming = None

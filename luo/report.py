@@ -1,0 +1,236 @@
+"""What a live update came to: figures, states, failures; the ``luo-run/1`` document."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+import statistics
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+from luo._kho import CallRecorder
+from luo.errors import CallbackError, LuoError, SuccessorError, errno_name
+from luo.liveupdate import FinishResult
+
+__all__ = ["Report", "describe", "parse_duration"]
+
+PHASES: Final = ("prepare", "reboot", "jump", "boot", "restore", "finish", "blackout")
+_UNITS: Final = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
+_CALLBACK_FIELDS: Final = ("event", "kind", "name", "device", "file", "line")
+
+
+def parse_duration(text: str) -> int:
+    """Return the nanoseconds of *text*, as ``"1.2s"``, ``"50ms"``, ``"20us"`` or ``"7ns"``."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ns|us|ms|s)\s*", text)
+    if match is None:
+        raise ValueError(f"duration {text!r}: a number with ns, us, ms or s is expected")
+    return round(float(match[1]) * _UNITS[match[2]])
+
+
+def describe(error: BaseException) -> dict[str, Any]:
+    """Return the ``error`` object of ``luo run --json`` for *error*."""
+    code = getattr(error, "errno", None)
+    return {
+        "type": type(error).__name__,
+        "message": str(error) or type(error).__name__,
+        "errno": code,
+        "errno_name": errno_name(code) if code else None,
+        **{name: getattr(error, name, None) for name in _CALLBACK_FIELDS},
+        "rolled_back": getattr(error, "rolled_back", None),
+    }
+
+
+class Report:
+    """A live update, or several in a row, in figures.
+
+    Attributes:
+        kernel: the kernel that runs now, None if none does.
+        settings, source: what was asked for and where the devices came from; the caller's.
+        runs: one dictionary an update: phases and numbers of devices.
+        states: states passed, by name, in lower case.
+        failures: restore, finish and cancel callbacks that failed.
+        error: why the update failed, None if it did not.
+    """
+
+    def __init__(
+        self,
+        *,
+        settings: Mapping[str, Any] | None = None,
+        source: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.kernel: Any = None
+        self.settings = dict(settings or {})
+        self.source = dict(source or {})
+        self.runs: list[dict[str, Any]] = []
+        self.states: list[str] = []
+        self.failures: list[dict[str, Any]] = []
+        self.error: dict[str, Any] | None = None
+        self.image: dict[str, int] = {}
+        self.devices: dict[str, Any] = {}
+        self.successor = ""
+        self._calls = CallRecorder()
+        self._abi = ""
+
+    # ---- filling ----
+
+    def begin(self, kernel: Any) -> None:
+        """Start from the running *kernel*."""
+        self.kernel = kernel
+        self._abi = getattr(kernel, "kho_abi", self._abi)
+        self.devices = {"total": len(kernel.machine.devices)}
+        self.note_state(kernel)
+
+    def note_state(self, kernel: Any) -> None:
+        """Note the state of *kernel*, which runs now."""
+        self.kernel = kernel
+        self.states.append(kernel.luo.state.name.lower())
+
+    @contextlib.contextmanager
+    def watch(self, kernel: Any) -> Iterator[None]:
+        """Note an error that ends the update, and what it left."""
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, LuoError | KeyboardInterrupt):
+                self.error = describe(error)
+            running = kernel.machine.running
+            self.kernel = running
+            with contextlib.suppress(LuoError):
+                if running is not None:
+                    self.note_state(running)
+                    if isinstance(error, CallbackError | SuccessorError | KeyboardInterrupt):
+                        self._merge(running)
+            raise
+
+    def _merge(self, kernel: Any) -> None:
+        profile = kernel.profile
+        self._calls.merge(profile.dump())
+
+    def note_finish(self, kernel: Any, finished: FinishResult) -> None:
+        """Add one update that has come to its end in *kernel*."""
+        self.note_state(kernel)
+        arrival = kernel.arrival
+        departure, result = arrival.departure, arrival.result
+        phases = {"prepare": departure.phases.get("prepare", 0), **arrival.phases}
+        phases["finish"] = kernel.phases.get("finish", 0)
+        self.successor = "process" if hasattr(kernel, "pid") else "in-process"
+        self.image = departure.image
+        self.devices |= {
+            "requested": departure.requested,
+            "preserved": departure.preserved,
+            "reclaimed": result["reclaimed"],
+            "state_bytes": arrival.state_bytes,
+            "verified_bytes": arrival.verified_bytes,
+            "records_without_device": len(result["records_without_device"]),
+            "devices_without_record": result["devices_without_record"],
+        }
+        self.runs.append({"phases_ns": phases, "devices": dict(self.devices)})
+        self._calls.merge(departure.calls, ("PREPARE", "REBOOT"))
+        self._calls.merge(kernel.profile.dump(), ("RESTORE", "FINISH"))
+        self.failures += [*result["failures"], *map(describe, finished.failures)]
+        if self.error is None and self.failures:
+            self.error = self.failures[0]
+        lost = finished.unreclaimed
+        if self.error is None and lost:
+            message = f"{len(lost)} devices were not reclaimed, the first is {lost[0]}"
+            self.error = describe(LuoError(message)) | {"device": lost[0]}
+        stored, verified = arrival.state_bytes, arrival.verified_bytes
+        if self.error is None and stored != verified:
+            self.error = describe(
+                LuoError(f"{stored - verified} of {stored} bytes of state differ after the jump")
+            )
+
+    # ---- reading ----
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Nanoseconds of each phase: the median of all runs."""
+        return {
+            name: round(statistics.median([run["phases_ns"].get(name, 0) for run in self.runs]))
+            if self.runs
+            else 0
+            for name in PHASES
+        }
+
+    @property
+    def callbacks(self) -> list[dict[str, Any]]:
+        """What callbacks cost: one row a subsystem, event, kind and name; all runs together."""
+        return list(self._calls.rows())
+
+    def check(self, budgets: Mapping[str, str | int]) -> list[str]:
+        """Return what is over budget, in words; nothing if all is within.
+
+        Args:
+            budgets: limit by name: a phase (``"blackout"``), or ``"subsystem/EVENT"`` or
+                ``"subsystem/name/EVENT"`` for the total of callbacks in one update; the limit as
+                ``"50ms"`` or in nanoseconds.
+
+        Raises:
+            ValueError: a name that is none of these, or a limit that is no duration.
+        """
+        over = []
+        for name, limit in budgets.items():
+            allowed = parse_duration(limit) if isinstance(limit, str) else limit
+            spent = self._spent(name)
+            if spent > allowed:
+                over.append(f"{name}: {spent / 1e6:.3f} ms, the budget is {allowed / 1e6:.3f} ms")
+        return over
+
+    def _spent(self, name: str) -> int:
+        if name in PHASES:
+            return self.phases[name]
+        parts = name.split("/")
+        if len(parts) not in (2, 3) or parts[-1] not in ("PREPARE", "REBOOT", "RESTORE", "FINISH"):
+            raise ValueError(
+                f"budget {name!r}: {', '.join(PHASES)}, subsystem/EVENT or subsystem/name/EVENT"
+            )
+        total = sum(
+            row["total_ns"]
+            for row in self.callbacks
+            if row["subsystem"] == parts[0]
+            and row["event"] == parts[-1]
+            and (len(parts) == 2 or row["name"] == parts[1])
+        )
+        return round(total / max(1, len(self.runs)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the ``luo-run/1`` document."""
+        return {
+            "schema": "luo-run/1",
+            "luo_version": metadata.version("luo-kho"),
+            "machine": {
+                "cpu": _cpu(),
+                "cores": os.cpu_count(),
+                "python": platform.python_version(),
+            },
+            "settings": self.settings,
+            "source": self.source,
+            "kho_abi": self._abi,
+            "behaviour": "intended",
+            "successor": self.successor,
+            "devices": self.devices,
+            "states": self.states,
+            "phases_ns": self.phases,
+            "callbacks": self.callbacks,
+            "image": self.image,
+            "runs": self.runs,
+            "failures": self.failures,
+            "error": self.error,
+        }
+
+    def to_json(self) -> str:
+        """Return the ``luo-run/1`` document as text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+
+def _cpu() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

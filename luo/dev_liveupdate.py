@@ -473,15 +473,14 @@ class DeviceParticipant:
                 batched |= (self._kinds(side, event) == 2)[self._ids(side)[order]]
         if not batched.any():
             return None
-        # One number for (driver, bus, sizes); a mixed radix would overflow, so step by step.
-        number = np.zeros(len(order), np.int64)
-        for part in (
-            *(self._ids(side)[order] for side in SIDES),
-            *(nbytes[side] for side in SIDES),
-        ):
-            values, code = np.unique(part, return_inverse=True)
-            if len(values) > 1:
-                _, number = np.unique(number * len(values) + code, return_inverse=True)
+        # One number for each (driver, bus, sizes) that occurs.
+        parts = [*(self._ids(side)[order] for side in SIDES), *(nbytes[side] for side in SIDES)]
+        by_parts = np.lexsort(parts)
+        new = np.zeros(len(order), np.bool_)
+        for part in parts:
+            new[1:] |= part[by_parts][1:] != part[by_parts][:-1]
+        number = np.empty(len(order), np.int32)
+        number[by_parts] = np.cumsum(new)
         group = np.full(len(self.devices.requested), -1, np.int32)
         group[order[batched]] = number[batched]
         return group
@@ -823,8 +822,8 @@ class DeviceRecords:
                     int(phys_of[first]),
                 )
         live = self.devices[self.devices >= 0]
-        if len(np.unique(live)) != len(live):
-            raise HandoverError("two records name the same device", None)
+        if live.size and int(np.bincount(live).max()) > 1:
+            raise HandoverError("two records name the same device")
 
     @property
     def without_device(self) -> list[str]:

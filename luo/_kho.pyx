@@ -5,6 +5,7 @@ defined, so the order of the includes is the layer diagram of the core.
 """
 
 cimport cython
+from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.long cimport PyLong_AsLongLong, PyLong_AsUnsignedLongLong
 from cpython.number cimport PyNumber_Index
 from libc cimport errno as c_errno
@@ -23,19 +24,15 @@ import numpy as np
 
 from luo.errors import HandoverError, from_errno
 
-# L0 integers, errors, allocation
-include "core/errno.pxi"
-# L1 bitmaps
-include "core/bits.pxi"
-# L1 flattened tree: read, sequential write, random access
-include "core/fdt_ro.pxi"
-include "core/fdt_sw.pxi"
-include "core/fdt_rw.pxi"
-# L2 physical memory and its pages
-include "core/memory.pxi"
-# L3 the preserved map, outgoing and incoming
-include "core/radix.pxi"
-# L3 device table
-include "core/devices.pxi"
-# L4 timed callback loop, recorder, slots
-include "core/dispatch.pxi"
+cdef extern from *:
+    int __builtin_clzll(unsigned long long) noexcept nogil
+
+include "core/errno.pxi"  # L0 integers, errors, allocation
+include "core/bits.pxi"  # L1 bitmaps
+include "core/memory.pxi"  # L2 physical memory and its pages
+include "core/radix.pxi"  # L3 the preserved map, outgoing and incoming
+include "core/fdt_ro.pxi"  # L1' flattened tree, read
+include "core/fdt_sw.pxi"  # L1' flattened tree, sequential write
+include "core/fdt_rw.pxi"  # L1' flattened tree, random access
+include "core/devices.pxi"  # L3' device table
+include "core/dispatch.pxi"  # L4 timed callback loop, recorder, slots

@@ -294,14 +294,21 @@ class DeviceBatch:
     def __iter__(self) -> Iterator[Device]:
         return (Device(self._devices, int(i)) for i in self.index)
 
-    def column(self, name: str) -> NDArray[np.uint8]:
+    def column(self, name: str, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
         """Return the hardware column *name* of these devices, ``uint8 (n, k)``.
+
+        Args:
+            name: the column.
+            out: where to put it, without a copy in between: mostly ``slots``.
 
         Raises:
             ValueError: the rows differ in length.
             KeyError: there is no such column.
         """
-        return self._devices.tree.gather(name, self.index)
+        if out is None or out.flags.c_contiguous:
+            return self._devices.tree.gather(name, self.index, out)
+        out[:] = self._devices.tree.gather(name, self.index)
+        return out
 
     def sizes(self, name: str) -> NDArray[np.uint64]:
         """Return the length in bytes of each row of the hardware column *name*."""

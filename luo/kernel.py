@@ -315,8 +315,14 @@ class Kernel:
                 self.machine.memory.forget()
         return self.take_over(plan)
 
-    def validate(self, handover: Handover | None) -> _Plan:
+    def validate(
+        self, handover: Handover | None, memory: PhysicalMemory | None = None
+    ) -> _Plan:
         """Read what the previous kernel left, without a write to the memory.
+
+        Args:
+            handover: its four numbers, None if KHO is off.
+            memory: another view of the machine's memory to read through.
 
         Raises:
             HandoverError: it breaks a rule of the format.
@@ -324,7 +330,8 @@ class Kernel:
         """
         if handover is None:
             return _Plan()
-        plan = _Plan(Kho.validate(self.machine.memory, handover, abi=self.kho_abi))
+        memory = memory or self.machine.memory
+        plan = _Plan(Kho.validate(memory, handover, abi=self.kho_abi))
         assert plan.incoming is not None
         plan.luo = LuoIncoming.read(plan.incoming)
         if plan.luo is not None:

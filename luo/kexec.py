@@ -107,19 +107,16 @@ class LocalSuccessor:
 
     def validate(self, handover: Handover | None, timeout: float) -> None:
         """Check what the old kernel left, on a read-only mapping."""
-        machine = self.kernel.machine
-        memory = machine.memory
+        memory = self.kernel.machine.memory
+        view = PhysicalMemory.attach(
+            memory.fd, memory.ranges, offset=memory.offset, page_size=memory.page_size
+        )
         try:
-            machine.memory = PhysicalMemory.attach(
-                memory.fd, memory.ranges, offset=memory.offset, page_size=memory.page_size
-            )
-            self._plan = self.kernel.validate(handover)
+            self._plan = self.kernel.validate(handover, view)
         except (HandoverError, KernelPanic) as error:
             raise SuccessorError(
                 errno.EPROTO, f"validate: successor {self.kernel!r} refused: {error}"
             ) from error
-        finally:
-            machine.memory = memory
 
     def start(self, handover: Handover | None, preflight: bool, verify: bool) -> Kernel:
         """Pass the commit point: boot and restore."""

@@ -383,9 +383,10 @@ class Machine:
     Attributes:
         memory: the :class:`luo.memory.PhysicalMemory`.
         devices: the :class:`DeviceTree`.
+        running: the kernel that runs on it, here or in another process; None if it is off.
     """
 
-    __slots__ = ("devices", "memory")
+    __slots__ = ("devices", "memory", "running")
 
     def __init__(
         self, memory: PhysicalMemory | SupportsIndex | str, devices: DeviceTree | None = None
@@ -396,6 +397,7 @@ class Machine:
             memory = PhysicalMemory(memory)
         self.memory = cast("PhysicalMemory", memory)
         self.devices = DeviceTree() if devices is None else devices
+        self.running: Any = None
 
     def __repr__(self) -> str:
         return f"<Machine of {self.memory.size:#x} bytes and {len(self.devices)} devices>"

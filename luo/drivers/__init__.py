@@ -1,1 +1,143 @@
-"""To be filled."""
+"""What the built-in kernels run: drivers for what hosts have, and the usual subsystems.
+
+:func:`kernel` is the factory that kernel images name; :func:`load` brings the user's own drivers.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from luo.device import Bus, Driver, LiveUpdateOps
+from luo.drivers import generic, pci, virtio
+from luo.drivers.interrupts import Interrupts
+from luo.drivers.iommu import Iommu
+from luo.drivers.kvm import Kvm
+from luo.drivers.mm import Regions
+from luo.errors import from_errno
+from luo.kernel import Kernel
+from luo.notifier import Subsystem
+
+if TYPE_CHECKING:
+    from luo.machine import DeviceTree, Machine
+    from luo.topology import VM
+
+__all__ = ["kernel", "load"]
+
+#: By bus, the callbacks of every driver on it; other buses get the generic ones.
+_OPS_BY_BUS = {"pci": pci.OPS, "virtio": virtio.OPS}
+
+
+def _drivers(tree: DeviceTree) -> list[Driver]:
+    """Return one built-in driver for each name that the hardware asks for."""
+    made = []
+    for number, name in enumerate(tree.driver_names):
+        driven = np.flatnonzero(tree.driver_ids == number)
+        bus = int(tree.bus_ids[driven[0]]) if driven.size else -1
+        ops = _OPS_BY_BUS.get(tree.bus_names[bus] if bus >= 0 else "", generic.OPS)
+        made.append(Driver(name, ops))
+    return made
+
+
+def kernel(
+    machine: Machine,
+    *,
+    vms: Sequence[VM] = (),
+    modules: Iterable[str] = (),
+    kho_abi: str = "kho-v4",
+    cmdline: str = "kho=on liveupdate=on",
+    observer: Callable[[str, str], None] | None = None,
+) -> Kernel:
+    """Build a kernel with the built-in drivers and subsystems.
+
+    Args:
+        machine: the machine.
+        vms: virtual machines that it starts when it boots cold; a successor has those that it is
+            handed.
+        modules: the user's drivers and subsystems, as :func:`load` takes them; a driver or bus
+            of a built-in name replaces it.
+        kho_abi, cmdline, observer: as of :class:`~luo.kernel.Kernel`.
+    """
+    tree = machine.devices
+    drivers = {driver.name: driver for driver in _drivers(tree)}
+    buses = {name: Bus(name, LiveUpdateOps()) for name in tree.bus_names}
+    subsystems: dict[str, Subsystem] = {}
+    for part in (Regions(), Kvm(vms), Iommu(vms), Interrupts()):
+        subsystems[part.subsystem.name] = part.subsystem
+    for spec in modules:
+        for thing in load(spec):
+            kind: dict[str, Any] = (
+                drivers if isinstance(thing, Driver) else buses if isinstance(thing, Bus) else subsystems
+            )
+            kind[thing.name] = thing
+    return Kernel(
+        machine,
+        drivers=drivers.values(),
+        buses=buses.values(),
+        subsystems=subsystems.values(),
+        kho_abi=kho_abi,
+        cmdline=cmdline,
+        observer=observer,
+    )
+
+
+def load(spec: str) -> list[Driver | Bus | Subsystem]:
+    """Return the drivers, buses and subsystems that *spec* names.
+
+    Args:
+        spec: ``MODULE``, ``MODULE:ATTR`` or ``FILE.py``, also ``FILE.py:ATTR``. Without ATTR
+            everything of these types at the module's top level is taken; ATTR is one of them or
+            a list of them.
+
+    Raises:
+        KhoError: ENOEXEC if there is no such module, or it fails to import, or nothing in it is
+            a driver, bus or subsystem.
+    """
+    name, _, attribute = spec.partition(":")
+    module = _import(name, spec)
+    if attribute:
+        try:
+            found: Any = getattr(module, attribute)
+        except AttributeError:
+            raise from_errno(errno.ENOEXEC, f"drivers {spec}: no {attribute} in it") from None
+        things = list(found) if isinstance(found, list | tuple) else [found]
+    else:
+        things = [v for v in vars(module).values() if isinstance(v, Driver | Bus | Subsystem)]
+    if not things:
+        raise from_errno(errno.ENOEXEC, f"drivers {spec}: no Driver, Bus or Subsystem in it")
+    for thing in things:
+        if not isinstance(thing, Driver | Bus | Subsystem):
+            raise from_errno(
+                errno.ENOEXEC, f"drivers {spec}: {thing!r} is no Driver, Bus or Subsystem"
+            )
+    return things
+
+
+def _import(name: str, spec: str) -> ModuleType:
+    try:
+        if not name.endswith(".py"):
+            return importlib.import_module(name)
+        path = Path(name).resolve()
+        if not path.is_file():
+            raise from_errno(errno.ENOEXEC, f"drivers {spec}: no such file")
+        loader = importlib.util.spec_from_file_location(f"luo_user_{path.stem}", path)
+        assert loader is not None
+        assert loader.loader is not None
+        module = importlib.util.module_from_spec(loader)
+        sys.modules[loader.name] = module
+        loader.loader.exec_module(module)
+    except OSError:
+        raise
+    except Exception as error:
+        raise from_errno(
+            errno.ENOEXEC, f"drivers {spec}: {type(error).__name__}: {error}"
+        ) from error
+    return module

@@ -1,0 +1,140 @@
+"""What the built-in subsystems share: entries in a chain of blocks, and runs of folios.
+
+``context.data`` is the head of the chain; an entry is four native u64, whose meaning is each
+subsystem's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luo.notifier import Context, Priority, Subsystem
+
+__all__ = ["ChainSubsystem", "Run", "runs_of"]
+
+ENTRY_BYTES = 32
+
+
+class Run(NamedTuple):
+    """Adjacent folios of one order.
+
+    Attributes:
+        phys: byte address of the first.
+        count: how many.
+        order: of each.
+    """
+
+    phys: int
+    count: int
+    order: int
+
+    def folios(self, page_size: int) -> NDArray[np.uint64]:
+        """Return the addresses, ``uint64``."""
+        step = np.uint64(page_size << self.order)
+        return np.uint64(self.phys) + np.arange(self.count, dtype=np.uint64) * step
+
+
+def runs_of(folios: NDArray[np.uint64], order: int, page_size: int) -> list[Run]:
+    """Return ascending *folios* as runs."""
+    if not len(folios):
+        return []
+    cuts = np.flatnonzero(np.diff(folios) != np.uint64(page_size << order)) + 1
+    starts = np.concatenate(([0], cuts))
+    counts = np.diff(np.append(starts, len(folios)))
+    pairs = zip(starts.tolist(), counts.tolist(), strict=True)
+    return [Run(int(folios[start]), count, order) for start, count in pairs]
+
+
+class ChainSubsystem:
+    """A subsystem whose state is in the entries of one chain.
+
+    Subclasses say what is in them: :meth:`start` for a cold boot, :meth:`save` and its reverse
+    :meth:`unsave`, :meth:`revive` in the next kernel, :meth:`settle` when the update is over.
+    """
+
+    name: ClassVar[str]
+    priority: ClassVar[Priority] = Priority.WITH_DEVICES
+
+    def __init__(self) -> None:
+        self._started = False
+        self.subsystem = Subsystem(
+            self.name,
+            priority=self.priority,
+            prepare=self._prepare,
+            reboot=self.patch,
+            cancel=self._cancel,
+            restore=self._restore,
+            finish=self._finish,
+        )
+
+    def start(self, context: Context) -> None:
+        """Allocate what a kernel that booted cold has."""
+
+    def save(self, context: Context) -> list[tuple[int, int, int, int]]:
+        """Preserve what must stay, and return the entries."""
+        raise AssertionError(f"{self.name} saves nothing")
+
+    def unsave(self, context: Context) -> None:
+        """Undo :meth:`save`, also one that failed half-way."""
+
+    def patch(self, context: Context) -> None:
+        """Write what is final only in REBOOT."""
+
+    def revive(self, context: Context, entries: list[list[int]]) -> None:
+        """Take over what *entries* say."""
+
+    def settle(self, context: Context) -> None:
+        """Free what only the update needed."""
+
+    def _prepare(self, context: Context) -> None:
+        if not self._started:
+            self.start(context)
+            self._started = True
+        try:
+            entries = self.save(context)
+            if entries:
+                context.data = context.kho.write_blocks(np.array(entries, np.uint64), ENTRY_BYTES)
+        except BaseException:
+            self.unsave(context)  # who fails in PREPARE gets no CANCEL
+            raise
+
+    def _cancel(self, context: Context) -> None:
+        if context.data:
+            context.kho.free_blocks(context.data)
+        self.unsave(context)
+
+    def _restore(self, context: Context) -> None:
+        self._started = True
+        incoming = context.kho.incoming
+        if context.data and incoming is not None:
+            raw = np.ascontiguousarray(incoming.read_blocks(context.data, ENTRY_BYTES))
+            self.revive(context, raw.view(np.uint64).tolist())
+
+    def _finish(self, context: Context) -> None:
+        self.settle(context)
+        incoming = context.kho.incoming
+        if context.data and incoming is not None:
+            incoming.restore_free_blocks(context.data)
+
+
+def preserve(context: Context, runs: Iterable[Run]) -> None:
+    """Preserve every folio of *runs*."""
+    for run in runs:
+        context.kho.preserve_folios(run.folios(context.memory.page_size), run.order)
+
+
+def unpreserve(context: Context, runs: Iterable[Run]) -> None:
+    """Unpreserve every folio of *runs*; one that is not preserved stays so."""
+    for run in runs:
+        context.kho.unpreserve_folios(run.folios(context.memory.page_size), run.order)
+
+
+def restore(context: Context, runs: Iterable[Run]) -> None:
+    """Take every folio of *runs* over from the previous kernel."""
+    incoming: Any = context.kho.incoming
+    for run in runs:
+        incoming.restore_folios(run.folios(context.memory.page_size))

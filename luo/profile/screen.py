@@ -1,0 +1,186 @@
+"""A live update on a terminal: states, timeline, cost of callbacks, size of the handover."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["show"]
+
+_PHASES: Final = ("prepare", "reboot", "jump", "boot", "restore", "finish")
+_BLACKOUT: Final = ("reboot", "jump", "boot", "restore")
+_LABELS: Final = {"prepare": "PREPARE", "reboot": "REBOOT", "finish": "FINISH"}
+_MODELLED: Final = "kernel boot"
+_EVENTS: Final = ("PREPARE", "REBOOT", "RESTORE", "FINISH", "CANCEL")
+
+
+def duration(ns: float) -> str:
+    """Return *ns* as a person reads it."""
+    for unit, size in (("s", 1e9), ("ms", 1e6), ("µs", 1e3)):
+        if ns >= size:
+            return f"{ns / size:.3g} {unit}" if ns < 999.5 * size else f"{ns / size:.0f} {unit}"
+    return f"{ns:.0f} ns"
+
+
+def size(nbytes: float) -> str:
+    """Return *nbytes* as a person reads it."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if nbytes < 1024 or unit == "TiB":
+            break
+        nbytes /= 1024
+    return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+
+
+def show(console: Console, document: Mapping[str, Any], kernel_boot_ns: int = 0) -> None:
+    """Print the ``luo-run/1`` *document*.
+
+    Args:
+        console: where to.
+        document: the document.
+        kernel_boot_ns: a modelled boot of the kernel, drawn as a bar of its own; 0 for none.
+    """
+    parts: list[RenderableType] = [_headline(document), _states(document)]
+    if document["runs"]:
+        parts += [Text(), _timeline(document, kernel_boot_ns, console.width)]
+    if document["callbacks"]:
+        parts += [Text(), _callbacks(document, console.width)]
+    if document["runs"]:
+        parts += [Text(), _image(document)]
+    if document["error"]:
+        parts += [Text(), _error(document["error"])]
+    console.print(Group(*parts))
+
+
+def _headline(document: Mapping[str, Any]) -> Text:
+    source, devices = document["source"], document["devices"]
+    where = source.get("path") or source.get("kind", "")
+    text = Text.assemble((f"{devices['total']:,} devices", "bold"), f" from {where}")
+    if "preserved" in devices:
+        text.append(
+            f"; {devices['requested']:,} requested, {devices['preserved']:,} preserved, "
+            f"{devices['reclaimed']:,} reclaimed"
+        )
+    if len(document["runs"]) > 1:
+        text.append(f"; {len(document['runs'])} updates, medians")
+    return text
+
+
+def _states(document: Mapping[str, Any]) -> Text:
+    text = Text("states  ", style="dim")
+    for place, state in enumerate(document["states"]):
+        text.append(" → " if place else "", "dim")
+        text.append(state, "bold green" if state == "normal" else "bold yellow")
+    return text
+
+
+def _timeline(document: Mapping[str, Any], kernel_boot_ns: int, screen: int) -> Table:
+    spent = document["phases_ns"]
+    phases = [(name, spent[name]) for name in _PHASES]
+    if kernel_boot_ns:
+        phases.insert(3, (_MODELLED, kernel_boot_ns))
+    total = sum(ns for _, ns in phases) or 1
+    width = max(10, min(64, screen - 34))
+    table = Table(box=None, show_header=False, padding=(0, 1), pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, width=width)
+    table.add_column(justify="right", no_wrap=True)
+    at = 0.0
+    for name, ns in phases:
+        start, stop = at / total * width, (at + ns) / total * width
+        at += ns
+        modelled = name == _MODELLED
+        style = "blue" if modelled else "red" if name in _BLACKOUT else "green"
+        bar = Text(" " * int(start))
+        bar.append(("░" if modelled else "█") * max(1, round(stop) - int(start)), style)
+        bar.truncate(width)
+        label = Text(_LABELS.get(name, name), style if name in _BLACKOUT or modelled else "")
+        if modelled:
+            label.append(" (modelled)", "dim")
+        table.add_row(label, bar, duration(ns))
+    blackout = spent["blackout"]
+    table.add_row(Text("LUO blackout", "bold red"), Text("kernel boot not included", "dim"),
+                  Text(duration(blackout), "bold red"))
+    if kernel_boot_ns:
+        table.add_row(Text("with kernel boot", "bold"), Text("modelled", "dim"),
+                      Text(duration(blackout + kernel_boot_ns), "bold"))
+    return table
+
+
+def _callbacks(document: Mapping[str, Any], screen: int) -> Table:
+    """One row a subsystem, event and name, the dearest first within its subsystem."""
+    rows = document["callbacks"]
+    wide = screen >= 90
+    table = Table(title="callbacks", title_justify="left", title_style="bold", box=None,
+                  header_style="dim", padding=(0, 1), pad_edge=False)
+    for name in ("subsystem", "event", "kind", "name"):
+        table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=None,
+                         max_width=24 if name == "name" else None)
+    columns = ("calls", "devices", "total", "p50", "p99", "max") if wide else ("calls", "total", "max")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    cost: dict[str, int] = {}
+    for row in rows:
+        cost[row["subsystem"]] = cost.get(row["subsystem"], 0) + row["total_ns"]
+    rows = sorted(
+        rows,
+        key=lambda row: (
+            -cost[row["subsystem"]],
+            row["subsystem"],
+            _EVENTS.index(row["event"]) if row["event"] in _EVENTS else len(_EVENTS),
+            -row["total_ns"],
+        ),
+    )
+    before = None
+    for row in rows:
+        values = {
+            "calls": f"{row['calls']:,}",
+            "devices": f"{row['devices']:,}" if row.get("devices") else "",
+            "total": duration(row["total_ns"]),
+            "p50": duration(row["p50_ns"]),
+            "p99": duration(row["p99_ns"]),
+            "max": duration(row["max_ns"]),
+        }
+        subsystem = row["subsystem"] if row["subsystem"] != before else ""
+        before = row["subsystem"]
+        blackout = row["event"] in ("REBOOT", "RESTORE")
+        table.add_row(
+            Text(subsystem, "bold"),
+            Text(row["event"], "red" if blackout else ""),
+            row["kind"],
+            row["name"],
+            *(values[name] for name in columns),
+        )
+    return table
+
+
+def _image(document: Mapping[str, Any]) -> Text:
+    image, devices = document["image"], document["devices"]
+    pages = image["preserved_pages"]
+    lines = [
+        f"handed over: {pages:,} pages ({size(pages * image.get('page_bytes', 4096))}); "
+        f"root tree {size(image['root_fdt_bytes'])}, map {size(image['map_bytes'])}, "
+        f"device records {size(image['device_tree_bytes'])}",
+        f"state: {size(devices['state_bytes'])} saved by callbacks, "
+        f"{size(devices['verified_bytes'])} verified in the new kernel ({document['successor']})",
+    ]
+    for name in ("records_without_device", "devices_without_record"):
+        if devices.get(name):
+            lines.append(f"{name.replace('_', ' ')}: {devices[name]:,}")
+    return Text("\n".join(lines))
+
+
+def _error(error: Mapping[str, Any]) -> Text:
+    text = Text.assemble(("live update failed: ", "bold red"), error["message"])
+    if error.get("file"):
+        text.append(f"\n  at {error['file']}:{error['line']}", "bold")
+    if error.get("rolled_back") is not None:
+        text.append(
+            "\n  everything is as it was before PREPARE"
+            if error["rolled_back"]
+            else "\n  rolling back failed in part: see the notes"
+        )
+    return text

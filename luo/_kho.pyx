@@ -5,23 +5,34 @@ defined, so the order of the includes is the layer diagram of the core.
 """
 
 cimport cython
+from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.long cimport PyLong_AsLongLong, PyLong_AsUnsignedLongLong
 from cpython.number cimport PyNumber_Index
+from libc cimport errno as c_errno
 from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint8_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memset, strerror
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
+import errno
+import fcntl
+import mmap as mmap_module
+import os
+import re
+
 import numpy as np
 
-from luo.errors import from_errno
+from luo.errors import HandoverError, from_errno
 
 cdef extern from *:
     int __builtin_clzll(unsigned long long) noexcept nogil
 
 include "core/errno.pxi"  # L0 integers, errors, allocation
-include "core/fdt_ro.pxi"  # L1 flattened tree, read
-include "core/fdt_sw.pxi"  # L1 flattened tree, sequential write
-include "core/fdt_rw.pxi"  # L1 flattened tree, random access
-include "core/devices.pxi"  # L3 device table
+include "core/bits.pxi"  # L1 bitmaps
+include "core/memory.pxi"  # L2 physical memory and its pages
+include "core/radix.pxi"  # L3 the preserved map, outgoing and incoming
+include "core/fdt_ro.pxi"  # L1' flattened tree, read
+include "core/fdt_sw.pxi"  # L1' flattened tree, sequential write
+include "core/fdt_rw.pxi"  # L1' flattened tree, random access
+include "core/devices.pxi"  # L3' device table
 include "core/dispatch.pxi"  # L4 timed callback loop, recorder, slots

@@ -1,0 +1,1363 @@
+# L3: the preserved map of kho-v2 … kho-v4: a radix tree whose nodes are pages of simulated memory.
+#
+# A node is one page. Inner nodes hold page_size/8 native u64: physical addresses of child pages, 0 for
+# none. Leaves are bitmaps of 8*page_size bits. A key is, with ps = page shift,
+#
+#     63 - ps - order ones place up:  marker bit 2**(64 - ps - order)  +  phys >> (ps + order)
+#
+# so ascending keys are blocks of descending order, and addresses ascend within an order
+# (kho-abi 5.2). Nothing here trusts what it reads: simulated memory belongs to everybody.
+
+# ---- keys ----
+
+cdef inline uint64_t kho_radix_encode_key(uint64_t phys, int order, int page_shift) noexcept nogil:
+    return (<uint64_t>1 << (64 - page_shift - order)) | (phys >> (page_shift + order))
+
+
+cdef inline int kho_radix_decode_key(uint64_t key, int page_shift, uint64_t *phys) noexcept nogil:
+    """Order of the block that *key* stands for, its address in *phys*; -1 if it stands for none."""
+    cdef int marker = log2_64(key), order = 64 - page_shift - marker
+    if marker < 1 or order < 0:
+        return -1
+    phys[0] = (key ^ (<uint64_t>1 << marker)) << (page_shift + order)
+    return order
+
+
+cdef int as_page_shift(object page_size) except -1:
+    cdef uint64_t nbytes = as_u64(page_size)
+    if max_order_of(nbytes) < 0:
+        raise ValueError(f"page_size {page_size}: not 4096, 16384 or 65536")
+    return ctz64(nbytes)
+
+
+def radix_key(phys, order, *, page_size=4096):
+    """Return the key under which the map holds a block.
+
+    Args:
+        phys: byte address (``phys_addr_t``), a multiple of ``page_size << order``.
+        order: 0 to 63 - page shift.
+        page_size: 4096, 16384 or 65536.
+
+    Raises:
+        ValueError: the block is misaligned, or its order has no key.
+
+    Source: kho-abi 5.2; the same in kho-v2, kho-v3 and kho-v4.
+    """
+    cdef int shift = as_page_shift(page_size), o = as_order(order)
+    cdef uint64_t at = as_u64(phys)
+    if o > 63 - shift:
+        raise ValueError(f"order {o}: keys hold orders 0..{63 - shift}")
+    if at & ((<uint64_t>1 << (shift + o)) - 1):
+        raise ValueError(f"{at:#x}: not aligned to order {o}")
+    return kho_radix_encode_key(at, o, shift)
+
+
+def radix_decode(key, *, page_size=4096):
+    """Return ``(phys, order)`` of the block that *key* stands for.
+
+    Raises:
+        ValueError: the key has no marker bit where a block's may be (kho-abi 12.18).
+    """
+    cdef int shift = as_page_shift(page_size), order
+    cdef uint64_t phys = 0
+    order = kho_radix_decode_key(as_u64(key), shift, &phys)
+    if order < 0:
+        raise ValueError(f"key {key:#x}: stands for no block")
+    return phys, order
+
+
+# ---- the tree: workers ----
+
+cdef int kho_radix_levels(int page_shift):
+    """Levels that hold every bit of a key, as kho-v3 and later have them (kho-abi 4)."""
+    cdef int slot_bits = page_shift - 3, above_leaf = 64 - page_shift + 1 - (page_shift + 3)
+    return 1 + (above_leaf + slot_bits - 1) // slot_bits
+
+
+cdef void kho_radix_setup(kho_radix_tree *tree, int page_shift, int levels) noexcept nogil:
+    tree.page_shift = page_shift
+    tree.slot_bits = page_shift - 3
+    tree.leaf_bits = page_shift + 3
+    tree.levels = levels
+    tree.key_bits = 64 - page_shift + 1
+
+
+cdef inline void *kho_radix_page(const kho_radix_tree *tree, uint64_t phys) noexcept nogil:
+    return <void *>(tree.zero + phys)
+
+
+cdef inline bint kho_radix_child_sane(const kho_radix_tree *tree, PhysicalMemory memory,
+                                      uint64_t phys) noexcept nogil:
+    cdef uint64_t page = <uint64_t>1 << tree.page_shift
+    return phys != 0 and phys & (page - 1) == 0 and memory.has(phys, page)
+
+
+cdef int kho_radix_new_page(kho_radix_tree *tree, uint64_t *slot) noexcept nogil:
+    """Hang a zeroed page into *slot* and remember it, so that a failed call can take it back."""
+    cdef uint64_t pfn = 0
+    cdef uint64_t **grown
+    if tree.nr_made == tree.made_room:
+        grown = <uint64_t **>realloc(tree.made, (2 * tree.made_room + 64) * sizeof(uint64_t *))
+        if grown == NULL:
+            return -ENOMEM
+        tree.made = grown
+        tree.made_room = 2 * tree.made_room + 64
+    if page_alloc_run(tree.state, 0, 1, NO_NODE, &pfn) == 0:
+        return -ENOMEM
+    memset(kho_radix_page(tree, pfn << tree.page_shift), 0, <size_t>1 << tree.page_shift)
+    slot[0] = pfn << tree.page_shift
+    tree.made[tree.nr_made] = slot
+    tree.nr_made += 1
+    tree.nr_nodes += 1
+    return 0
+
+
+cdef void kho_radix_unmake(kho_radix_tree *tree) noexcept nogil:
+    """Take back the pages made since nr_made was last 0, newest first."""
+    cdef uint64_t *slot
+    while tree.nr_made:
+        tree.nr_made -= 1
+        slot = tree.made[tree.nr_made]
+        page_free_head(tree.state, slot[0] >> tree.page_shift)
+        slot[0] = 0
+        tree.nr_nodes -= 1
+    tree.leaf = 0
+
+
+cdef int kho_radix_find_leaf(kho_radix_tree *tree, PhysicalMemory memory, uint64_t key,
+                             bint make, uint64_t **words) noexcept nogil:
+    """The leaf of *key*; -ENOENT if its path is missing and not to be made, -EIO if it is corrupt."""
+    cdef uint64_t prefix = key >> tree.leaf_bits, node, mask
+    cdef uint64_t *slot
+    cdef int level, rc
+    if tree.leaf and tree.leaf_prefix == prefix:  # neighbours in a bulk call share their leaf
+        words[0] = <uint64_t *>kho_radix_page(tree, tree.leaf)
+        return 0
+    mask = (<uint64_t>1 << tree.slot_bits) - 1
+    node = tree.root
+    for level in range(tree.levels - 2, -1, -1):
+        slot = <uint64_t *>kho_radix_page(tree, node)
+        slot += (prefix >> (level * tree.slot_bits)) & mask
+        if slot[0] == 0:
+            if not make:
+                return -ENOENT
+            rc = kho_radix_new_page(tree, slot)
+            if rc < 0:
+                return rc
+        elif not kho_radix_child_sane(tree, memory, slot[0]):
+            return -EIO
+        node = slot[0]
+    tree.leaf = node
+    tree.leaf_prefix = prefix
+    words[0] = <uint64_t *>kho_radix_page(tree, node)
+    return 0
+
+
+cdef int kho_radix_add_keys(kho_radix_tree *tree, PhysicalMemory memory, const uint64_t *keys,
+                            uint64_t n, uint64_t *fresh, uint64_t *nr_fresh) noexcept nogil:
+    """Set the bits of *n* keys, all or none. *fresh*: room for a bit a key, cleared."""
+    cdef uint64_t i, bit
+    cdef uint64_t *words = NULL
+    cdef int rc = 0
+    tree.nr_made = 0
+    for i in range(n):
+        if keys[i] >> tree.key_bits:
+            rc = -ERANGE
+            break
+        rc = kho_radix_find_leaf(tree, memory, keys[i], True, &words)
+        if rc < 0:
+            break
+        bit = keys[i] & low_mask(tree.leaf_bits)
+        if not flat_test(words, bit):
+            flat_set(words, bit)
+            flat_set(fresh, i)
+            nr_fresh[0] += 1
+    if rc == 0:
+        tree.nr_keys += nr_fresh[0]
+        tree.nr_made = 0
+        return 0
+    while i:  # clear the bits that this call set, then free the pages that it made
+        i -= 1
+        if flat_test(fresh, i) and kho_radix_find_leaf(tree, memory, keys[i], False, &words) == 0:
+            flat_clear(words, keys[i] & low_mask(tree.leaf_bits))
+    kho_radix_unmake(tree)
+    return rc
+
+
+cdef int kho_radix_has_key(kho_radix_tree *tree, PhysicalMemory memory,
+                           uint64_t key) noexcept nogil:
+    """1 if the key is in the tree, 0 if not, or -EIO."""
+    cdef uint64_t *words = NULL
+    cdef int rc
+    if key >> tree.key_bits:
+        return 0
+    rc = kho_radix_find_leaf(tree, memory, key, False, &words)
+    if rc < 0:
+        return 0 if rc == -ENOENT else rc
+    return flat_test(words, key & low_mask(tree.leaf_bits))
+
+
+cdef int kho_radix_del_keys(kho_radix_tree *tree, PhysicalMemory memory, const uint64_t *keys,
+                            uint64_t n, uint64_t *at) noexcept nogil:
+    """Clear the bits of *n* keys, all or none: -ENOENT if the one at index *at* is not set.
+
+    Pages stay, as in Linux.
+    """
+    cdef uint64_t i, bit
+    cdef uint64_t *words = NULL
+    cdef int rc
+    for i in range(n):
+        rc = kho_radix_has_key(tree, memory, keys[i])
+        if rc <= 0:
+            at[0] = i
+            return rc if rc < 0 else -ENOENT
+    for i in range(n):
+        kho_radix_find_leaf(tree, memory, keys[i], False, &words)
+        bit = keys[i] & low_mask(tree.leaf_bits)
+        if flat_test(words, bit):  # a key may be named twice
+            flat_clear(words, bit)
+            tree.nr_keys -= 1
+    return 0
+
+
+cdef int kho_radix_collect(kho_radix_tree *tree, PhysicalMemory memory, uint64_t node, int level,
+                           uint64_t base, kho_radix_cursor *cursor) noexcept nogil:
+    """Append the keys >= cursor.start below *node* to cursor.keys, ascending.
+
+    1: there is no more room; -EIO: the tree is corrupt.
+    """
+    cdef uint64_t *slots = <uint64_t *>kho_radix_page(tree, node)
+    cdef uint64_t i, first = 0, word, bits, key
+    cdef int shift, rc
+    cursor.nr_visited += 1
+    if cursor.nr_visited > tree.nr_nodes:
+        return -EIO  # somebody has written over the tree
+    if level == 0:
+        if cursor.start > base:
+            first = cursor.start - base
+        i = first
+        while True:
+            i = flat_next(slots, i, <uint64_t>1 << tree.leaf_bits)
+            if i == NO_BIT:
+                return 0
+            if cursor.n == cursor.room:
+                cursor.start = base + i
+                return 1
+            cursor.keys[cursor.n] = base + i
+            cursor.n += 1
+            i += 1
+    shift = tree.leaf_bits + (level - 1) * tree.slot_bits
+    if cursor.start > base:
+        first = (cursor.start - base) >> shift
+    for i in range(first, <uint64_t>1 << tree.slot_bits):
+        if slots[i] == 0:
+            continue
+        if not kho_radix_child_sane(tree, memory, slots[i]):
+            return -EIO
+        rc = kho_radix_collect(tree, memory, slots[i], level - 1, base + (i << shift), cursor)
+        if rc:
+            return rc
+    return 0
+
+
+cdef int kho_radix_list_nodes(kho_radix_tree *tree, PhysicalMemory memory, uint64_t node,
+                              int level, kho_radix_cursor *cursor) noexcept nogil:
+    """Append the pages of the tree to cursor.keys, each before its children."""
+    cdef uint64_t *slots = <uint64_t *>kho_radix_page(tree, node)
+    cdef uint64_t i
+    cdef int rc
+    if cursor.n == cursor.room:
+        return -EIO
+    cursor.keys[cursor.n] = node
+    cursor.n += 1
+    if level == 0:
+        return 0
+    for i in range(<uint64_t>1 << tree.slot_bits):
+        if slots[i] == 0:
+            continue
+        if not kho_radix_child_sane(tree, memory, slots[i]):
+            return -EIO
+        rc = kho_radix_list_nodes(tree, memory, slots[i], level - 1, cursor)
+        if rc:
+            return rc
+    return 0
+
+
+@cython.final
+@cython.auto_pickle(False)
+cdef class RadixTree:
+    """A radix tree of integer keys in pages of simulated memory, as ``struct kho_radix_tree``.
+
+    Args:
+        memory: where its pages are allocated, outside scratch.
+        levels: inner levels plus the leaf; 0: as kho-v3 and kho-v4 have them.
+
+    Attributes:
+        root: physical address of the root page; allocated at once, never 0.
+        nr_nodes: pages of the tree, root included. They are freed by :meth:`free` only.
+        nr_keys: keys in it.
+
+    Raises:
+        KhoError: ENOMEM; EROFS if memory is read-only.
+
+    Context: calls hold the memory's lock.
+    Source: kernel/liveupdate/kexec_handover.c; kho-abi 5.2.
+    """
+
+    def __cinit__(self, PhysicalMemory memory not None, *, levels=0):
+        cdef int shift = memory.page_shift, depth = PyNumber_Index(levels)
+        cdef uint64_t pfn = 0
+        depth = depth if depth else kho_radix_levels(shift)
+        if not 2 <= depth <= 7:
+            raise ValueError(f"levels {depth}: not in 2..7")
+        memory.check_writable("RadixTree")
+        memory.use()
+        self.memory = memory
+        kho_radix_setup(&self.tree, shift, depth)
+        with memory.lock:
+            if page_alloc_run(memory.state, 0, 1, NO_NODE, &pfn):
+                self.tree.root = pfn << shift
+                memset(<void *>(memory.zero + self.tree.root), 0, memory.page_size)
+                self.tree.nr_nodes = 1
+        if self.tree.nr_nodes == 0:
+            raise from_errno(ENOMEM, "RadixTree: no page for the root")
+
+    def __dealloc__(self):
+        free(self.tree.made)
+
+    cdef int begin(self) noexcept nogil:
+        """Point the workers at today's mapping and page state; the lock is held."""
+        if self.memory.state == NULL:
+            return -EINVAL
+        self.tree.zero = self.memory.zero
+        self.tree.state = self.memory.state
+        return 0
+
+    cdef int use(self) except -1:
+        if self.tree.root == 0:
+            raise from_errno(EINVAL, "RadixTree: freed")
+        return self.memory.use()
+
+    cdef int add(self, const uint64_t *keys, uint64_t n, uint64_t *nr_fresh) noexcept nogil:
+        """Add keys, all or none, and count the new ones; 0 or -errno."""
+        cdef uint64_t one = 0
+        cdef uint64_t *fresh = &one
+        cdef int rc
+        nr_fresh[0] = 0
+        if n > 64:
+            fresh = <uint64_t *>calloc((n + 63) >> 6, 8)
+            if fresh == NULL:
+                return -ENOMEM
+        with self.memory.lock:
+            rc = self.begin()
+            if rc == 0:
+                rc = kho_radix_add_keys(&self.tree, self.memory, keys, n, fresh, nr_fresh)
+        if n > 64:
+            free(fresh)
+        return rc
+
+    cdef int delete(self, const uint64_t *keys, uint64_t n, uint64_t *at) noexcept nogil:
+        cdef int rc
+        with self.memory.lock:
+            rc = self.begin()
+            if rc == 0:
+                rc = kho_radix_del_keys(&self.tree, self.memory, keys, n, at)
+        return rc
+
+    cdef int has(self, uint64_t key) noexcept nogil:
+        cdef int rc
+        with self.memory.lock:
+            rc = self.begin()
+            if rc == 0:
+                rc = kho_radix_has_key(&self.tree, self.memory, key)
+        return rc
+
+    cdef int collect(self, uint64_t *keys, uint64_t room, uint64_t *start,
+                     uint64_t *n) noexcept nogil:
+        """Up to *room* keys from *start* on; 1 if more follow, from the new *start*."""
+        cdef kho_radix_cursor cursor
+        cdef int rc
+        memset(&cursor, 0, sizeof(cursor))
+        cursor.keys = keys
+        cursor.room = room
+        cursor.start = start[0]
+        with self.memory.lock:
+            rc = self.begin()
+            if rc == 0:
+                rc = kho_radix_collect(&self.tree, self.memory, self.tree.root,
+                                       self.tree.levels - 1, 0, &cursor)
+        start[0] = cursor.start
+        n[0] = cursor.n
+        return rc
+
+    @property
+    def root(self):
+        """Physical address of the root page."""
+        return self.tree.root
+
+    @property
+    def levels(self):
+        """Levels of nodes, the leaf included."""
+        return self.tree.levels
+
+    @property
+    def nr_nodes(self):
+        """Pages of the tree."""
+        return self.tree.nr_nodes
+
+    @property
+    def nr_keys(self):
+        """Keys in the tree."""
+        return self.tree.nr_keys
+
+    def add_key(self, key):
+        """Add *key*, as ``kho_radix_add_key()``; adding it again changes nothing.
+
+        Raises:
+            KhoError: ERANGE if the key is wider than 64 - page shift + 1 bits; ENOMEM, and the pages
+                that this call made are freed again; EIO if somebody wrote over the tree.
+        """
+        cdef uint64_t value = as_u64(key), fresh = 0
+        self.use()
+        check(self.add(&value, 1, &fresh), f"add_key {value:#x}")
+
+    def del_key(self, key):
+        """Remove *key*; the pages that led to it stay, as in Linux.
+
+        Raises:
+            KhoError: ENOENT if it is not there, EIO if somebody wrote over the tree.
+        """
+        cdef uint64_t value = as_u64(key), at = 0
+        self.use()
+        check(self.delete(&value, 1, &at), f"del_key {value:#x}")
+
+    def has_key(self, key):
+        """Whether *key* is in the tree."""
+        cdef uint64_t value = as_u64(key)
+        self.use()
+        return bool(check(self.has(value), f"has_key {value:#x}"))
+
+    def keys(self):
+        """Return all keys, ascending: shape (n,), uint64."""
+        cdef uint64_t start = 0, n = 0
+        cdef uint64_t[::1] room
+        self.use()
+        result = np.empty(self.tree.nr_keys + 1, np.uint64)
+        room = result
+        check(self.collect(&room[0], self.tree.nr_keys, &start, &n), "keys")
+        return result[:n]
+
+    def nodes(self):
+        """Return the addresses of all pages, a node before its children: shape (n,), uint64."""
+        cdef kho_radix_cursor cursor
+        cdef uint64_t[::1] room
+        cdef int rc
+        self.use()
+        result = np.empty(self.tree.nr_nodes, np.uint64)
+        room = result
+        memset(&cursor, 0, sizeof(cursor))
+        cursor.keys = &room[0]
+        cursor.room = self.tree.nr_nodes
+        with nogil, self.memory.lock:
+            rc = self.begin()
+            if rc == 0:
+                rc = kho_radix_list_nodes(&self.tree, self.memory, self.tree.root,
+                                          self.tree.levels - 1, &cursor)
+        check(rc, "nodes")
+        return result[:cursor.n]
+
+    def free(self):
+        """Free all pages of the tree."""
+        cdef uint64_t[::1] pages = self.nodes()
+        cdef Py_ssize_t i
+        with self.memory.lock:
+            for i in range(pages.shape[0]):
+                page_free_head(self.memory.state, pages[i] >> self.tree.page_shift)
+        self.tree.root = self.tree.leaf = 0
+        self.tree.nr_nodes = self.tree.nr_keys = 0
+
+
+# ---- outgoing: what this kernel preserves ----
+
+cdef enum:  # why a block may not be preserved
+    BLOCK_OK
+    BLOCK_MISALIGNED
+    BLOCK_OUTSIDE
+    BLOCK_IN_SCRATCH
+    BLOCK_NOT_ALLOCATED
+
+
+@cython.auto_pickle(False)
+cdef class PreservedMemory:
+    """What a kernel preserves for the next one: the outgoing half of KHO that touches pages.
+
+    ``luo.kho.Kho`` extends it. Args of ``__init__``:
+
+    Args:
+        memory: whose scratch has been reserved.
+        levels: of the tree; see :class:`RadixTree`.
+        debug: refuse to preserve what is not allocated.
+
+    Attributes:
+        memory: as given.
+        debug: as given.
+        closed: whether :meth:`close` was called.
+    """
+
+    def __init__(self, PhysicalMemory memory not None, *, levels=0, debug=False):
+        cdef Py_ssize_t i
+        if self.map is not None:
+            raise TypeError("PreservedMemory: initialised twice")
+        memory.check_writable("Kho")
+        memory.use()
+        self.nr_scratch = len(memory.scratch)
+        self.scratch_areas = <memory_range *>xmalloc(self.nr_scratch * sizeof(memory_range))
+        for i in range(<Py_ssize_t>self.nr_scratch):
+            self.scratch_areas[i].start = memory.scratch[i][0] >> memory.page_shift
+            self.scratch_areas[i].end = (memory.scratch[i][0] + memory.scratch[i][1]) \
+                >> memory.page_shift
+        self.debug = bool(debug)
+        self.memory = memory
+        self.map = RadixTree(memory, levels=levels)
+
+    def __dealloc__(self):
+        free(self.scratch_areas)
+
+    cdef int use(self) except -1:
+        if self.closed:
+            raise from_errno(errno.ESHUTDOWN, "KHO: this kernel is gone")
+        if self.map is None:
+            raise from_errno(EINVAL, "KHO: not initialised")
+        return self.memory.use()
+
+    def close(self):
+        """End this kernel's KHO: every later call raises StateError (ESHUTDOWN)."""
+        self.closed = True
+
+    def free_map(self):
+        """Free the map's tree and with it every preservation; the blocks themselves stay allocated.
+
+        Only for a kernel that gives up on KHO: nothing can be preserved afterwards.
+        """
+        self.use()
+        self.map.free()
+
+    @property
+    def nr_preserved(self):
+        """Blocks in the map."""
+        return 0 if self.map is None else self.map.tree.nr_keys
+
+    @property
+    def tree_pages(self):
+        """Pages of the map's tree."""
+        return 0 if self.map is None else self.map.tree.nr_nodes
+
+    @property
+    def root_phys(self):
+        """Physical address of the map's root page."""
+        return 0 if self.map is None else self.map.tree.root
+
+    cdef int check_run(self, uint64_t phys, uint64_t pages) noexcept nogil:
+        cdef uint64_t pfn = phys >> self.memory.page_shift
+        cdef size_t i
+        if phys & (self.memory.page_size - 1):
+            return BLOCK_MISALIGNED
+        if pages > self.memory.nr_pages or not self.memory.has(
+                phys, pages << self.memory.page_shift):
+            return BLOCK_OUTSIDE
+        for i in range(self.nr_scratch):
+            if pfn < self.scratch_areas[i].end and pfn + pages > self.scratch_areas[i].start:
+                return BLOCK_IN_SCRATCH
+        if self.debug and not page_all_allocated(self.memory.state, pfn, pfn + pages):
+            return BLOCK_NOT_ALLOCATED
+        return BLOCK_OK
+
+    cdef int check_block(self, uint64_t phys, int order) noexcept nogil:
+        if order > 63 - self.memory.page_shift:
+            return BLOCK_OUTSIDE
+        if phys & ((self.memory.page_size << order) - 1):
+            return BLOCK_MISALIGNED
+        return self.check_run(phys, <uint64_t>1 << order)
+
+    cdef int refuse(self, object what, uint64_t phys, uint64_t nbytes, int why) except -1:
+        """Raise EINVAL that names the rule which the block breaks."""
+        rule = "misaligned"
+        if why == BLOCK_OUTSIDE:
+            rule = "not in RAM"
+        elif why == BLOCK_NOT_ALLOCATED:
+            rule = "not allocated"
+        elif why == BLOCK_IN_SCRATCH:
+            for start, size in self.memory.scratch:
+                if phys < start + size and phys + nbytes > start:
+                    rule = f"overlaps scratch {start:#x}+{size:#x}"
+                    break
+        raise from_errno(EINVAL, f"{what}: {rule}")
+
+    def preserve_folio(self, phys, order):
+        """Preserve the block at *phys*, as ``kho_preserve_folio()``; twice is as good as once.
+
+        Args:
+            phys: byte address, a multiple of ``page_size << order``.
+            order: any for which the block is in RAM.
+
+        Raises:
+            KhoError: EINVAL if it is misaligned, not in RAM, overlaps scratch, or (``debug=True``)
+                is not allocated; ENOMEM if a page of the tree cannot be had, and nothing changes.
+        """
+        cdef uint64_t at = as_u64(phys), key, fresh = 0
+        cdef int o = as_order(order), why
+        self.use()
+        why = self.check_block(at, o)
+        if why:
+            self.refuse(f"preserve_folio {at:#x}/order {o}", at,
+                        self.memory.page_size << o if o < 48 else 0, why)
+        key = kho_radix_encode_key(at, o, self.memory.page_shift)
+        check(self.map.add(&key, 1, &fresh), f"preserve_folio {at:#x}/order {o}")
+
+    def unpreserve_folio(self, phys, order):
+        """Take back :meth:`preserve_folio` of the very same block.
+
+        Raises:
+            KhoError: EINVAL if misaligned; ENOENT if this block, with this order, is not preserved.
+        """
+        cdef uint64_t at = as_u64(phys), key, where = 0
+        cdef int o = as_order(order)
+        self.use()
+        if o > 63 - self.memory.page_shift or at & ((self.memory.page_size << o) - 1):
+            self.refuse(f"unpreserve_folio {at:#x}/order {o}", at, 0, BLOCK_MISALIGNED)
+        key = kho_radix_encode_key(at, o, self.memory.page_shift)
+        check(self.map.delete(&key, 1, &where), f"unpreserve_folio {at:#x}/order {o}")
+
+    def is_preserved(self, phys, order):
+        """Whether exactly this block is in the map (a larger one around it does not count)."""
+        cdef uint64_t at = as_u64(phys)
+        cdef int o = as_order(order)
+        self.use()
+        if o > 63 - self.memory.page_shift or at & ((self.memory.page_size << o) - 1):
+            return False
+        return bool(check(self.map.has(kho_radix_encode_key(at, o, self.memory.page_shift)),
+                          "is_preserved"))
+
+    cdef uint64_t *encode_blocks(self, const uint64_t[::1] phys, object orders, object what,
+                                 bint checked) except NULL:
+        """Keys of many blocks, malloc()ed; raises if any block may not be preserved."""
+        cdef uint64_t n = phys.shape[0], i
+        cdef const uint8_t[::1] each = None
+        cdef uint64_t *keys
+        cdef int order = 0, why = 0, shift = self.memory.page_shift
+        cdef bint many = isinstance(orders, np.ndarray) or not hasattr(orders, "__index__")
+        if many:
+            each = np.ascontiguousarray(orders, np.uint8)
+            if <uint64_t>each.shape[0] != n:
+                raise ValueError(f"{what}: {n} addresses, {each.shape[0]} orders")
+        else:
+            order = as_order(orders)
+        keys = <uint64_t *>xmalloc(n * 8)
+        with nogil:
+            for i in range(n):
+                if many:
+                    order = each[i]
+                if checked:
+                    why = self.check_block(phys[i], order)
+                elif order > 63 - shift or phys[i] & ((self.memory.page_size << order) - 1):
+                    why = BLOCK_MISALIGNED
+                if why:
+                    break
+                keys[i] = kho_radix_encode_key(phys[i], order, shift)
+        if why:
+            free(keys)
+            self.refuse(f"{what} {phys[i]:#x}/order {order}", phys[i],
+                        self.memory.page_size << order if order < 48 else 0, why)
+        return keys
+
+    def preserve_folios(self, const uint64_t[::1] phys not None, order):
+        """Preserve many blocks, all or none.
+
+        Args:
+            phys: shape (n,), uint64, byte addresses.
+            order: one for all, or an array of n.
+
+        Returns:
+            int: how many were not preserved before.
+
+        Raises:
+            ValueError: the arrays differ in length.
+            KhoError: as :meth:`preserve_folio`, naming the first block that is refused.
+
+        Context: releases the GIL.
+        """
+        cdef uint64_t fresh = 0
+        cdef uint64_t *keys
+        cdef int rc
+        self.use()
+        keys = self.encode_blocks(phys, order, "preserve_folios", True)
+        with nogil:
+            rc = self.map.add(keys, phys.shape[0], &fresh)
+        free(keys)
+        check(rc, f"preserve_folios {phys.shape[0]} blocks")
+        return fresh
+
+    def unpreserve_folios(self, const uint64_t[::1] phys not None, order):
+        """Take back the preservation of many blocks, all or none.
+
+        Raises:
+            KhoError: EINVAL if one is misaligned, ENOENT if one is not preserved.
+
+        Context: releases the GIL.
+        """
+        cdef uint64_t at = 0
+        cdef uint64_t *keys
+        cdef int rc
+        self.use()
+        keys = self.encode_blocks(phys, order, "unpreserve_folios", False)
+        with nogil:
+            rc = self.map.delete(keys, phys.shape[0], &at)
+        free(keys)
+        if rc < 0:
+            check(rc, f"unpreserve_folios {phys[at]:#x}")
+
+    cdef uint64_t *split_run(self, uint64_t phys, uint64_t pages, uint64_t *n) except NULL:
+        """Keys of the blocks that a run of pages is recorded as, malloc()ed (kho-abi 7).
+
+        Each is as large as alignment and length allow, then halved while its two ends lie on
+        different nodes.
+        """
+        cdef PhysicalMemory memory = self.memory
+        cdef uint64_t pfn = phys >> memory.page_shift, end = pfn + pages, room = 64
+        cdef uint64_t *keys = <uint64_t *>xmalloc(room * 8)
+        cdef uint64_t *grown
+        cdef int order
+        n[0] = 0
+        while pfn < end:
+            order = min(ctz64(pfn), log2_64(end - pfn))
+            while order and memory.node_at(pfn) != memory.node_at(
+                    pfn + (<uint64_t>1 << order) - 1):
+                order -= 1
+            if n[0] == room:
+                room *= 2
+                grown = <uint64_t *>realloc(keys, room * 8)
+                if grown == NULL:
+                    free(keys)
+                    raise MemoryError("preserve_pages")
+                keys = grown
+            keys[n[0]] = kho_radix_encode_key(pfn << memory.page_shift, order, memory.page_shift)
+            n[0] += 1
+            pfn += <uint64_t>1 << order
+        return keys
+
+    def preserve_pages(self, phys, nr_pages):
+        """Preserve a run of pages, as ``kho_preserve_pages()``: all of it or nothing.
+
+        It is recorded as naturally aligned blocks that do not reach from one NUMA node to another;
+        the new kernel restores it with ``restore_pages``.
+
+        Raises:
+            KhoError: EINVAL if it is misaligned, not in RAM, overlaps scratch, or (``debug=True``)
+                is not allocated; ENOMEM.
+        """
+        cdef uint64_t at = as_u64(phys), pages = as_u64(nr_pages), n = 0, fresh = 0
+        cdef uint64_t *keys
+        cdef int rc, why
+        self.use()
+        why = self.check_run(at, pages) if pages else BLOCK_OK
+        if why:
+            self.refuse(f"preserve_pages {at:#x}, {pages} pages", at,
+                        pages << self.memory.page_shift, why)
+        keys = self.split_run(at, pages, &n)
+        with nogil:
+            rc = self.map.add(keys, n, &fresh)
+        free(keys)
+        check(rc, f"preserve_pages {at:#x}, {pages} pages")
+
+    def unpreserve_pages(self, phys, nr_pages):
+        """Take back :meth:`preserve_pages` of the very same run.
+
+        Raises:
+            KhoError: EINVAL if it is misaligned or not in RAM; ENOENT if any of its blocks is not
+                preserved, and nothing changes.
+        """
+        cdef uint64_t at = as_u64(phys), pages = as_u64(nr_pages), n = 0, where = 0
+        cdef uint64_t *keys
+        cdef int rc, why
+        self.use()
+        why = self.check_run(at, pages) if pages else BLOCK_OK
+        if why == BLOCK_MISALIGNED or why == BLOCK_OUTSIDE:
+            self.refuse(f"unpreserve_pages {at:#x}, {pages} pages", at, 0, why)
+        keys = self.split_run(at, pages, &n)
+        with nogil:
+            rc = self.map.delete(keys, n, &where)
+        free(keys)
+        check(rc, f"unpreserve_pages {at:#x}, {pages} pages")
+
+    def alloc_preserve(self, nbytes, node=None):
+        """Allocate zeroed memory and preserve it, as ``kho_alloc_preserve()``.
+
+        Args:
+            nbytes: at least 1; rounded up to a power of two of pages.
+            node: NUMA node, strictly; None for any.
+
+        Returns:
+            int: physical address of one block.
+
+        Raises:
+            KhoError: EINVAL for 0, E2BIG above one block of ``memory.max_order``, ENOMEM.
+        """
+        cdef uint64_t count = as_u64(nbytes), pfn = 0, phys = 0, key, fresh = 0
+        cdef int nid = as_node(node, self.memory.nr_nodes if self.memory else 0), order, rc
+        cdef PhysicalMemory memory
+        self.use()
+        memory = self.memory
+        if count == 0:
+            raise from_errno(EINVAL, "alloc_preserve 0: nothing to allocate")
+        order = log2_64((count - 1) >> memory.page_shift) + 1
+        if order > max_order_of(memory.page_size):
+            raise from_errno(errno.E2BIG, f"alloc_preserve {count}: above one block of order "
+                                          f"{max_order_of(memory.page_size)}")
+        with nogil:
+            with memory.lock:
+                rc = 0 if page_alloc_run(memory.state, order, 1, nid, &pfn) else -ENOMEM
+            if rc == 0:
+                phys = pfn << memory.page_shift
+                memset(<void *>(memory.zero + phys), 0, memory.page_size << order)
+                key = kho_radix_encode_key(phys, order, memory.page_shift)
+                rc = self.map.add(&key, 1, &fresh)
+                if rc < 0:
+                    with memory.lock:
+                        page_free_head(memory.state, pfn)
+        check(rc, f"alloc_preserve {count}")
+        return phys
+
+    def unpreserve_free(self, phys):
+        """Unpreserve and free a block of :meth:`alloc_preserve`, as ``kho_unpreserve_free()``.
+
+        Raises:
+            KhoError: EINVAL if no allocated block starts there, ENOENT if it is not preserved.
+        """
+        cdef uint64_t at = as_u64(phys), key, where = 0
+        cdef int order = -1, rc
+        self.use()
+        if at & (self.memory.page_size - 1) == 0:
+            with self.memory.lock:
+                order = page_head_order(self.memory.state, at >> self.memory.page_shift)
+        if order < 0:
+            raise from_errno(EINVAL, f"unpreserve_free {at:#x}: no allocated block starts here")
+        key = kho_radix_encode_key(at, order, self.memory.page_shift)
+        check(self.map.delete(&key, 1, &where), f"unpreserve_free {at:#x}/order {order}")
+        with self.memory.lock:
+            rc = page_free_head(self.memory.state, at >> self.memory.page_shift)
+        check(rc if rc < 0 else 0, f"unpreserve_free {at:#x}")
+
+    def preserved(self, out=None):
+        """Return all preserved blocks in the ABI's walk order: larger orders first, then by address.
+
+        Args:
+            out: ``(phys, orders)``, arrays of uint64 and uint8 with room for :attr:`nr_preserved`
+                rows, to be filled instead of new ones.
+
+        Returns:
+            tuple: ``(phys, orders)``; with *out*, slices of it.
+
+        Raises:
+            ValueError: *out* is too short.
+        """
+        cdef uint64_t start = 0, count = self.nr_preserved
+        self.use()
+        if out is None:
+            phys, orders = np.empty(count, np.uint64), np.empty(count, np.uint8)
+        else:
+            phys, orders = out
+        if count == 0:
+            return phys[:0], orders[:0]
+        if min(len(phys), len(orders)) < self.nr_preserved:
+            raise ValueError(f"preserved: no room for {count} blocks")
+        n = self.fill(phys, orders, count, &start)
+        return phys[:n], orders[:n]
+
+    cdef uint64_t fill(self, uint64_t[::1] phys, uint8_t[::1] orders, uint64_t room,
+                       uint64_t *start) except? 0xFFFFFFFFFFFFFFFF:
+        """Blocks from key *start* on, up to *room*; *start* moves on, to NO_BIT at the end."""
+        cdef uint64_t n = 0, i
+        cdef int rc, shift = self.memory.page_shift, order
+        with nogil:
+            rc = self.map.collect(&phys[0], room, start, &n)
+            if rc >= 0:
+                for i in range(n):
+                    order = kho_radix_decode_key(phys[i], shift, &phys[i])
+                    if order < 0:
+                        rc = -EIO
+                        break
+                    orders[i] = order
+        check(rc, "preserved")
+        if rc == 0:
+            start[0] = NO_BIT
+        return n
+
+    def preserved_chunks(self, n):
+        """Yield what :meth:`preserved` returns in pieces of up to *n* blocks.
+
+        Blocks preserved or unpreserved meanwhile are seen if the walk has not passed them.
+        """
+        cdef uint64_t start = 0, count, room
+        room = as_u64(n)
+        if room == 0:
+            raise ValueError("preserved_chunks 0")
+        while start != NO_BIT:
+            self.use()
+            phys, orders = np.empty(room, np.uint64), np.empty(room, np.uint8)
+            count = self.fill(phys, orders, room, &start)
+            if count:
+                yield phys[:count], orders[:count]
+
+
+# ---- incoming: what the previous kernel preserved ----
+
+cdef enum:  # what a map can be wrong in
+    WALK_NODE_OUTSIDE = 1
+    WALK_NODE_SCRATCH
+    WALK_NODE_HOLE
+    WALK_NODE_TAKEN
+    WALK_KEY
+    WALK_BLOCK_OUTSIDE
+    WALK_BLOCK_SCRATCH
+    WALK_BLOCK_TAKEN
+    WALK_NO_MEMORY
+
+
+cdef int kho_walk_fail(kho_walk *walk, int why, uint64_t at, int order,
+                       uint64_t conflict) noexcept nogil:
+    walk.why = why
+    walk.at = at
+    walk.order = order
+    walk.conflict = conflict
+    return -1
+
+
+cdef int kho_walk_flush(kho_walk *walk) noexcept nogil:
+    """Claim the pending run of adjoining blocks."""
+    cdef uint64_t conflict = 0, pfn
+    cdef int rc, why
+    if walk.run_count == 0:
+        return 0
+    rc = page_claim_run(walk.state, walk.run_pfn, walk.run_order, walk.run_count, True, False,
+                        &conflict)
+    if rc < 0:
+        why = WALK_BLOCK_TAKEN if rc == -EBUSY else \
+            WALK_BLOCK_SCRATCH if rc == -ERANGE else WALK_BLOCK_OUTSIDE
+        pfn = (conflict >> walk.run_order) << walk.run_order
+        return kho_walk_fail(walk, why, pfn << walk.page_shift, walk.run_order, conflict)
+    walk.nr_keys += walk.run_count
+    walk.nr_pages += walk.run_count << walk.run_order
+    walk.run_count = 0
+    return 0
+
+
+cdef int kho_walk_blocks(kho_walk *walk, uint64_t pfn, int order, uint64_t count) noexcept nogil:
+    """Take note of *count* adjoining blocks, claiming those before if these do not continue them."""
+    if walk.run_count:
+        if walk.run_order == order and pfn == walk.run_pfn + (walk.run_count << order):
+            walk.run_count += count
+            return 0
+        if kho_walk_flush(walk) < 0:
+            return -1
+    if order > walk.state.top or pfn < walk.state.base_pfn or pfn >= walk.state.end_pfn:
+        return kho_walk_fail(walk, WALK_BLOCK_OUTSIDE, pfn << walk.page_shift, order, pfn)
+    walk.run_pfn = pfn
+    walk.run_order = order
+    walk.run_count = count
+    return 0
+
+
+cdef int kho_walk_leaf(kho_walk *walk, const uint64_t *words, uint64_t base) noexcept nogil:
+    """Note the blocks of a leaf whose first key is *base*, runs of set bits at a time."""
+    cdef uint64_t i, word, start, length, key, phys = 0
+    cdef int order = 0, at, bit, marker = log2_64(base)
+    cdef uint64_t first_pfn = 0
+    if base:  # the marker is above the leaf's bits: one order for all of them
+        order = 64 - walk.page_shift - marker
+        if order >= 0:
+            first_pfn = (base ^ (<uint64_t>1 << marker)) << order
+    for i in range(<uint64_t>1 << (walk.leaf_bits - 6)):
+        word = words[i]
+        at = 0
+        while word:
+            bit = ctz64(word)
+            word >>= bit
+            at += bit
+            length = ctz64(~word)
+            start = (i << 6) + at
+            if base == 0:  # very large orders share this leaf: key by key
+                length = 1
+                order = kho_radix_decode_key(start, walk.page_shift, &phys)
+                first_pfn = (phys >> walk.page_shift) - (start << order) if order >= 0 else 0
+            if order < 0:
+                key = base + start
+                return kho_walk_fail(walk, WALK_KEY, key, 0, 0)
+            if kho_walk_blocks(walk, first_pfn + (start << order), order, length) < 0:
+                return -1
+            if length == 64:
+                break
+            word >>= length
+            at += length
+    return 0
+
+
+cdef int kho_walk_node(kho_walk *walk, PhysicalMemory memory, uint64_t node, int level,
+                       uint64_t base) noexcept nogil:
+    """Claim one page of the tree and all that hangs below it; -1 with the reason in *walk*."""
+    cdef uint64_t page = <uint64_t>1 << walk.page_shift, conflict = 0, i
+    cdef uint64_t *slots
+    cdef uint64_t *grown
+    cdef int rc, shift
+    if node & (page - 1) or not memory.has(node, page):
+        return kho_walk_fail(walk, WALK_NODE_OUTSIDE, node, 0, 0)
+    rc = page_claim_run(walk.state, node >> walk.page_shift, 0, 1, False, False, &conflict)
+    if rc < 0:
+        return kho_walk_fail(walk, WALK_NODE_SCRATCH if rc == -ERANGE else WALK_NODE_TAKEN, node, 0,
+                             conflict)
+    if walk.nr_nodes == walk.room:
+        grown = <uint64_t *>realloc(walk.nodes, (2 * walk.room + 64) * 8)
+        if grown == NULL:
+            return kho_walk_fail(walk, WALK_NO_MEMORY, 0, 0, 0)
+        walk.nodes = grown
+        walk.room = 2 * walk.room + 64
+    walk.nodes[walk.nr_nodes] = node
+    walk.nr_nodes += 1
+    # a page that nobody ever wrote cannot be a node, and reading it would fill a hole of the file
+    if not memory.populated(node, page):
+        return kho_walk_fail(walk, WALK_NODE_HOLE, node, 0, 0)
+    slots = <uint64_t *>(memory.zero + node)
+    if level == 0:
+        return kho_walk_leaf(walk, slots, base)
+    shift = walk.leaf_bits + (level - 1) * walk.slot_bits
+    for i in range(<uint64_t>1 << walk.slot_bits):
+        if slots[i] == 0:
+            continue
+        if base + (i << shift) >> (64 - walk.page_shift + 1):
+            return kho_walk_fail(walk, WALK_KEY, base + (i << shift), 0, 0)
+        if kho_walk_node(walk, memory, slots[i], level - 1, base + (i << shift)) < 0:
+            return -1
+    return 0
+
+
+@cython.auto_pickle(False)
+cdef class IncomingMemory:
+    """What the previous kernel preserved: the incoming half of KHO that touches pages.
+
+    ``luo.kho.Incoming`` extends it. Until :meth:`install` its page state is its own, so a map can be
+    validated beside the kernel that still runs, on memory that is mapped read-only.
+
+    Args of ``__init__``:
+
+    Args:
+        memory: that the map is in.
+        root: physical address of the map's root page.
+        scratch: ``[(phys, nbytes), ...]``, where nothing preserved may lie.
+        reserved: ``[(phys, nbytes), ...]`` to be claimed beside (the scratch array).
+        levels: of the tree; see :class:`RadixTree`.
+
+    Attributes:
+        nr_preserved: blocks that were preserved.
+        nr_preserved_pages: pages of them.
+        tree_pages: pages of the map's tree.
+
+    Raises:
+        HandoverError: the map breaks a rule of kho-abi 12.18; it names the address and the rule.
+    """
+
+    def __init__(self, PhysicalMemory memory not None, root, scratch, *, reserved=(), levels=0):
+        cdef kho_walk walk
+        cdef list areas = memory.check_scratch(scratch)
+        cdef uint64_t at = as_u64(root), conflict = 0, pfn, count
+        cdef int rc = 0, shift = memory.page_shift, depth = PyNumber_Index(levels)
+        if self.memory is not None:
+            raise TypeError("IncomingMemory: initialised twice")
+        self.memory = memory
+        self.areas = areas
+        self.state = memory.new_state(areas)
+        self.state.restricted = True
+        memset(&walk, 0, sizeof(walk))
+        walk.state = self.state
+        walk.page_shift = shift
+        walk.slot_bits = shift - 3
+        walk.leaf_bits = shift + 3
+        depth = depth if depth else kho_radix_levels(shift)
+        for phys, nbytes in reserved:
+            pfn = as_u64(phys) >> shift
+            count = ((as_u64(phys + nbytes) - 1) >> shift) + 1 - pfn
+            if page_claim_run(self.state, pfn, 0, count, False, True, &conflict) < 0:
+                raise HandoverError(f"{nbytes} reserved bytes are not in one piece of RAM", phys)
+        with nogil, memory.lock:
+            rc = kho_walk_node(&walk, memory, at, depth - 1, 0)
+            if rc == 0:
+                rc = kho_walk_flush(&walk)
+        self.nodes = walk.nodes
+        self.nr_nodes = walk.nr_nodes
+        self.nr_preserved = walk.nr_keys
+        self.nr_preserved_pages = walk.nr_pages
+        if rc < 0:
+            self.walk_error(&walk)
+
+    cdef int walk_error(self, kho_walk *walk) except -1:
+        cdef uint64_t head = 0
+        cdef bint claimed = False
+        cdef int held = page_owner(self.state, walk.conflict, &head, &claimed)
+        cdef object other = describe_block(self.memory, head, held, claimed)
+        if not claimed and held == 0:
+            other = f"tree node or reserved page {head << self.memory.page_shift:#x}"
+        if walk.why == WALK_NO_MEMORY:
+            raise MemoryError("walk of the preserved map")
+        if walk.why == WALK_KEY:
+            raise HandoverError(f"preserved map: key {walk.at:#x} stands for no block")
+        if walk.why <= WALK_NODE_TAKEN:
+            rule = {
+                WALK_NODE_OUTSIDE: "is misaligned or not in RAM",
+                WALK_NODE_SCRATCH: "lies in scratch",
+                WALK_NODE_HOLE: "was never written",
+                WALK_NODE_TAKEN: f"overlaps {other}",
+            }[walk.why]
+            raise HandoverError(f"node of the preserved map {rule}", walk.at)
+        rule = {
+            WALK_BLOCK_OUTSIDE: "is not in RAM",
+            WALK_BLOCK_SCRATCH: "overlaps scratch",
+            WALK_BLOCK_TAKEN: f"overlaps {other}",
+        }[walk.why]
+        raise HandoverError(f"preserved block of order {walk.order} {rule}", walk.at)
+
+    def __dealloc__(self):
+        page_state_free(self.state)
+        free(self.nodes)
+
+    @property
+    def tree_pages(self):
+        """Pages that the map's tree had."""
+        return self.nr_nodes
+
+    @property
+    def nr_unrestored(self):
+        """Blocks that nobody has restored yet."""
+        cdef page_state *st = self.pages()
+        cdef uint64_t total = 0
+        cdef int order
+        if st == NULL:
+            return 0
+        for order in range(st.top + 1):
+            total += st.nr_claims[order]
+        return total
+
+    @property
+    def nr_restored(self):
+        """Blocks that were restored."""
+        return self.nr_preserved - self.nr_unrestored
+
+    cdef page_state *pages(self) noexcept nogil:
+        """The page state that holds the claims: its own before install(), then the memory's."""
+        return self.state if self.state != NULL else self.memory.state
+
+    cdef int use(self) except -1:
+        if self.closed:
+            raise from_errno(errno.ESHUTDOWN, "KHO: this kernel is gone")
+        if self.state != NULL:
+            raise from_errno(EINVAL, "incoming: not booted yet")
+        return self.memory.use()
+
+    def close(self):
+        """Every later call raises StateError (ESHUTDOWN)."""
+        self.closed = True
+
+    def is_preserved(self, phys, nbytes=1):
+        """Whether preserved, not restored blocks cover all pages of [phys, phys + nbytes)."""
+        cdef uint64_t at, end
+        cdef page_state *st
+        if not self.memory.contains(phys, nbytes):
+            return False
+        at = as_u64(phys)
+        end = at + as_u64(nbytes)
+        with self.memory.lock:
+            st = self.pages()
+            return st != NULL and page_all_claimed(
+                st, at >> self.memory.page_shift, ((end - 1) >> self.memory.page_shift) + 1)
+
+    def order_of(self, phys):
+        """Order of the preserved, not restored block that starts at *phys*, or None."""
+        cdef uint64_t at = as_u64(phys)
+        cdef page_state *st
+        cdef int order = -1
+        if at & (self.memory.page_size - 1):
+            return None
+        with self.memory.lock:
+            st = self.pages()
+            if st != NULL:
+                order = page_claim_order(st, at >> self.memory.page_shift)
+        return None if order < 0 else order
+
+    def install(self):
+        """Make this the memory's page state: the previous kernel's is forgotten.
+
+        The tree's pages become free and the restriction to scratch ends.
+
+        Raises:
+            KhoError: EINVAL if it is installed already.
+        """
+        cdef PhysicalMemory memory = self.memory
+        cdef page_state *old
+        cdef size_t i
+        if self.closed or self.state == NULL:
+            raise from_errno(EINVAL, "incoming: booted already")
+        if memory.detached:
+            memory.use()
+        with memory.lock:
+            old = memory.state
+            memory.state = self.state
+            self.state = NULL
+            for i in range(self.nr_nodes):
+                page_free_head(memory.state, self.nodes[i] >> memory.page_shift)
+            memory.state.restricted = False
+            memory.scratch = self.areas
+        page_state_free(old)
+        free(self.nodes)
+        self.nodes = NULL
+
+    def restore_folio(self, phys):
+        """Take over the preserved block at *phys*, as ``kho_restore_folio()``.
+
+        It is ordinary allocated memory from now on.
+
+        Returns:
+            int: its order.
+
+        Raises:
+            KhoError: EINVAL if no preserved block starts there, or it was restored before.
+        """
+        cdef uint64_t at = as_u64(phys)
+        cdef int order = -EINVAL
+        self.use()
+        if at & (self.memory.page_size - 1) == 0:
+            with self.memory.lock:
+                order = page_restore(self.memory.state, at >> self.memory.page_shift)
+        if order < 0:
+            raise from_errno(EINVAL, f"restore_folio {at:#x}: not the head of a preserved block, "
+                                     "or restored before")
+        return order
+
+    def restore_folios(self, const uint64_t[::1] phys not None):
+        """Take over many blocks, all or none.
+
+        Returns:
+            ndarray: shape (n,), uint8, their orders.
+
+        Raises:
+            KhoError: EINVAL names the first that no preserved block starts at, or that was restored.
+
+        Context: releases the GIL.
+        """
+        cdef uint64_t n = phys.shape[0], i = 0, mask
+        cdef uint8_t[::1] orders
+        cdef int order = 0
+        cdef page_state *st
+        self.use()
+        result = np.empty(n, np.uint8)
+        if n == 0:
+            return result
+        orders = result
+        mask = self.memory.page_size - 1
+        with nogil, self.memory.lock:
+            st = self.memory.state
+            for i in range(n):
+                order = -EINVAL
+                if phys[i] & mask == 0:
+                    order = page_restore(st, phys[i] >> self.memory.page_shift)
+                if order < 0:
+                    break
+                orders[i] = order
+            if order < 0:
+                n = i
+                for i in range(n):
+                    page_unrestore(st, phys[i] >> self.memory.page_shift)
+        if order < 0:
+            raise from_errno(EINVAL, f"restore_folios {phys[n]:#x}: not the head of a preserved "
+                                     "block, or restored before")
+        return result
+
+    def restore_pages(self, phys, nr_pages):
+        """Take over a run of pages, as ``kho_restore_pages()``, by the blocks it is recorded as.
+
+        Linux 7.3 steps by its own split and so misses the later parts of a run that was cut between
+        NUMA nodes (kho-abi 12.6); this does not.
+
+        Returns:
+            int: blocks that it was made of; ``memory.free_pages`` takes the same run.
+
+        Raises:
+            KhoError: EINVAL if preserved, not restored blocks do not make up exactly these pages.
+        """
+        cdef uint64_t at = as_u64(phys), count = as_u64(nr_pages), pfn, end, n = 0
+        cdef int order = 0
+        cdef page_state *st
+        self.use()
+        pfn = at >> self.memory.page_shift
+        end = pfn + count
+        with self.memory.lock:
+            st = self.memory.state
+            if at & (self.memory.page_size - 1) or end < pfn:
+                order = -1
+            while order >= 0 and pfn < end:
+                order = page_claim_order(st, pfn)
+                pfn += <uint64_t>1 << order if order >= 0 else 0
+            if order >= 0 and pfn == end:
+                pfn = at >> self.memory.page_shift
+                while pfn < end:
+                    pfn += <uint64_t>1 << page_restore(st, pfn)
+                    n += 1
+                return n
+        raise from_errno(EINVAL, f"restore_pages {at:#x}, {count} pages: not exactly preserved "
+                                 "blocks, or restored before")
+
+    def restore_free(self, phys):
+        """Take over the block at *phys* and free it, as ``kho_restore_free()``.
+
+        Raises:
+            KhoError: EINVAL if no preserved block starts there, or it was restored before.
+        """
+        cdef uint64_t at = as_u64(phys)
+        cdef int order = -EINVAL
+        self.use()
+        if at & (self.memory.page_size - 1) == 0:
+            with self.memory.lock:
+                order = page_restore(self.memory.state, at >> self.memory.page_shift)
+                if order >= 0:
+                    page_free_head(self.memory.state, at >> self.memory.page_shift)
+        if order < 0:
+            raise from_errno(EINVAL, f"restore_free {at:#x}: not the head of a preserved block, or "
+                                     "restored before")
+
+    def unrestored(self):
+        """Return what nobody has restored yet as ``(phys, orders)``, in the ABI's walk order."""
+        cdef int order
+        cdef page_state *st
+        phys, orders = [np.empty(0, np.uint64)], [np.empty(0, np.uint8)]
+        self.use()
+        st = self.memory.state
+        for order in range(st.top, -1, -1):
+            if st.nr_claims[order]:
+                found = list_heads(self.memory, st.claims[order], order, st.nr_claims[order])
+                phys.append(found)
+                orders.append(np.full(len(found), order, np.uint8))
+        return np.concatenate(phys), np.concatenate(orders)
+
+
+cdef int page_restore(page_state *st, uint64_t pfn) noexcept nogil:
+    """Turn the claim at *pfn* into an allocated block; its order, or -EINVAL."""
+    cdef int order = page_claim_order(st, pfn)
+    if order < 0:
+        return -EINVAL
+    flat_clear(st.claims[order], page_index(st, pfn, order))
+    st.nr_claims[order] -= 1
+    flat_set(st.heads[order], page_index(st, pfn, order))
+    st.nr_heads[order] += 1
+    return order
+
+
+cdef void page_unrestore(page_state *st, uint64_t pfn) noexcept nogil:
+    cdef int order = page_head_order(st, pfn)
+    page_clear_heads(st, pfn, order, 1)
+    page_set_heads(st, pfn, order, 1, True)

@@ -268,6 +268,6 @@ def test_read_blocks_of_the_kernels_sessions_is_the_walkers(dump):
 def test_to_dts_of_the_kernels_trees_is_what_dtc_gives(dump, name):
     """luo's text of a tree is dtc's, up to white space."""
     path = dump.folder / name
-    text = path.with_suffix(".dts").read_text()
+    text = path.with_suffix(".dts").read_text().replace("\\0", '", "')  # as newer dtc has it
 
     assert text.split() == Fdt(path.read_bytes()).to_dts().split()

@@ -18,6 +18,13 @@ __all__ = [
     "KHO_BLOCK_SER",
     "KHO_SCRATCH_SER",
     "KHO_SUBTREE_METADATA",
+    "LUO_DEVICES_COMPATIBLE",
+    "LUO_DEVICES_PROPERTIES",
+    "LUO_EXTENT_BYTES",
+    "LUO_NODE",
+    "LUO_RECORD_BYTES",
+    "LUO_SHARD_OVERHEAD",
+    "LUO_VERSION",
     "MAX_PAGE_ORDER",
     "SETUP_DATA_SER",
     "SETUP_KEXEC_KHO",
@@ -190,3 +197,40 @@ def block_capacity(entry_size: int, page_size: int = 4096) -> int:
     if not 0 < entry_size <= page_size - KHO_BLOCK_SER.size:
         raise ValueError(f"entry_size {entry_size}: not in 1..{page_size - KHO_BLOCK_SER.size}")
     return (page_size - KHO_BLOCK_SER.size) // entry_size
+
+
+# ---- LUO RFC v1 (luo-rfc-v1 1.1, 1.13), and what its list left to do ----
+
+LUO_NODE: Final = "liveupdate_orchestrator"
+"""Name of LUO's subtree. Its blob is a tree:
+
+    /                   version       u32 major, u32 minor
+    /devices            count         u64 devices that were preserved
+                        records       u64 phys of a chain of LUO_EXTENT entries: shards of records
+                        slabs         u64 phys of another: slabs of slots
+    /subsystems/<name>  data          u64 of the subsystem's own
+
+``LUO`` is mainline's name, with another format under it.
+"""
+
+LUO_VERSION: Final = (1, 0)
+LUO_DEVICES_PROPERTIES: Final = ("count", "records", "slabs")
+
+LUO_EXTENT_BYTES: Final = 32
+"""An entry of the two chains. 0: u64 phys. 8: u64 bytes. 16: u64 first record. 24: u64 records."""
+
+LUO_DEVICES_COMPATIBLE: Final = "luo-devices-v1"
+"""Root of a shard, a tree with one node a device:
+
+    path    string, as below /sys/devices
+    bus     string; absent without a bus
+    driver  string; absent without a driver
+    state   u64 phys and u64 bytes of the driver's slot, then of the bus's; 0 bytes: none
+    index   u64 number of the device in the kernel before, a hint
+"""
+
+LUO_SHARD_OVERHEAD: Final = 256
+"""Room in a shard for what is not records: header, root, names of properties."""
+
+LUO_RECORD_BYTES: Final = 256
+"""What a record takes, about; for making room, not for reading."""

@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from luo import drivers, workloads
+from luo import abi, drivers, workloads
 from luo.errors import KhoNoMemoryError, LuoError
 from luo.kernel import Kernel, KernelImage, live_update
 from luo.profile import screen
@@ -34,9 +34,7 @@ class Duration(click.ParamType):
 
     name = "time"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Convert what the user wrote."""
         if isinstance(value, int):
             return value
@@ -54,30 +52,84 @@ def main() -> None:
 
 @main.command()
 @click.option("--preset", type=click.Choice(workloads.PRESETS), help="A ready-made host.")
-@click.option("--devices", type=click.IntRange(1, 16_000_000), metavar="N",
-              help="Number of devices of a generated preset.")
-@click.option("--sysfs", type=click.Path(path_type=Path), metavar="DIR",
-              help="Devices of the /sys tree at DIR, which may come from another host.")
-@click.option("--hwloc", "hwloc_file", type=click.Path(path_type=Path), metavar="FILE",
-              help="Devices of a host as 'lstopo --of xml' wrote it.")
-@click.option("--host", "host_file", type=click.Path(path_type=Path), metavar="FILE",
-              help="A host described in TOML.")
-@click.option("--request", "requests", multiple=True, metavar="GLOB",
-              help="Keep the devices whose path matches. [default: all with a driver and a bus]")
-@click.option("--drivers", "modules", multiple=True, metavar="MODULE[:ATTR]|FILE.py",
-              help="Your own drivers and subsystems, in both kernels.")
+@click.option(
+    "--devices",
+    type=click.IntRange(1, 16_000_000),
+    metavar="N",
+    help="Number of devices of a generated preset.",
+)
+@click.option(
+    "--sysfs",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Devices of the /sys tree at DIR, which may come from another host.",
+)
+@click.option(
+    "--hwloc",
+    "hwloc_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Devices of a host as 'lstopo --of xml' wrote it.",
+)
+@click.option(
+    "--host",
+    "host_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A host described in TOML.",
+)
+@click.option(
+    "--request",
+    "requests",
+    multiple=True,
+    metavar="GLOB",
+    help="Keep the devices whose path matches. [default: all with a driver and a bus]",
+)
+@click.option(
+    "--drivers",
+    "modules",
+    multiple=True,
+    metavar="MODULE[:ATTR]|FILE.py",
+    help="Your own drivers and subsystems, in both kernels.",
+)
 @click.option("--in-process", is_flag=True, help="The next kernel runs in this process.")
-@click.option("--repeat", type=click.IntRange(1, 100_000), default=1, metavar="N",
-              help="N live updates in a row.")
-@click.option("--kernel-boot", type=Duration(), default=0, metavar="T",
-              help="Draw a modelled boot of the kernel, as 1.2s.")
-@click.option("--kho-abi", type=click.Choice(workloads.KHO_ABIS), default=workloads.KHO_ABIS[-1],
-              show_default=True, help="Generation of the handover.")
+@click.option(
+    "--repeat",
+    type=click.IntRange(1, 100_000),
+    default=1,
+    metavar="N",
+    help="N live updates in a row.",
+)
+@click.option(
+    "--kernel-boot",
+    type=Duration(),
+    default=0,
+    metavar="T",
+    help="Draw a modelled boot of the kernel, as 1.2s.",
+)
+@click.option(
+    "--kho-abi",
+    type=click.Choice(list(abi.GENERATIONS)),
+    default="kho-v4",
+    show_default=True,
+    help="Generation of the handover.",
+)
 @click.option("--seed", type=int, default=0, metavar="S", help="Seed of a generated preset.")
-@click.option("--timeout", type=Duration(), default="60s", metavar="T", show_default=True,
-              help="For the next kernel's answers.")
-@click.option("--json", "json_file", type=click.Path(dir_okay=False), metavar="FILE",
-              help="Write the figures; '-' is standard output.")
+@click.option(
+    "--timeout",
+    type=Duration(),
+    default="60s",
+    metavar="T",
+    show_default=True,
+    help="For the next kernel's answers.",
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Write the figures; '-' is standard output.",
+)
 def run(
     preset: str | None,
     devices: int | None,
@@ -103,7 +155,10 @@ def run(
     sources = [
         name
         for name, value in (
-            ("--preset", preset), ("--sysfs", sysfs), ("--hwloc", hwloc_file), ("--host", host_file)
+            ("--preset", preset),
+            ("--sysfs", sysfs),
+            ("--hwloc", hwloc_file),
+            ("--host", host_file),
         )
         if value is not None
     ]
@@ -125,8 +180,14 @@ def run(
         with _progress() as doing:
             _observe(kernel, doing)
             doing("starting the next kernel")
-            live_update(kernel, image, repeat=repeat, in_process=in_process,
-                        timeout=timeout / 1e9, report=report)
+            live_update(
+                kernel,
+                image,
+                repeat=repeat,
+                in_process=in_process,
+                timeout=timeout / 1e9,
+                report=report,
+            )
         status = FAILED if report.error else 0
     except KeyboardInterrupt:
         status = INTERRUPTED

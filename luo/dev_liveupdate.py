@@ -419,8 +419,11 @@ class DeviceParticipant:
         for event in (Event.PREPARE, Event.REBOOT, Event.CANCEL):
             self._arrange(self._walk, event.name)  # REBOOT shall not do it in blackout
 
-    def _state_sizes(self, side: str, order: Index) -> Address:
-        """Return the slot size of each device in *order* on one side."""
+    def _state_sizes(self, side: str, order: Index, one_by_one: bool = True) -> Address:
+        """Return the slot size of each device in *order* on one side.
+
+        Without *one_by_one*, 0 for a device whose size a callback of its own must tell.
+        """
         ids = self._ids(side)[order]
         sizes = np.zeros(len(order), np.uint64)
         for number, owner in enumerate(self._owners(side)):
@@ -438,7 +441,7 @@ class DeviceParticipant:
                 empty = np.empty((len(places), 0), np.uint8)
                 answer = self._ask(side, ask, DeviceBatch(self.devices, order[places], empty), None)
                 sizes[places] = answer
-            else:
+            elif one_by_one:
                 for place in places:
                     device = Device(self.devices, int(order[place]))
                     sizes[place] = self._ask(side, ask, device, device.path)
@@ -503,7 +506,9 @@ class DeviceParticipant:
         entries[:, 2] = np.searchsorted(slab, np.arange(len(used)))
         entries[:, 3] = np.bincount(slab[slab < len(used)], minlength=len(used))[: len(used)]
         self._saved.slab_entries = entries
-        self._saved.chains["slabs"] = kho.write_blocks(entries, 32) if len(used) else 0
+        self._saved.chains["slabs"] = (
+            kho.write_blocks(entries.tobytes(), abi.LUO_EXTENT_BYTES) if len(used) else 0
+        )
         # A slot of no bytes after the last full slab has no slab; its address is never used.
         start = np.array([*self._saved.slabs, 0], np.uint64)[np.minimum(slab, len(used))] + offset
         return {
@@ -556,7 +561,9 @@ class DeviceParticipant:
             self._saved.shard_bytes += written
             entries.append((shard, written, start, stop - start))
             start = stop
-        self._saved.chains["records"] = kho.write_blocks(np.array(entries, np.uint64), 32)
+        self._saved.chains["records"] = kho.write_blocks(
+            np.array(entries, np.uint64).tobytes(), abi.LUO_EXTENT_BYTES
+        )
 
     def _names(self, side: str, order: Index) -> Column:
         """Return the bus or driver name of each device as a string column; none has no row."""
@@ -596,6 +603,19 @@ class DeviceParticipant:
         self.records = None
         self._done[:] = 0
         self.devices.clear_slots()
+
+    def prefault(self) -> None:
+        """Touch the memory that PREPARE will allocate for the devices that are requested now.
+
+        Sizes that only a callback of one device knows are left out: it is not called before its
+        time.
+        """
+        devices, memory = self.devices, self.devices.kernel.memory
+        tree: DeviceTree = devices.tree  # type: ignore[assignment]
+        order = tree.preserve_order(devices.requested & tree.alive)
+        sizes = sum(self._state_sizes(side, order, False) for side in SIDES)
+        nbytes = int(np.sum(sizes)) + len(order) * abi.LUO_RECORD_BYTES
+        memory.prefault_free(nbytes, memory.max_order)
 
     # ---- the outgoing side, for LUO's node and the report ----
 
@@ -840,7 +860,7 @@ class DeviceRecords:
 def _read_chain(incoming: Incoming, head: int, name: str) -> NDArray[np.uint64]:
     if not head:
         return np.zeros((0, 4), np.uint64)
-    entries = np.ascontiguousarray(incoming.read_blocks(head, 32)).view(np.uint64)
+    entries = np.ascontiguousarray(incoming.read_blocks(head, abi.LUO_EXTENT_BYTES)).view(np.uint64)
     for phys, nbytes, _first, _count in entries.tolist():
         if not incoming.is_preserved(phys, nbytes):
             raise HandoverError(f"{name}: {nbytes} bytes are not preserved", phys)

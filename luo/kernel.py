@@ -7,7 +7,7 @@ import errno
 import importlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
@@ -204,12 +204,12 @@ class Kernel:
         self.devices = Devices(
             self, machine.devices, _by_name("drivers", drivers), _by_name("buses", buses)
         )
-        self.luo = Orchestrator(self, self.profile, phase=self._phase, observer=observer)
+        self.luo = Orchestrator(self, self.profile, phase=self._phase, observer=self._observe)
         for subsystem in subsystems:
             self.luo.register(subsystem)
         self._layer = DeviceParticipant(self.devices, self.profile)
         self.luo.join_devices(self._layer)
-        self._observer = observer
+        self.observer = observer
         self._kho: Kho | None = None
         self._plan = _Plan()
         self._status = "built"  # then "running", then "gone"
@@ -273,11 +273,14 @@ class Kernel:
     def __repr__(self) -> str:
         return f"<Kernel {self.release} {self._status}>"
 
+    def _observe(self, what: str, name: str) -> None:
+        if self.observer is not None:
+            self.observer(what, name)
+
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         """Time a phase, and tell the observer that it begins."""
-        if self._observer is not None:
-            self._observer("phase", name)
+        self._observe("phase", name)
         start = self.profile.read_clock()
         try:
             yield
@@ -315,14 +318,9 @@ class Kernel:
                 self.machine.memory.forget()
         return self.take_over(plan)
 
-    def validate(
-        self, handover: Handover | None, memory: PhysicalMemory | None = None
-    ) -> _Plan:
+    def validate(self, handover: Handover | None) -> _Plan:
         """Read what the previous kernel left, without a write to the memory.
 
-        Args:
-            handover: its four numbers, None if KHO is off.
-            memory: another view of the machine's memory to read through.
 
         Raises:
             HandoverError: it breaks a rule of the format.
@@ -330,8 +328,7 @@ class Kernel:
         """
         if handover is None:
             return _Plan()
-        memory = memory or self.machine.memory
-        plan = _Plan(Kho.validate(memory, handover, abi=self.kho_abi))
+        plan = _Plan(Kho.validate(self.machine.memory, handover, abi=self.kho_abi))
         assert plan.incoming is not None
         plan.luo = LuoIncoming.read(plan.incoming)
         if plan.luo is not None:
@@ -481,7 +478,7 @@ class Kernel:
         digests = self._layer.digests() if live and verify else {}
         return Departure(
             live=live,
-            handover=None if handover is None else handover.numbers,
+            handover=None if handover is None else list(astuple(handover)),
             reboot_began_ns=self.luo.reboot_began_ns if live else ended,
             reboot_ended_ns=ended,
             digests=[[*key, *value] for key, value in digests.items()],
@@ -499,17 +496,17 @@ class Kernel:
                 ("root_fdt_bytes", "device_tree_bytes", "map_bytes", "preserved_pages"), 0
             )
         return {
-            "root_fdt_bytes": self._kho.root_bytes,
+            "root_fdt_bytes": self._kho.root.totalsize,
             "device_tree_bytes": self._layer.record_bytes,
             "map_bytes": self._kho.tree_pages * self.machine.memory.page_size,
-            "preserved_pages": self._kho.preserved_pages,
+            "preserved_pages": _pages(self._kho),
         }
 
     def cancel_reboot(self) -> bool:
         """Cancel after a failed jump; returns whether nothing failed."""
         return not self.luo.cancel().failures
 
-    def release(self) -> None:
+    def depart(self) -> None:
         """Be gone: the commit point is passed."""
         self._shutdown_devices()
         self._end()
@@ -543,7 +540,7 @@ class Kernel:
         self._require("shutdown", "built", "running")
         if self.booted and self.luo.state is State.PREPARED:
             self.luo.cancel()
-        self.release()
+        self.depart()
 
     def close(self) -> None:
         """Be gone, if not gone already: what ``with`` and tests call."""
@@ -555,6 +552,16 @@ class Kernel:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _pages(kho: Kho) -> int:
+    """Return how many pages *kho* preserves."""
+    _, orders = kho.preserved()
+    return int(
+        (
+            np.bincount(orders, minlength=1) << np.arange(max(1, int(orders.max(initial=0)) + 1))
+        ).sum()
+    )
 
 
 def live_update(

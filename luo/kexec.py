@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from luo.errors import HandoverError, HostCrashError, KernelPanic, SuccessorError
 from luo.kho import Handover
-from luo.memory import PhysicalMemory
+from luo.notifier import State
 
 if TYPE_CHECKING:
     from luo.kernel import Kernel
@@ -89,16 +89,17 @@ class Arrival:
 
 class _Old(Protocol):
     machine: Machine
+    luo: Any
 
     def reboot(self, verify: bool) -> Departure: ...
     def cancel_reboot(self) -> bool: ...
-    def release(self) -> None: ...
+    def depart(self) -> None: ...
 
 
 class LocalSuccessor:
-    """A successor in this process: it sees the old kernel's memory through a mapping of its own.
+    """A successor in this process.
 
-    Page state belongs to a kernel; until the commit point the old one has its own.
+    Until the commit point it only reads, and builds its page state beside the old kernel's.
     """
 
     def __init__(self, kernel: Kernel) -> None:
@@ -106,13 +107,9 @@ class LocalSuccessor:
         self._plan: Any = None
 
     def validate(self, handover: Handover | None, timeout: float) -> None:
-        """Check what the old kernel left, on a read-only mapping."""
-        memory = self.kernel.machine.memory
-        view = PhysicalMemory.attach(
-            memory.fd, memory.ranges, offset=memory.offset, page_size=memory.page_size
-        )
+        """Check what the old kernel left; reads only."""
         try:
-            self._plan = self.kernel.validate(handover, view)
+            self._plan = self.kernel.validate(handover)
         except (HandoverError, KernelPanic) as error:
             raise SuccessorError(
                 errno.EPROTO, f"validate: successor {self.kernel!r} refused: {error}"
@@ -145,7 +142,6 @@ def jump(
 ) -> Kernel | RemoteKernel:
     """Change the kernel of a machine: see :meth:`luo.kernel.Kernel.kexec`."""
     machine = old.machine
-    departure: Departure | None = None
     try:
         departure = old.reboot(verify)
         handover = None if departure.handover is None else Handover(*departure.handover)
@@ -154,13 +150,13 @@ def jump(
             successor.validate(handover, timeout)
     except BaseException as error:
         successor.close()
-        if departure is not None and departure.live:
+        if old.luo.state is State.PREPARED:
             clean = old.cancel_reboot()
             if isinstance(error, SuccessorError):
                 error.rolled_back = clean
         raise
     # The commit point: the successor has acknowledged, there is no way back from here.
-    old.release()
+    old.depart()
     machine.memory.cut_off()
     machine.memory.forget()
     try:

@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 __all__ = ["DeviceTree", "Machine"]
 
+_Row = bytes | bytearray | memoryview | None
 _Bytes: TypeAlias = bytes | bytearray | memoryview
 _Ragged: TypeAlias = tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint64]]
 _Names: TypeAlias = Sequence[str] | tuple[str, int, int] | tuple[Any, Any]
-_Codes: TypeAlias = None | str | Sequence[str | None] | tuple[Any, Sequence[str]]
+_Codes: TypeAlias = str | Sequence[str | None] | tuple[Any, Sequence[str]] | None
 _Shape: TypeAlias = "int | npt.NDArray[np.uint64] | None"
 
 
@@ -331,9 +332,7 @@ class DeviceTree:
             _mask(requested, "requested"), None if group is None else _int32(group, "group")
         )
 
-    def eligible(
-        self, driver_ok: npt.ArrayLike, bus_ok: npt.ArrayLike
-    ) -> npt.NDArray[np.bool_]:
+    def eligible(self, driver_ok: npt.ArrayLike, bus_ok: npt.ArrayLike) -> npt.NDArray[np.bool_]:
         """Return which devices may be requested.
 
         Those where the device and every ancestor pass; one passes if its driver does, or it has
@@ -475,42 +474,14 @@ def _names(names: _Names) -> _Ragged:
         raise TypeError(f"names: {names!r} instead of several")
     if isinstance(names, tuple):
         if len(names) == 3 and isinstance(names[0], str) and not isinstance(names[1], str):
-            return _numbered(names[0], names[1], names[2])
+            return DeviceTable.numbered(names[0], names[1], names[2])
         if len(names) == 2 and not isinstance(names[0], str):
             return _uint8(names[0]), _uint64(names[1])
     encoded = [cast("str", name).encode("utf-8", "surrogateescape") for name in names]
     return _joined(encoded)
 
 
-def _numbered(prefix: str, start: Any, count: Any) -> _Ragged:
-    """Names <prefix><start>, <prefix><start+1>, …: one block for each number of digits."""
-    first, stop = start.__index__(), start.__index__() + count.__index__()
-    if first < 0 or stop < first:
-        raise ValueError(f"names: {count} from {start}")
-    head = np.frombuffer(prefix.encode("utf-8", "surrogateescape"), dtype=np.uint8)
-    blocks: list[npt.NDArray[np.uint8]] = []
-    sizes = np.empty(stop - first, dtype=np.uint64)
-    at = first
-    while at < stop:
-        digits = len(str(at))
-        end = min(stop, 10**digits)
-        block = np.empty((end - at, len(head) + digits), dtype=np.uint8)
-        block[:, : len(head)] = head
-        rest = np.arange(at, end, dtype=np.uint64)
-        for column in range(len(head) + digits - 1, len(head) - 1, -1):
-            block[:, column] = rest % 10 + ord("0")
-            rest //= 10
-        blocks.append(block.reshape(-1))
-        sizes[at - first : end - first] = len(head) + digits
-        at = end
-    offsets = np.zeros(len(sizes) + 1, dtype=np.uint64)
-    np.cumsum(sizes, out=offsets[1:])
-    return (np.concatenate(blocks) if blocks else np.empty(0, dtype=np.uint8)), offsets
-
-
-def _codes(
-    given: _Codes, what: str
-) -> tuple[npt.NDArray[np.int32] | None, Sequence[str]] | None:
+def _codes(given: _Codes, what: str) -> tuple[npt.NDArray[np.int32] | None, Sequence[str]] | None:
     if given is None:
         return None
     if isinstance(given, str):
@@ -521,8 +492,8 @@ def _codes(
         and given[0] is not None
         and not isinstance(given[0], str)
     ):
-        codes, known = given
-        return _int32(codes, what), list(cast("Sequence[str]", known))
+        codes, known = cast("tuple[Any, Sequence[str]]", given)
+        return _int32(codes, what), list(known)
     ids: dict[str | None, int] = {None: -1}
     numbers = np.fromiter(
         (ids.setdefault(name, len(ids) - 1) for name in cast("Sequence[str | None]", given)),
@@ -547,7 +518,7 @@ def _column(name: str, value: Any, count: int) -> tuple[npt.NDArray[np.uint8], _
         if len(value) != count:
             raise ValueError(f"column {name!r}: {len(value)} rows for {count} devices")
         return _uint8(value), value.nbytes // count if count else 0
-    if isinstance(value, tuple) and len(value) == 2 and not isinstance(value[0], bytes):
+    if isinstance(value, tuple) and len(value) == 2 and not isinstance(value[1], _Row):
         return _uint8(value[0]), _uint64(value[1])
     if hasattr(value, "offsets") and hasattr(value, "data"):
         return _uint8(value.data), _uint64(value.offsets)

@@ -19,7 +19,7 @@ import struct
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -308,9 +308,9 @@ class RemoteKernel:
 
     # ---- as the kernel that goes ----
 
-    def release(self) -> None:
+    def depart(self) -> None:
         """End it at the commit point: its successor has acknowledged."""
-        self._ask("release")
+        self._ask("depart")
         self.close()
 
     def reboot(self, verify: bool) -> Departure:
@@ -387,9 +387,7 @@ class RemoteKernel:
 
 
 def _numbers(handover: Handover | None) -> list[int] | None:
-    if handover is None:
-        return None
-    return handover.numbers
+    return None if handover is None else list(astuple(handover))
 
 
 class RemoteOrchestrator:
@@ -498,7 +496,7 @@ class _Server:
                 answer = {"error": _encode_error(error)}
             with contextlib.suppress(Closed):
                 self._channel.send(answer)
-            if command == "release" and "result" in answer:
+            if command == "depart" and "result" in answer:
                 return
 
     def do_load(self, image: dict[str, Any], memory: dict[str, Any], tree: int) -> dict[str, Any]:
@@ -543,9 +541,9 @@ class _Server:
         """Run REBOOT for the jump that the other side leads."""
         return asdict(self.kernel.reboot(verify))
 
-    def do_release(self) -> dict[str, Any]:
+    def do_depart(self) -> dict[str, Any]:
         """Go: the successor has acknowledged."""
-        self.kernel.release()
+        self.kernel.depart()
         return {}
 
     def do_prefault(self) -> dict[str, Any]:

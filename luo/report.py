@@ -202,7 +202,7 @@ class Report:
         """Return the ``luo-run/1`` document."""
         return {
             "schema": "luo-run/1",
-            "luo_version": metadata.version("luo-kho"),
+            "luo_version": _version(),
             "machine": {
                 "cpu": _cpu(),
                 "cores": os.cpu_count(),
@@ -226,6 +226,13 @@ class Report:
     def to_json(self) -> str:
         """Return the ``luo-run/1`` document as text."""
         return json.dumps(self.to_dict(), indent=2)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("luo-kho")
+    except metadata.PackageNotFoundError:  # run from a tree that is not installed
+        return "unknown"
 
 
 def _cpu() -> str:

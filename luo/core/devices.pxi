@@ -15,7 +15,7 @@ import threading
 
 from cpython.buffer cimport PyBuffer_FillInfo
 from libc.errno cimport EEXIST, EINVAL, ENOMEM, EROFS
-from libc.errno cimport errno as last_errno
+from libc.errno cimport errno as libc_errno
 from libc.string cimport memchr
 from posix.mman cimport MAP_FAILED, MAP_POPULATE, MAP_PRIVATE, PROT_READ, mmap, munmap
 
@@ -1117,6 +1117,8 @@ cdef int devtab_validate(
     return 0
 
 
+@cython.final
+@cython.auto_pickle(False)
 cdef class _DeviceBytes:
     """Read-only buffer over a block of a table; it holds the block."""
 
@@ -1258,6 +1260,30 @@ cdef int devtab_take_names(
     else:
         raise ValueError(f"{what}: {len(wanted)} names and no codes")
     return 0
+
+
+cdef void devtab_write_numbers(
+    uint64_t first, uint64_t count, const uint8_t *prefix, uint64_t nr_prefix,
+    uint64_t *offsets, uint8_t *data,
+) noexcept nogil:
+    """Write <prefix><first>, <prefix><first+1>, …; without *data* only where each one ends."""
+    cdef uint64_t i, number, digits = 1, limit = 10, at = 0
+
+    offsets[0] = 0
+    for i in range(count):
+        number = first + i
+        while number >= limit:  # numbers stay below 10^19, the greatest limit
+            digits += 1
+            limit *= 10
+        at += nr_prefix + digits
+        offsets[i + 1] = at
+        if data != NULL:
+            if nr_prefix:
+                memcpy(data + offsets[i], prefix, nr_prefix)
+            for at in range(at, at - digits, -1):
+                data[at - 1] = c"0" + <uint8_t>(number % 10)
+                number //= 10
+            at = offsets[i + 1]
 
 
 cdef object DEVTAB_INT32 = np.dtype(np.int32)
@@ -1524,6 +1550,40 @@ cdef class DeviceTable:
                         memcpy(&target[i, 0], data, width)
         return result
 
+    @staticmethod
+    def numbered(prefix, first, count):
+        """Return the names <prefix><first>, <prefix><first+1>, … as (data, offsets).
+
+        Args:
+            prefix: str.
+            first: the first number, 0 or more.
+            count: how many names.
+
+        Raises:
+            ValueError: a number is below 0, or there are more names than devices can be.
+        """
+        cdef bytes head = devtab_bytes(prefix)
+        cdef const uint8_t *start = <const uint8_t *><const char *>head
+        cdef uint64_t nr_head = len(head)
+        cdef uint64_t[::1] offsets
+        cdef uint8_t[::1] data
+        cdef uint64_t number, nr
+        first = PyNumber_Index(first)
+        count = PyNumber_Index(count)
+        if not (0 <= first < 1 << 63 and 0 <= count <= DEVTAB_DEVICES_MAX):
+            raise ValueError(f"names: {count} from {first}")
+        number, nr = first, count
+        offset_array = np.zeros(count + 1, dtype=np.uint64)
+        offsets = offset_array
+        with nogil:
+            devtab_write_numbers(number, nr, start, nr_head, &offsets[0], NULL)
+        result = np.empty(offsets[nr], dtype=np.uint8)
+        if nr:
+            data = result
+            with nogil:
+                devtab_write_numbers(number, nr, start, nr_head, &offsets[0], &data[0])
+        return result, offset_array
+
     # ---- adding and removing -----------------------------------------------------------------
 
     cdef int undo_names(self, int buses, int drivers, int columns) except -1:
@@ -1730,7 +1790,7 @@ cdef class DeviceTable:
             IndexError: there is no such device, or not any more.
             KhoError: EROFS if the table lies on a memfd.
         """
-        cdef int64_t rc
+        cdef int64_t rc = 0
         cdef uint64_t at
         cdef devtab_fault fault
         number = PyNumber_Index(row)
@@ -2094,7 +2154,7 @@ cdef class DeviceTable:
         nbytes = size
         with nogil:
             base = mmap(NULL, nbytes, PROT_READ, MAP_PRIVATE | MAP_POPULATE, descriptor, 0)
-            rc = last_errno
+            rc = libc_errno
         if base == MAP_FAILED:
             raise OSError(rc, strerror(rc).decode())
         mapping = <devtab_block *>calloc(1, sizeof(devtab_block))

@@ -41,7 +41,7 @@ cdef extern from * nogil:
     int SEEK_DATA, SEEK_HOLE
     int MFD_CLOEXEC, MFD_ALLOW_SEALING
     int F_ADD_SEALS, F_SEAL_SEAL, F_SEAL_GROW, F_SEAL_SHRINK
-    int EBUSY, EINVAL, ENOMEM, ENXIO, EIO, ERANGE, ENOENT, EEXIST, EINTR
+    int EBUSY, ENXIO, EIO, ERANGE, ENOENT, EINTR
     ctypedef long long off_t
     ctypedef char volatile_char "volatile char"
     int close(int fd)

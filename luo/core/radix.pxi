@@ -868,7 +868,7 @@ cdef class PreservedMemory:
             phys, orders = out
         if count == 0:
             return phys[:0], orders[:0]
-        if len(phys) < count or len(orders) < count:
+        if min(len(phys), len(orders)) < self.nr_preserved:
             raise ValueError(f"preserved: no room for {count} blocks")
         n = self.fill(phys, orders, count, &start)
         return phys[:n], orders[:n]

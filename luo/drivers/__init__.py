@@ -75,7 +75,11 @@ def kernel(
     for spec in modules:
         for thing in load(spec):
             kind: dict[str, Any] = (
-                drivers if isinstance(thing, Driver) else buses if isinstance(thing, Bus) else subsystems
+                drivers
+                if isinstance(thing, Driver)
+                else buses
+                if isinstance(thing, Bus)
+                else subsystems
             )
             kind[thing.name] = thing
     return Kernel(

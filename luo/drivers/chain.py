@@ -7,6 +7,7 @@ subsystem's own.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -52,8 +53,9 @@ def runs_of(folios: NDArray[np.uint64], order: int, page_size: int) -> list[Run]
 class ChainSubsystem:
     """A subsystem whose state is in the entries of one chain.
 
-    Subclasses say what is in them: :meth:`start` for a cold boot, :meth:`save` and its reverse
-    :meth:`unsave`, :meth:`revive` in the next kernel, :meth:`settle` when the update is over.
+    Subclasses say what is in them: :meth:`start` for a cold boot, :meth:`save` in PREPARE,
+    :meth:`patch` in REBOOT, :meth:`revive` in the next kernel, :meth:`settle` when the update is
+    over. CANCEL runs what :meth:`save` put on its stack.
     """
 
     name: ClassVar[str]
@@ -61,6 +63,7 @@ class ChainSubsystem:
 
     def __init__(self) -> None:
         self._started = False
+        self._undo = ExitStack()
         self.subsystem = Subsystem(
             self.name,
             priority=self.priority,
@@ -74,12 +77,9 @@ class ChainSubsystem:
     def start(self, context: Context) -> None:
         """Allocate what a kernel that booted cold has."""
 
-    def save(self, context: Context) -> list[tuple[int, int, int, int]]:
-        """Preserve what must stay, and return the entries."""
+    def save(self, context: Context, undo: ExitStack) -> list[tuple[int, int, int, int]]:
+        """Preserve what must stay, put the reverse of each step on *undo*, return the entries."""
         raise AssertionError(f"{self.name} saves nothing")
-
-    def unsave(self, context: Context) -> None:
-        """Undo :meth:`save`, also one that failed half-way."""
 
     def patch(self, context: Context) -> None:
         """Write what is final only in REBOOT."""
@@ -94,18 +94,18 @@ class ChainSubsystem:
         if not self._started:
             self.start(context)
             self._started = True
-        try:
-            entries = self.save(context)
+        # Who fails in PREPARE gets no CANCEL, so a failure undoes what it did itself.
+        with ExitStack() as undo:
+            entries = self.save(context, undo)
             if entries:
-                context.data = context.kho.write_blocks(np.array(entries, np.uint64), ENTRY_BYTES)
-        except BaseException:
-            self.unsave(context)  # who fails in PREPARE gets no CANCEL
-            raise
+                context.data = context.kho.write_blocks(
+                    np.array(entries, np.uint64).tobytes(), ENTRY_BYTES
+                )
+                undo.callback(context.kho.free_blocks, context.data)
+            self._undo = undo.pop_all()
 
     def _cancel(self, context: Context) -> None:
-        if context.data:
-            context.kho.free_blocks(context.data)
-        self.unsave(context)
+        self._undo.close()
 
     def _restore(self, context: Context) -> None:
         self._started = True
@@ -121,16 +121,15 @@ class ChainSubsystem:
             incoming.restore_free_blocks(context.data)
 
 
-def preserve(context: Context, runs: Iterable[Run]) -> None:
+def preserve(context: Context, runs: Iterable[Run], undo: ExitStack) -> None:
     """Preserve every folio of *runs*."""
     for run in runs:
         context.kho.preserve_folios(run.folios(context.memory.page_size), run.order)
+        undo.callback(_unpreserve, context, run)
 
 
-def unpreserve(context: Context, runs: Iterable[Run]) -> None:
-    """Unpreserve every folio of *runs*; one that is not preserved stays so."""
-    for run in runs:
-        context.kho.unpreserve_folios(run.folios(context.memory.page_size), run.order)
+def _unpreserve(context: Context, run: Run) -> None:
+    context.kho.unpreserve_folios(run.folios(context.memory.page_size), run.order)
 
 
 def restore(context: Context, runs: Iterable[Run]) -> None:

@@ -7,6 +7,8 @@ largest order.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import numpy as np
 
 from luo.drivers.chain import ChainSubsystem
@@ -27,9 +29,9 @@ class Interrupts(ChainSubsystem):
 
     def __init__(self) -> None:
         super().__init__()
-        self._pieces: list[tuple[int, int]] = []
+        self._pieces: list[int] = []  # of the kernel before, until the update is over
 
-    def save(self, context: Context) -> list[tuple[int, int, int, int]]:
+    def save(self, context: Context, undo: ExitStack) -> list[tuple[int, int, int, int]]:
         """Write the table into preserved memory."""
         vectors = np.flatnonzero(context.kernel.devices.driver_ids >= 0)
         table = np.empty((len(vectors), 2), np.uint64)
@@ -37,18 +39,14 @@ class Interrupts(ChainSubsystem):
         table[:, 1] = vectors
         memory = context.memory
         limit = (memory.page_size << memory.max_order) // _VECTOR_BYTES
+        entries = []
         for first in range(0, len(table), limit):
             part = table[first : first + limit]
             phys = context.kho.alloc_preserve(part.nbytes)
-            self._pieces.append((phys, part.nbytes))
+            undo.callback(context.kho.unpreserve_free, phys)
             memory.view(phys, part.nbytes)[:] = memoryview(part).cast("B")
-        return [(phys, nbytes, 0, 0) for phys, nbytes in self._pieces]
-
-    def unsave(self, context: Context) -> None:
-        """Undo :meth:`save`."""
-        for phys, _ in self._pieces:
-            context.kho.unpreserve_free(phys)
-        self._pieces = []
+            entries.append((phys, part.nbytes, 0, 0))
+        return entries
 
     def revive(self, context: Context, entries: list[list[int]]) -> None:
         """Point the vectors at this kernel's handlers."""
@@ -56,12 +54,12 @@ class Interrupts(ChainSubsystem):
             table = np.frombuffer(context.memory.view(phys, nbytes), np.uint64).reshape(-1, 2)
             if (table[:, 0] != _MSI_BASE).any():
                 raise HandoverError("interrupts: no message address", phys)
-            self._pieces.append((phys, nbytes))
+            self._pieces.append(phys)
 
     def settle(self, context: Context) -> None:
         """Free the table: the vectors are this kernel's."""
         incoming = context.kho.incoming
-        for phys, _ in self._pieces:
+        for phys in self._pieces:
             if incoming is not None:
                 incoming.restore_free(phys)
         self._pieces = []

@@ -7,11 +7,12 @@ the device. A table has a root page and one page for each GiB that it maps in 2 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from luo.drivers.chain import ChainSubsystem, Run, preserve, restore, runs_of, unpreserve
+from luo.drivers.chain import ChainSubsystem, Run, preserve, restore, runs_of
 from luo.errors import HandoverError
 from luo.notifier import Context, Priority
 
@@ -42,16 +43,11 @@ class Iommu(ChainSubsystem):
                 np.frombuffer(memory.view(int(folios[0]), 8), np.uint64)[0] = device
                 self._tables.append((device, runs_of(folios, 0, memory.page_size)))
 
-    def save(self, context: Context) -> list[tuple[int, int, int, int]]:
+    def save(self, context: Context, undo: ExitStack) -> list[tuple[int, int, int, int]]:
         """Preserve the tables."""
         for _, runs in self._tables:
-            preserve(context, runs)
+            preserve(context, runs, undo)
         return [(*run, device) for device, runs in self._tables for run in runs]
-
-    def unsave(self, context: Context) -> None:
-        """Undo :meth:`save`."""
-        for _, runs in self._tables:
-            unpreserve(context, runs)
 
     def revive(self, context: Context, entries: list[list[int]]) -> None:
         """Take the tables over; entries of one device stand together, its root first."""

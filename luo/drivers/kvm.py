@@ -9,13 +9,14 @@ Entries, native u64 at 0, 8, 16 and 24:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from luo.drivers.chain import ChainSubsystem, Run, preserve, restore, runs_of, unpreserve
+from luo.drivers.chain import ChainSubsystem, Run, preserve, restore, runs_of
 from luo.errors import HandoverError
 from luo.notifier import Context, Priority
 
@@ -55,24 +56,17 @@ class Kvm(ChainSubsystem):
                 guest.runs += runs_of(folios, order, context.memory.page_size)
             self._guests.append(guest)
 
-    def save(self, context: Context) -> list[tuple[int, int, int, int]]:
+    def save(self, context: Context, undo: ExitStack) -> list[tuple[int, int, int, int]]:
         """Preserve RAM in bulk, and make room for the state of the virtual CPUs."""
         entries: list[tuple[int, int, int, int]] = []
         for guest in self._guests:
             if guest.vcpus:
                 guest.vcpu_phys = context.kho.alloc_preserve(guest.vcpus * VCPU_BYTES)
-            preserve(context, guest.runs)
+                undo.callback(context.kho.unpreserve_free, guest.vcpu_phys)
+            preserve(context, guest.runs, undo)
             entries.append((guest.vcpu_phys, guest.vcpus, len(guest.runs), guest.node))
             entries += [(*run, 0) for run in guest.runs]
         return entries
-
-    def unsave(self, context: Context) -> None:
-        """Undo :meth:`save`."""
-        for guest in self._guests:
-            unpreserve(context, guest.runs)
-            if guest.vcpu_phys:
-                context.kho.unpreserve_free(guest.vcpu_phys)
-                guest.vcpu_phys = 0
 
     def patch(self, context: Context) -> None:
         """Stop the virtual CPUs: what their registers hold now is what goes over."""
@@ -104,9 +98,8 @@ class Kvm(ChainSubsystem):
         """Free the state of the virtual CPUs: they run."""
         incoming = context.kho.incoming
         for guest in self._guests:
-            if guest.vcpu_phys and incoming is not None:
+            if guest.vcpus and incoming is not None:
                 incoming.restore_free(guest.vcpu_phys)
-                guest.vcpu_phys = 0
 
 
 def _registers(context: Context, guest: _Guest) -> NDArray[np.uint64]:

@@ -5,6 +5,8 @@ An entry, native u64: phys · pages · 0 · 0.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 from luo.drivers.chain import ChainSubsystem
 from luo.notifier import Context, Priority
 
@@ -34,16 +36,12 @@ class Regions(ChainSubsystem):
             pages = max(1, nr_pages // count)
             self._regions.append((memory.alloc_pages(pages), pages))
 
-    def save(self, context: Context) -> list[tuple[int, int, int, int]]:
+    def save(self, context: Context, undo: ExitStack) -> list[tuple[int, int, int, int]]:
         """Preserve the regions as ranges of pages."""
         for phys, nr_pages in self._regions:
             context.kho.preserve_pages(phys, nr_pages)
+            undo.callback(context.kho.unpreserve_pages, phys, nr_pages)
         return [(phys, nr_pages, 0, 0) for phys, nr_pages in self._regions]
-
-    def unsave(self, context: Context) -> None:
-        """Undo :meth:`save`."""
-        for phys, nr_pages in self._regions:
-            context.kho.unpreserve_pages(phys, nr_pages)
 
     def revive(self, context: Context, entries: list[list[int]]) -> None:
         """Take the regions over."""

@@ -102,11 +102,17 @@ def _timeline(document: Mapping[str, Any], kernel_boot_ns: int, screen: int) -> 
             label.append(" (modelled)", "dim")
         table.add_row(label, bar, duration(ns))
     blackout = spent["blackout"]
-    table.add_row(Text("LUO blackout", "bold red"), Text("kernel boot not included", "dim"),
-                  Text(duration(blackout), "bold red"))
+    table.add_row(
+        Text("LUO blackout", "bold red"),
+        Text("kernel boot not included", "dim"),
+        Text(duration(blackout), "bold red"),
+    )
     if kernel_boot_ns:
-        table.add_row(Text("with kernel boot", "bold"), Text("modelled", "dim"),
-                      Text(duration(blackout + kernel_boot_ns), "bold"))
+        table.add_row(
+            Text("with kernel boot", "bold"),
+            Text("modelled", "dim"),
+            Text(duration(blackout + kernel_boot_ns), "bold"),
+        )
     return table
 
 
@@ -114,12 +120,26 @@ def _callbacks(document: Mapping[str, Any], screen: int) -> Table:
     """One row a subsystem, event and name, the dearest first within its subsystem."""
     rows = document["callbacks"]
     wide = screen >= 90
-    table = Table(title="callbacks", title_justify="left", title_style="bold", box=None,
-                  header_style="dim", padding=(0, 1), pad_edge=False)
+    table = Table(
+        title="callbacks",
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        header_style="dim",
+        padding=(0, 1),
+        pad_edge=False,
+    )
     for name in ("subsystem", "event", "kind", "name"):
-        table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=None,
-                         max_width=24 if name == "name" else None)
-    columns = ("calls", "devices", "total", "p50", "p99", "max") if wide else ("calls", "total", "max")
+        table.add_column(
+            name,
+            no_wrap=True,
+            overflow="ellipsis",
+            ratio=None,
+            max_width=24 if name == "name" else None,
+        )
+    columns = (
+        ("calls", "devices", "total", "p50", "p99", "max") if wide else ("calls", "total", "max")
+    )
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     cost: dict[str, int] = {}

@@ -137,7 +137,7 @@ cdef class FdtEditor:
         >>> editor.add_node("/", "LUO")
         >>> editor.set_property("/LUO", "blob-size", (32).to_bytes(8, "little"))
         >>> editor.pack()
-        118
+        114
     """
 
     cdef Py_buffer _buffer

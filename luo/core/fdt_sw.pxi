@@ -9,7 +9,6 @@
 # only what was written before the last growth, which in bulk writing is the first node.
 
 
-
 cdef inline uint64_t fdt_sw_limit(const fdt_sw *sw) noexcept nogil:
     """Bytes that structure and strings may have together."""
     return sw.cap if sw.fixed else FDT_MAX_BYTES
@@ -75,9 +74,12 @@ cdef int64_t fdt_sw_find_string(
 
 
 cdef int64_t fdt_sw_add_string(
-    fdt_sw *sw, const unsigned char *name, uint64_t length
+    fdt_sw *sw, const unsigned char *name, uint64_t length, uint64_t end
 ) noexcept nogil:
-    """Distance of *name* from the end of the table, added at its start if need be; or -errno."""
+    """Distance of *name* from the end of the table, added at its start if need be; or -errno.
+
+    The structure is going to reach up to *end*, and there must be room for both.
+    """
     cdef int64_t found = fdt_sw_find_string(sw, name, length)
     cdef uint64_t hashed = 0, i, slot, cap
     cdef unsigned char *tab
@@ -85,7 +87,7 @@ cdef int64_t fdt_sw_add_string(
     cdef int rc
     if found:
         return found
-    if sw.pos + sw.tabsize + length + 1 > fdt_sw_limit(sw):
+    if end + sw.tabsize + length + 1 > fdt_sw_limit(sw):
         return -ENOSPC
 
     # All that can fail comes first.
@@ -208,12 +210,7 @@ cdef int fdt_sw_property(
     rc = fdt_sw_reserve(sw, 12 + fdt_align(length))
     if rc < 0:
         return rc
-    if (
-        sw.pos + 12 + fdt_align(length) + sw.tabsize + name_len + 1 > fdt_sw_limit(sw)
-        and not fdt_sw_find_string(sw, name, name_len)
-    ):
-        return -ENOSPC                  # before the string is added
-    dist = fdt_sw_add_string(sw, name, name_len)
+    dist = fdt_sw_add_string(sw, name, name_len, sw.pos + 12 + fdt_align(length))
     if dist < 0:
         return <int>dist
     sw.pos = fdt_sw_put_property(
@@ -386,7 +383,7 @@ cdef int fdt_sw_add_rows(
     cdef unsigned char *limit
     cdef const unsigned char *value
     cdef fdt_rows *rows
-    cdef uint64_t row, i, length = 0
+    cdef uint64_t row, i, length = 0, end = sw.pos + nbytes
     cdef int64_t dist
     cdef int rc = fdt_sw_reserve(sw, nbytes)
     if rc < 0:
@@ -414,7 +411,7 @@ cdef int fdt_sw_add_rows(
                 continue
             if rows.tabsize != sw.tabsize:
                 sw.pos = to - sw.buf
-                dist = fdt_sw_add_string(sw, rows.name, rows.name_len)
+                dist = fdt_sw_add_string(sw, rows.name, rows.name_len, end)
                 if dist < 0:
                     return <int>dist
                 rows.nameoff = htobe32(<uint32_t>(sw.tabsize - dist))
@@ -717,8 +714,8 @@ cdef class FdtWriter:
 
     Context:
         One thread at a time; a second one gets RuntimeError while a bulk call runs without the GIL.
-        A single call that raises leaves the tree as it was; after a bulk call that raised
-        FdtError or MemoryError the writer is only good to be dropped.
+        A call that raises leaves the tree as it was. Names of properties that it brought in may
+        stay in the string table, which libfdt would take out again.
 
     Source:
         libfdt's ``fdt_sw.c``; DT spec v0.4, chapter 5.
@@ -741,7 +738,6 @@ cdef class FdtWriter:
     cdef bint _ended            # the last thing written was a node's end
     cdef bint _busy
     cdef bint _finished
-    cdef bint _broken
 
     def __cinit__(self, size_hint=0, *, into=None):
         cdef uint64_t hint = as_u64(size_hint)
@@ -895,8 +891,7 @@ cdef class FdtWriter:
                     self.property(key, value)
             self.end_node(token)
         except BaseException:
-            # The strings stay; a stretch must not begin behind the end of the structure.
-            if not self._broken and not self._finished and len(self._open) == depth + 1:
+            if not self._finished and len(self._open) == depth + 1:
                 self._open.pop()
                 self._nr_begun -= depth == 0
                 self._rewind(before)
@@ -922,7 +917,7 @@ cdef class FdtWriter:
             Runs without the GIL, except for what turns sequences of Python objects into arrays.
         """
         cdef _FdtRows rows
-        cdef uint64_t nbytes
+        cdef uint64_t nbytes, before
         cdef int rc
         self._claim()
         rows = _FdtRows.__new__(_FdtRows, names, properties, start, stop)
@@ -932,6 +927,7 @@ cdef class FdtWriter:
             raise ValueError("add_nodes: no node is open")
         if rows.nr_rows == 0:
             return
+        before = self._sw.pos
         self._busy = True
         with nogil:
             rc = fdt_sw_add_rows(
@@ -940,7 +936,7 @@ cdef class FdtWriter:
             )
         self._busy = False
         if rc < 0:
-            self._broken = True
+            self._rewind(before)
             self._fail(rc, f"add_nodes: {rows.nr_rows} nodes, {nbytes} bytes")
         self._ended = True
 
@@ -1007,8 +1003,6 @@ cdef class FdtWriter:
             raise RuntimeError("another thread is using this FdtWriter")
         if self._finished:
             raise ValueError("the tree is finished")
-        if self._broken:
-            raise ValueError("an earlier add_nodes() failed half-way")
         return 0
 
     cdef int _fail(self, int rc, object what) except -1:
@@ -1025,6 +1019,7 @@ cdef class FdtWriter:
         return 0
 
     cdef void _rewind(self, uint64_t pos) noexcept:
+        """Take back the structure behind *pos*; strings stay, and no stretch begins behind it."""
         cdef uint64_t i
         self._sw.pos = pos
         for i in range(self._sw.nr_stretches):

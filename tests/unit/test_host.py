@@ -338,14 +338,18 @@ def test_read_power_directory_is_not_entered(tmp_path):
 def test_read_deep_and_looping_tree_ends(tmp_path):
     """Links that loop are no directories, and depth is no matter of the interpreter's stack."""
     tree = Sysfs(tmp_path / "sys")
-    where = tree.root / "devices"
-    for _ in range(1200):
-        where = f"{where}/d"
-        os.mkdir(where)
-    with open(f"{where}/uevent", "wb"):
-        pass
-    (tree.root / "devices" / "d" / "loop").symlink_to("..")
-    found = host.read(tree.root)
+    levels = [f"{tree.root}/devices" + "/d" * depth for depth in range(1, 1201)]
+    for level in levels:
+        os.mkdir(level)
+    Path(levels[-1], "uevent").touch()
+    Path(levels[0], "loop").symlink_to("..")
+    try:
+        found = host.read(tree.root)
+    finally:  # too deep for those who clean up by recursion
+        Path(levels[-1], "uevent").unlink()
+        Path(levels[0], "loop").unlink()
+        for level in reversed(levels):
+            os.rmdir(level)
 
     assert [found.devices.path(k) for k in found.devices] == ["!".join(["d"] * 1200)]
 

@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from luo._kho import CallRecorder
     from luo.kho import Incoming, Kho
     from luo.liveupdate import LuoIncoming
-    from luo.machine import DeviceTree
 
 __all__ = ["DeviceParticipant", "DeviceRecords"]
 
@@ -266,7 +265,7 @@ class DeviceParticipant:
             return
         new = batch[1:] != batch[:-1]
         if batch.any():
-            tree: DeviceTree = self.devices.tree  # type: ignore[assignment]
+            tree = self.devices.tree
             differs = tree.depths[chosen[1:]] != tree.depths[chosen[:-1]]
             stride = np.zeros(n, np.uint64)
             for side in SIDES:
@@ -394,7 +393,7 @@ class DeviceParticipant:
     def _plan(self) -> None:
         """Order the devices, allocate slots, write records: all that can fail for memory."""
         devices = self.devices
-        tree: DeviceTree = devices.tree  # type: ignore[assignment]
+        tree = devices.tree
         requested = devices.requested & tree.alive
         lost = np.flatnonzero(requested & ~devices.eligible())
         if lost.size:  # RFC v1 quirk 12: somebody bound another driver since the request
@@ -474,7 +473,7 @@ class DeviceParticipant:
         if not batched.any():
             return None
         # One number for each (driver, bus, sizes) that occurs.
-        parts = [*(self._ids(side)[order] for side in SIDES), *(nbytes[side] for side in SIDES)]
+        parts: list[NDArray[Any]] = [*(self._ids(side)[order] for side in SIDES), *(nbytes[side] for side in SIDES)]
         by_parts = np.lexsort(parts)
         new = np.zeros(len(order), np.bool_)
         for part in parts:
@@ -525,7 +524,7 @@ class DeviceParticipant:
         if not len(order):
             return
         properties: dict[str, Any] = {
-            "path": _strings(*tree.paths(order)),  # type: ignore[attr-defined]
+            "path": _strings(*tree.paths(order)),
             "bus": self._names("bus", order),
             "driver": self._names("driver", order),
             "state": np.stack(
@@ -610,7 +609,7 @@ class DeviceParticipant:
         time.
         """
         devices, memory = self.devices, self.devices.kernel.memory
-        tree: DeviceTree = devices.tree  # type: ignore[assignment]
+        tree = devices.tree
         order = tree.preserve_order(devices.requested & tree.alive)
         sizes = sum(self._state_sizes(side, order, False) for side in SIDES)
         nbytes = int(np.sum(sizes)) + len(order) * abi.LUO_RECORD_BYTES
@@ -757,7 +756,7 @@ class DeviceRecords:
         shards, slabs = (_read_chain(incoming, heads[name], name) for name in ("records", "slabs"))
         parts: dict[str, list[Any]] = {name: [] for name in ("path", "state", "bus", "driver")}
         matched = [np.zeros(0, np.int32)]
-        tree: DeviceTree = devices.tree  # type: ignore[assignment]
+        tree = devices.tree
         drivers = dict.fromkeys([*tree.driver_names, *(driver.name for driver in devices.drivers)])
         names = {"driver": list(drivers), "bus": list(tree.bus_names)}
         known = {side: [name.encode() for name in names[side]] for side in SIDES}
@@ -887,5 +886,5 @@ def _unterminated(column: Column) -> tuple[NDArray[np.uint8], Address]:
     """Return (data, offsets) of a string column without the NULs."""
     keep = np.ones(len(column.data), np.bool_)
     keep[(column.offsets[1:] - np.uint64(1)).astype(np.intp)] = False
-    offsets = column.offsets - np.arange(len(column.offsets), dtype=np.uint64)
+    offsets: Address = column.offsets - np.arange(len(column.offsets)).astype(np.uint64)
     return column.data[keep], offsets

@@ -15,7 +15,7 @@ import threading
 
 from cpython.buffer cimport PyBuffer_FillInfo
 from libc.errno cimport EEXIST, EINVAL, ENOMEM, EROFS
-from libc.errno cimport errno as libc_errno
+from libc.errno cimport errno as last_errno
 from libc.string cimport memchr
 from posix.mman cimport MAP_FAILED, MAP_POPULATE, MAP_PRIVATE, PROT_READ, mmap, munmap
 
@@ -1897,12 +1897,17 @@ cdef class DeviceTable:
             IndexError: no such row.
         """
         cdef int32_t at
+        cdef uint64_t nbytes = 0
+        cdef uint8_t[::1] target
         number = PyNumber_Index(row)
         if not 0 <= number < self.t.nr:
             raise IndexError(f"path: no device {number}")
         at = number
-        data = bytearray(<int>devtab_u16(self.t.path_bytes)[at])
-        cdef uint8_t[::1] target = data
+        with nogil:
+            with self.lock:
+                nbytes = devtab_u16(self.t.path_bytes)[at]
+        data = bytearray(nbytes)
+        target = data
         with nogil:
             with self.lock:
                 devtab_write_path(&self.t, at, &target[0])
@@ -2154,7 +2159,7 @@ cdef class DeviceTable:
         nbytes = size
         with nogil:
             base = mmap(NULL, nbytes, PROT_READ, MAP_PRIVATE | MAP_POPULATE, descriptor, 0)
-            rc = libc_errno
+            rc = last_errno
         if base == MAP_FAILED:
             raise OSError(rc, strerror(rc).decode())
         mapping = <devtab_block *>calloc(1, sizeof(devtab_block))

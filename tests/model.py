@@ -123,9 +123,9 @@ class KhoModel:
 
     def preserve_pages(self, phys: int, nr_pages: int) -> int:
         """All blocks of the run, or none."""
-        if nr_pages < 1 or phys % self.page_bytes:
-            return errno.EINVAL
-        if self._refused(phys, nr_pages * self.page_bytes):
+        if not nr_pages:
+            return 0
+        if phys % self.page_bytes or self._refused(phys, nr_pages * self.page_bytes):
             return errno.EINVAL
         self.preserved.update(self.blocks_of(phys, nr_pages))
         return 0

@@ -9,6 +9,7 @@ from typing import Any
 
 import kho_walker
 import pytest
+
 from luo.fdt import Fdt
 from luo.kho import Handover, Incoming, Kho
 from luo.memory import PhysicalMemory
@@ -216,7 +217,9 @@ def test_handover_from_the_kernels_device_tree_is_luos(dump):
     """luo finds the same four numbers in /chosen."""
     _, handover = second_machine(dump)
 
-    assert handover == Handover.from_chosen((dump.folder / "kexec.dtb").read_bytes())
+    tree = Fdt((dump.folder / "kexec.dtb").read_bytes())
+
+    assert handover == Handover.from_chosen(tree.node("/chosen").properties)
 
 
 def test_validate_of_the_kernels_handover_accepts_it(dump, image):
@@ -224,7 +227,7 @@ def test_validate_of_the_kernels_handover_accepts_it(dump, image):
     incoming = Kho.validate(*second_machine(dump))
 
     assert len(dump.manifest["preserved"]) == incoming.nr_preserved
-    assert {node.phys for node in image.nodes} == set(incoming.tree_pages)
+    assert len(image.nodes) == incoming.tree_pages
     for name, child in dump.manifest["root_fdt"]["subnodes"].items():
         expected = (int(child["preserved-data"], 16), child["blob-size"])
 
@@ -268,6 +271,6 @@ def test_read_blocks_of_the_kernels_sessions_is_the_walkers(dump):
 def test_to_dts_of_the_kernels_trees_is_what_dtc_gives(dump, name):
     """luo's text of a tree is dtc's, up to white space."""
     path = dump.folder / name
-    text = path.with_suffix(".dts").read_text()
+    text = path.with_suffix(".dts").read_text().replace("\\0", '", "')  # as newer dtc has it
 
     assert text.split() == Fdt(path.read_bytes()).to_dts().split()

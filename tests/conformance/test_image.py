@@ -56,7 +56,7 @@ MACHINES = {
     "numa": {"ranges": [(0, 64 * MIB + 12 * PAGE, 0), (64 * MIB + 12 * PAGE, 128 * MIB, 1)]},
     "holes": {"ranges": [(MIB, 63 * MIB, 0), (1 << 32, 64 * MIB, 0), (1 << 43, 64 * MIB, 1)]},
     "16k": {"ranges": [(0, 256 * MIB, 0)], "page_size": 16384},
-    "64k": {"ranges": [(0, 1024 * MIB, 0)], "page_size": 65536},
+    "64k": {"ranges": [(0, 8192 * MIB, 0)], "page_size": 65536},
 }
 
 

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from kho_builder import Builder, flatten
-from luo.kho import Handover, Incoming, Kho
-from luo.memory import PhysicalMemory
 
 from luo.errors import FdtError, HandoverError
+from luo.kho import Handover, Incoming, Kho
+from luo.memory import PhysicalMemory
 
 PAGE = 4096
 MIB = 1 << 20
@@ -85,7 +85,7 @@ def agree(memory: PhysicalMemory, handover: Handover) -> bool:
     image = walk(memory, handover)
 
     assert len(image.preserved) == incoming.nr_preserved
-    assert {node.phys for node in image.nodes} == set(incoming.tree_pages)
+    assert len(image.nodes) == incoming.tree_pages
     kho = Kho.boot(memory, handover)
     for phys, order in image.preserved[:64]:
         assert order == kho.incoming.restore_folio(phys)

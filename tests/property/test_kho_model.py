@@ -16,8 +16,8 @@ from hypothesis.stateful import (
     multiple,
     rule,
 )
-from luo.kho import Kho
 
+from luo.kho import Kho
 from luo.memory import PhysicalMemory
 
 MIB = 1 << 20

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+
 from contextlib import AbstractContextManager
 from typing import Any, Self, SupportsIndex, TypeAlias, final
 
@@ -228,9 +229,9 @@ class Column:
     def present(self) -> NDArray[np.bool_]: ...
     def __new__(
         cls,
-        data: Buffer,
-        offsets: Buffer | Sequence[int],
-        present: Buffer | Sequence[bool] | None = None,
+        data: Buffer | NDArray[np.uint8],
+        offsets: Buffer | NDArray[np.uint64] | Sequence[int],
+        present: Buffer | NDArray[np.bool_] | Sequence[bool] | None = None,
     ) -> Column: ...
     def __len__(self) -> int: ...
     def fixed(self) -> NDArray[np.uint8]: ...

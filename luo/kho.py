@@ -383,6 +383,7 @@ class Incoming(IncomingMemory):
             memory,
             map_phys,
             areas,
+            fdt=handover.fdt_phys,
             reserved=array,
             levels=generation.radix_geometry(memory.page_size).levels,
         )

@@ -886,5 +886,5 @@ def _unterminated(column: Column) -> tuple[NDArray[np.uint8], Address]:
     """Return (data, offsets) of a string column without the NULs."""
     keep = np.ones(len(column.data), np.bool_)
     keep[(column.offsets[1:] - np.uint64(1)).astype(np.intp)] = False
-    offsets: Address = column.offsets - np.arange(len(column.offsets), dtype=np.uint64)
+    offsets: Address = column.offsets - np.arange(len(column.offsets)).astype(np.uint64)
     return column.data[keep], offsets

@@ -175,7 +175,7 @@ class LuoIncoming:
             HandoverError: the blob, or a property in it, is not what the format says.
             KernelPanic: its version is not ours (RFC v1 1.3, steps 2 and 3).
         """
-        if abi.LUO_NODE not in incoming.subtrees:
+        if abi.LUO_NODE not in incoming.subtrees():
             return None
         phys, nbytes = incoming.retrieve_subtree(abi.LUO_NODE)
         try:

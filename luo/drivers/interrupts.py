@@ -44,7 +44,7 @@ class Interrupts(ChainSubsystem):
             part = table[first : first + limit]
             phys = context.kho.alloc_preserve(part.nbytes)
             undo.callback(context.kho.unpreserve_free, phys)
-            memory.view(phys, part.nbytes)[:] = memoryview(part).cast("B")
+            memory.view(phys, part.nbytes)[:] = part.tobytes()
             entries.append((phys, part.nbytes, 0, 0))
         return entries
 

@@ -3,7 +3,7 @@
 import struct
 
 import pytest
-from test_fdt_ro import BEGIN, END, FINISH, PROP, blob
+from fdt_blobs import BEGIN, END, FINISH, PROP, blob
 
 from luo.fdt import Fdt, FdtEditor, FdtError, FdtWriter
 

@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 import pytest
-from test_fdt_ro import KHO_V4_ROOT
+from fdt_blobs import KHO_V4_ROOT
 
 from luo.fdt import Column, Fdt, FdtError, FdtWriter
 

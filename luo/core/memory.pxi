@@ -1121,17 +1121,19 @@ cdef class PhysicalMemory:
 
     def forget(self):
         """Drop all page state and scratch, as the end of a kernel does; bytes stay."""
-        cdef page_state *state
+        cdef page_state *state = NULL
+        # A state is replaced and never taken away: another thread may be waiting to use it.
+        if self.state != NULL:
+            state = self.new_state([])
         with self.lock:
-            state = self.state
-            self.state = NULL
+            state, self.state = self.state, state
             self.scratch = []
         page_state_free(state)
 
     def detach(self):
         """Leave page state to another process: calls that need it raise StateError, ESHUTDOWN."""
-        self.forget()
         self.detached = True
+        self.forget()
 
     def alloc_folio(self, order, node=None):
         """Allocate 2**order pages, naturally aligned; contents are whatever was there.

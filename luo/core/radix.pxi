@@ -663,7 +663,7 @@ cdef class PreservedMemory:
         else:
             order = as_order(orders)
         keys = <uint64_t *>xmalloc(n * 8)
-        with nogil:
+        with nogil, self.memory.lock:
             for i in range(n):
                 if many:
                     order = each[i]
@@ -1209,20 +1209,23 @@ cdef class IncomingMemory:
             KhoError: EINVAL if it is installed already.
         """
         cdef PhysicalMemory memory = self.memory
-        cdef page_state *old
+        cdef page_state *old = NULL
+        cdef bint done
         cdef size_t i
-        if self.closed or self.state == NULL:
-            raise from_errno(EINVAL, "incoming: booted already")
         if memory.detached:
             memory.use()
         with memory.lock:
-            old = memory.state
-            memory.state = self.state
-            self.state = NULL
-            for i in range(self.nr_nodes):
-                page_free_head(memory.state, self.nodes[i] >> memory.page_shift)
-            memory.state.restricted = False
-            memory.scratch = self.areas
+            done = self.closed or self.state == NULL
+            if not done:
+                old = memory.state
+                memory.state = self.state
+                self.state = NULL
+                for i in range(self.nr_nodes):
+                    page_free_head(memory.state, self.nodes[i] >> memory.page_shift)
+                memory.state.restricted = False
+                memory.scratch = self.areas
+        if done:
+            raise from_errno(EINVAL, "incoming: booted already")
         page_state_free(old)
         free(self.nodes)
         self.nodes = NULL

@@ -114,6 +114,7 @@ cdef struct kho_radix_tree:
     int levels  # inner levels and the leaf
     int key_bits
     uint64_t nr_keys
+    uint64_t nr_pages  # of the blocks that the keys stand for
     uint64_t nr_nodes
     uint64_t leaf  # phys of the leaf last used, 0: none
     uint64_t leaf_prefix  # key >> leaf_bits of it
@@ -186,7 +187,7 @@ cdef class IncomingMemory:  # luo.kho.Incoming extends it
     cdef readonly PhysicalMemory memory
     cdef readonly bint closed
     cdef readonly uint64_t nr_preserved
-    cdef readonly uint64_t nr_preserved_pages
+    cdef readonly uint64_t preserved_pages
     cdef list areas  # scratch
     cdef page_state *state  # NULL from install() on
     cdef uint64_t *nodes

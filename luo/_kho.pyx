@@ -24,15 +24,21 @@ import numpy as np
 
 from luo.errors import HandoverError, from_errno
 
-cdef extern from *:
-    int __builtin_clzll(unsigned long long) noexcept nogil
-
-include "core/errno.pxi"  # L0 integers, errors, allocation
-include "core/bits.pxi"  # L1 bitmaps
-include "core/memory.pxi"  # L2 physical memory and its pages
-include "core/radix.pxi"  # L3 the preserved map, outgoing and incoming
-include "core/fdt_ro.pxi"  # L1' flattened tree, read
-include "core/fdt_sw.pxi"  # L1' flattened tree, sequential write
-include "core/fdt_rw.pxi"  # L1' flattened tree, random access
-include "core/devices.pxi"  # L3' device table
-include "core/dispatch.pxi"  # L4 timed callback loop, recorder, slots
+# L0 integers, errors, allocation
+include "core/errno.pxi"
+# L1 bitmaps
+include "core/bits.pxi"
+# L2 physical memory and its pages
+include "core/memory.pxi"
+# L3 the preserved map, outgoing and incoming
+include "core/radix.pxi"
+# L1' flattened tree, read
+include "core/fdt_ro.pxi"
+# L1' flattened tree, sequential write
+include "core/fdt_sw.pxi"
+# L1' flattened tree, random access
+include "core/fdt_rw.pxi"
+# L3' device table
+include "core/devices.pxi"
+# L4 timed callback loop, recorder, slots
+include "core/dispatch.pxi"

@@ -1,9 +1,9 @@
-"""What crosses the reboot: every name, struct and number, by generation. A leaf; imports nothing of ours.
+"""What crosses the reboot: every name, struct and number, by generation.
 
-KHO stores integers in the CPU's own byte order (little-endian on x86-64 and arm64) without padding;
-only the FDT container itself is big-endian. Mirrors ``include/linux/kho/abi/kexec_handover.h`` and
-``include/linux/kho_block.h`` of Linux 7.3; the facts are in the project's KHO ABI specification, whose
-sections are cited as "kho-abi".
+A leaf that imports nothing of ours. KHO stores integers in the CPU's own byte order (little-endian
+on x86-64 and arm64) without padding; only the FDT container itself is big-endian. Mirrors
+``include/linux/kho/abi/kexec_handover.h`` and ``include/linux/kho_block.h`` of Linux 7.3; the facts
+are in the project's KHO ABI specification, whose sections are cited as "kho-abi".
 """
 
 import struct
@@ -127,8 +127,8 @@ KHO_SCRATCH_SER: Final = struct.Struct("=QQ")
 
 SETUP_KEXEC_KHO: Final = 10
 SETUP_DATA_SER: Final = struct.Struct("=QIIQQQQ")
-"""x86 setup_data node. 0: u64 next. 8: u32 type. 12: u32 length of the rest, 32. 16: u64 phys of the
-root tree. 24: u64 its bytes. 32: u64 phys of the scratch array. 40: u64 its bytes."""
+"""x86 setup_data node. 0: u64 next. 8: u32 type. 12: u32 length of the rest, 32. 16: u64 phys of
+the root tree. 24: u64 its bytes. 32: u64 phys of the scratch array. 40: u64 its bytes."""
 
 CHOSEN_FDT: Final = "linux,kho-fdt"
 CHOSEN_SCRATCH: Final = "linux,kho-scratch"
@@ -147,7 +147,7 @@ class KexecMetadata:
 
     Attributes:
         previous_release: release of the kernel that wrote it.
-        kexec_count: how many kernels had handed over when it was written, its own handover included.
+        kexec_count: handovers so far, the one that it is written for included.
     """
 
     previous_release: str

@@ -29,7 +29,7 @@ __all__ = ["main"]
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
 
 
-class Duration(click.ParamType):
+class Duration(click.ParamType["int"]):
     """A time as ``1.2s`` or ``300ms``; nanoseconds."""
 
     name = "time"

@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from luo._kho import CallRecorder
     from luo.kho import Incoming, Kho
     from luo.liveupdate import LuoIncoming
-    from luo.machine import DeviceTree
 
 __all__ = ["DeviceParticipant", "DeviceRecords"]
 
@@ -266,7 +265,7 @@ class DeviceParticipant:
             return
         new = batch[1:] != batch[:-1]
         if batch.any():
-            tree: DeviceTree = self.devices.tree  # type: ignore[assignment]
+            tree = self.devices.tree
             differs = tree.depths[chosen[1:]] != tree.depths[chosen[:-1]]
             stride = np.zeros(n, np.uint64)
             for side in SIDES:
@@ -394,7 +393,7 @@ class DeviceParticipant:
     def _plan(self) -> None:
         """Order the devices, allocate slots, write records: all that can fail for memory."""
         devices = self.devices
-        tree: DeviceTree = devices.tree  # type: ignore[assignment]
+        tree = devices.tree
         requested = devices.requested & tree.alive
         lost = np.flatnonzero(requested & ~devices.eligible())
         if lost.size:  # RFC v1 quirk 12: somebody bound another driver since the request
@@ -473,15 +472,14 @@ class DeviceParticipant:
                 batched |= (self._kinds(side, event) == 2)[self._ids(side)[order]]
         if not batched.any():
             return None
-        # One number for (driver, bus, sizes); a mixed radix would overflow, so step by step.
-        number = np.zeros(len(order), np.int64)
-        for part in (
-            *(self._ids(side)[order] for side in SIDES),
-            *(nbytes[side] for side in SIDES),
-        ):
-            values, code = np.unique(part, return_inverse=True)
-            if len(values) > 1:
-                _, number = np.unique(number * len(values) + code, return_inverse=True)
+        # One number for each (driver, bus, sizes) that occurs.
+        parts: list[NDArray[Any]] = [*(self._ids(side)[order] for side in SIDES), *(nbytes[side] for side in SIDES)]
+        by_parts = np.lexsort(parts)
+        new = np.zeros(len(order), np.bool_)
+        for part in parts:
+            new[1:] |= part[by_parts][1:] != part[by_parts][:-1]
+        number = np.empty(len(order), np.int32)
+        number[by_parts] = np.cumsum(new)
         group = np.full(len(self.devices.requested), -1, np.int32)
         group[order[batched]] = number[batched]
         return group
@@ -526,7 +524,7 @@ class DeviceParticipant:
         if not len(order):
             return
         properties: dict[str, Any] = {
-            "path": _strings(*tree.paths(order)),  # type: ignore[attr-defined]
+            "path": _strings(*tree.paths(order)),
             "bus": self._names("bus", order),
             "driver": self._names("driver", order),
             "state": np.stack(
@@ -611,7 +609,7 @@ class DeviceParticipant:
         time.
         """
         devices, memory = self.devices, self.devices.kernel.memory
-        tree: DeviceTree = devices.tree  # type: ignore[assignment]
+        tree = devices.tree
         order = tree.preserve_order(devices.requested & tree.alive)
         sizes = sum(self._state_sizes(side, order, False) for side in SIDES)
         nbytes = int(np.sum(sizes)) + len(order) * abi.LUO_RECORD_BYTES
@@ -758,7 +756,7 @@ class DeviceRecords:
         shards, slabs = (_read_chain(incoming, heads[name], name) for name in ("records", "slabs"))
         parts: dict[str, list[Any]] = {name: [] for name in ("path", "state", "bus", "driver")}
         matched = [np.zeros(0, np.int32)]
-        tree: DeviceTree = devices.tree  # type: ignore[assignment]
+        tree = devices.tree
         drivers = dict.fromkeys([*tree.driver_names, *(driver.name for driver in devices.drivers)])
         names = {"driver": list(drivers), "bus": list(tree.bus_names)}
         known = {side: [name.encode() for name in names[side]] for side in SIDES}
@@ -823,8 +821,8 @@ class DeviceRecords:
                     int(phys_of[first]),
                 )
         live = self.devices[self.devices >= 0]
-        if len(np.unique(live)) != len(live):
-            raise HandoverError("two records name the same device", None)
+        if live.size and int(np.bincount(live).max()) > 1:
+            raise HandoverError("two records name the same device")
 
     @property
     def without_device(self) -> list[str]:
@@ -888,5 +886,5 @@ def _unterminated(column: Column) -> tuple[NDArray[np.uint8], Address]:
     """Return (data, offsets) of a string column without the NULs."""
     keep = np.ones(len(column.data), np.bool_)
     keep[(column.offsets[1:] - np.uint64(1)).astype(np.intp)] = False
-    offsets = column.offsets - np.arange(len(column.offsets), dtype=np.uint64)
+    offsets: Address = column.offsets - np.arange(len(column.offsets), dtype=np.uint64)
     return column.data[keep], offsets

@@ -1,8 +1,8 @@
 """Kexec HandOver: what one kernel leaves for the next, byte for byte as Linux does.
 
-Mirrors ``kernel/liveupdate/kexec_handover.c`` and ``kho_block.c`` of Linux 7.3 ("kho-v4"); the facts are
-in the project's KHO ABI specification ("kho-abi"). Left out: what only a kernel has (memblock, CMA,
-deferred page initialisation, debugfs).
+Mirrors ``kernel/liveupdate/kexec_handover.c`` and ``kho_block.c`` of Linux 7.3 ("kho-v4"); the
+facts are in the project's KHO ABI specification ("kho-abi"). Left out: what only a kernel has
+(memblock, CMA, deferred page initialisation, debugfs).
 
 Outgoing, the happy path: ``Kho(memory)`` reserves scratch, makes the map and the root tree;
 subsystems preserve memory and add subtrees; :meth:`Kho.handover` names the four numbers. Incoming:
@@ -10,8 +10,9 @@ subsystems preserve memory and add subtrees; :meth:`Kho.handover` names the four
 state, reserves what it preserved, and makes an outgoing side of its own; subsystems restore from
 :attr:`Kho.incoming`.
 
-Unhappy paths: a validation error changes nothing. An error in a bulk call or in adding a subtree leaves
-everything as before. After :meth:`Kho.close`, the commit point, every call raises ``StateError``.
+Unhappy paths: a validation error changes nothing. An error in a bulk call or in adding a subtree
+leaves everything as before. After :meth:`Kho.close`, the commit point, every call raises
+``StateError``.
 """
 
 import errno
@@ -29,7 +30,7 @@ from luo import abi as _abi
 from luo._kho import IncomingMemory, PreservedMemory, RadixTree, radix_decode, radix_key
 from luo.errors import FdtError, HandoverError, KhoError, StateError, from_errno
 from luo.fdt import Fdt, FdtEditor, FdtWriter
-from luo.memory import PhysicalMemory, parse_size
+from luo.memory import PhysicalMemory
 
 if TYPE_CHECKING:
     import sys
@@ -76,6 +77,11 @@ class Handover:
     fdt_len: int
     scratch_phys: int
     scratch_len: int
+
+    @property
+    def numbers(self) -> tuple[int, int, int, int]:
+        """The four numbers in order."""
+        return (self.fdt_phys, self.fdt_len, self.scratch_phys, self.scratch_len)
 
     def to_setup_data(self, next_phys: int = 0) -> bytes:
         """Return the x86 setup_data node, 48 bytes (kho-abi 9.1).
@@ -192,7 +198,9 @@ def parse_kho_scratch(text: str) -> ScratchParam:
     Raises:
         KhoError: EINVAL for anything else.
     """
-    wrong = from_errno(errno.EINVAL, f"kho_scratch={text}: not N% or three sizes, not all of them 0")
+    wrong = from_errno(
+        errno.EINVAL, f"kho_scratch={text}: not N% or three sizes, not all of them 0"
+    )
     if text.endswith("%"):
         digits = text[:-1]
         if not (digits.isascii() and digits.isdecimal()) or len(text) > 11:
@@ -211,8 +219,8 @@ def _reserved_by_kernel(
 ) -> list[tuple[int, int, int]]:
     """Model of what a kernel has reserved when it sizes scratch: ``[(start, nbytes, node)]``.
 
-    memmap: 64 bytes a page, at the end of each range. Kernel image: 32 MiB, or a 64th of memory if that
-    is less, at the start of the first range.
+    memmap: 64 bytes a page, at the end of each range. Kernel image: 32 MiB, or a 64th of memory if
+    that is less, at the start of the first range.
     """
     total = sum(nbytes for _, nbytes, _ in ranges)
     start, nbytes, node = ranges[0]
@@ -228,15 +236,15 @@ def scratch_layout(
 ) -> list[tuple[int, int]]:
     """Size and place scratch as Linux 7.3 does on a cold boot.
 
-    Sizes (kho-abi 8): low = what the kernel reserved below 4 GiB times the scale; global = all that it
-    reserved times the scale, less low; per node likewise; each rounded up to a block of the largest
-    order. What "the kernel reserved" is, is modelled: a memmap of 64 bytes a page on its node, and an
-    image of 32 MiB (a 64th of memory if that is less) in the lowest range.
+    Sizes (kho-abi 8): low = what the kernel reserved below 4 GiB times the scale; global = all that
+    it reserved times the scale, less low; per node likewise; each rounded up to a block of the
+    largest order. What "the kernel reserved" is, is modelled: a memmap of 64 bytes a page on its
+    node, and an image of 32 MiB (a 64th of memory if that is less) in the lowest range.
     Places: from the top down, each within one range.
 
     Returns:
-        list: ``[(phys, nbytes), ...]``: low, global, then one for each node that has memory. An area
-        of size 0 has address 0.
+        list: ``[(phys, nbytes), ...]``: low, global, then one for each node that has memory. An
+        area of size 0 has address 0.
 
     Raises:
         KhoError: ENOMEM if an area finds no place.
@@ -279,7 +287,7 @@ def scratch_layout(
                 at = (min(clash) - nbytes) // align * align
         raise from_errno(
             errno.ENOMEM,
-            f"scratch: no place for {nbytes:#x} bytes {what}; give smaller areas, or none: scratch=[]",
+            f"scratch: no place for {nbytes:#x} bytes {what}; give smaller areas, or scratch=[]",
         )
 
     return [
@@ -328,24 +336,23 @@ class _Refuse:
 
 
 class Incoming(IncomingMemory):
-    """What the previous kernel left: made by :meth:`Kho.validate`, used through :attr:`Kho.incoming`.
+    """What the previous kernel left.
 
-    Reading it writes nothing; restoring needs :meth:`Kho.boot`. The root tree and the blob of
-    ``kexec-metadata`` stay reserved for as long as this kernel runs, as in Linux, and so count in
-    :attr:`nr_unrestored`.
+    Made by :meth:`Kho.validate`, used through :attr:`Kho.incoming`. Reading it writes nothing;
+    restoring needs :meth:`Kho.boot`. The root tree and the blob of ``kexec-metadata`` stay reserved
+    for as long as this kernel runs, as in Linux, and so count in :attr:`nr_unrestored`.
 
     Attributes:
         handover: the four numbers.
         abi: name of the generation.
-        scratch: ``[(phys, nbytes), ...]`` as the previous kernel listed it, areas of size 0 included.
-        subtrees: ``{name: (phys, nbytes)}`` in the order of the root tree.
+        scratch: ``[(phys, nbytes), ...]`` as the previous kernel listed it, empty areas included.
         metadata: who handed over and how often that happened, or None.
     """
 
     handover: Handover
     abi: str
     scratch: list[tuple[int, int]]
-    subtrees: dict[str, tuple[int, int]]
+    _subtrees: dict[str, tuple[int, int]]
     metadata: _abi.KexecMetadata | None
 
     def __init__(self, memory: PhysicalMemory, handover: Handover, *, abi: str = "kho-v4") -> None:
@@ -372,7 +379,7 @@ class Incoming(IncomingMemory):
             areas = memory.check_scratch(self.scratch)
         except ValueError as error:
             raise HandoverError(str(error), handover.scratch_phys) from None
-        super().__init__(
+        self._walk(
             memory,
             map_phys,
             areas,
@@ -381,9 +388,9 @@ class Incoming(IncomingMemory):
         )
         if self.order_of(handover.fdt_phys) != 0:
             raise HandoverError("root tree is not preserved as a page", handover.fdt_phys)
-        self.subtrees = {}
+        self._subtrees = {}
         for node in root.children:
-            self.subtrees[node.name] = self._check_subtree(
+            self._subtrees[node.name] = self._check_subtree(
                 node.name,
                 _native_u64(node.get(generation.data_property)),
                 _native_u64(node.get(generation.size_property))
@@ -403,9 +410,9 @@ class Incoming(IncomingMemory):
         return phys, nbytes
 
     def _read_metadata(self) -> _abi.KexecMetadata | None:
-        if _abi.KHO_SUBTREE_METADATA not in self.subtrees:
+        if _abi.KHO_SUBTREE_METADATA not in self._subtrees:
             return None
-        phys, nbytes = self.subtrees[_abi.KHO_SUBTREE_METADATA]
+        phys, nbytes = self._subtrees[_abi.KHO_SUBTREE_METADATA]
         metadata = _abi.KexecMetadata.unpack(bytes(self.memory.view(phys, min(nbytes, 128))))
         if metadata is None:
             _log.warning("kexec-metadata at %#x: unknown version or too short, ignored", phys)
@@ -421,6 +428,11 @@ class Incoming(IncomingMemory):
         self._check_open()
         return Fdt(self.memory.view(self.handover.fdt_phys, self.handover.fdt_len), check=False)
 
+    def subtrees(self) -> dict[str, tuple[int, int]]:
+        """Return ``{name: (phys, nbytes)}`` of all blobs, in the order of the root tree."""
+        self._check_open()
+        return dict(self._subtrees)
+
     def retrieve_subtree(self, name: str) -> tuple[int, int]:
         """Return ``(phys, nbytes)`` of the blob called *name*, as ``kho_retrieve_subtree()``.
 
@@ -428,9 +440,11 @@ class Incoming(IncomingMemory):
             KhoError: ENOENT if there is none.
         """
         self._check_open()
-        if name not in self.subtrees:
-            raise from_errno(errno.ENOENT, f"retrieve_subtree {name}: the previous kernel left none")
-        return self.subtrees[name]
+        if name not in self._subtrees:
+            raise from_errno(
+                errno.ENOENT, f"retrieve_subtree {name}: the previous kernel left none"
+            )
+        return self._subtrees[name]
 
     def load_subtree(self, name: str) -> memoryview:
         """Return the bytes of the blob called *name*, where they lie in memory.
@@ -452,8 +466,8 @@ class Incoming(IncomingMemory):
             ndarray: shape (n, entry_size), uint8.
 
         Raises:
-            HandoverError: a block is not a preserved page, is empty or over-full, or the chain runs in
-                a circle or over 10,000 blocks.
+            HandoverError: a block is not a preserved page, is empty or over-full, or the chain runs
+                in a circle or over 10,000 blocks.
         """
         self._check_open()
         memory = self.memory
@@ -521,9 +535,9 @@ class Kho(PreservedMemory):
     Args:
         memory: of the machine; its page state must be this kernel's.
         abi: generation of the format: ``"kho-v4"``.
-        scratch: None: sized by the kernel's rules (:func:`scratch_layout`). Text: a ``kho_scratch=``
-            parameter, ``"16M,512M,256M"`` or ``"200%"``. A list ``[(phys, nbytes), ...]``: these
-            areas; ``[]``: none.
+        scratch: None: sized by the kernel's rules (:func:`scratch_layout`). Text: a
+            ``kho_scratch=`` parameter, ``"16M,512M,256M"`` or ``"200%"``. A list
+            ``[(phys, nbytes), ...]``: these areas; ``[]``: none.
         debug: refuse to preserve what is not allocated.
         release: the kernel's release, left for the next one in ``kexec-metadata``; up to 64 bytes.
 
@@ -584,9 +598,7 @@ class Kho(PreservedMemory):
         self.incoming = incoming
         self.fdt_phys = 0
         self._scratch_copy = 0
-        super().__init__(
-            memory, levels=generation.radix_geometry(memory.page_size).levels, debug=debug
-        )
+        self._setup(memory, levels=generation.radix_geometry(memory.page_size).levels, debug=debug)
         try:
             self.fdt_phys = self.alloc_preserve(memory.page_size)
             writer = FdtWriter(into=memory.view(self.fdt_phys, memory.page_size))
@@ -603,13 +615,11 @@ class Kho(PreservedMemory):
             raise
 
     @staticmethod
-    def validate(
-        memory: PhysicalMemory, handover: Handover, *, abi: str = "kho-v4"
-    ) -> Incoming:
+    def validate(memory: PhysicalMemory, handover: Handover, *, abi: str = "kho-v4") -> Incoming:
         """Check what the previous kernel left, without a single write.
 
-        Memory may be mapped read-only, and the kernel that owns its page state may still run: the new
-        page state is built beside it and used by :meth:`boot`, so the map is walked once.
+        Memory may be mapped read-only, and the kernel that owns its page state may still run: the
+        new page state is built beside it and used by :meth:`boot`, so the map is walked once.
 
         Raises:
             HandoverError: a rule of the format is broken (kho-abi 9.3, 12.18): it names the address
@@ -634,14 +644,15 @@ class Kho(PreservedMemory):
             memory: of the machine, writable by now.
             handover: the four numbers, or what :meth:`validate` made of them.
             abi: generation of the format; only looked at with the four numbers.
-            debug, release: as for a cold boot.
+            debug: as for a cold boot.
+            release: as for a cold boot.
 
         Returns:
             Kho: whose :attr:`incoming` has what was left, and whose outgoing side is fresh.
 
         Raises:
             HandoverError: as :meth:`validate`, and nothing has changed.
-            KhoError: EROFS if memory is read-only; EINVAL if this handover was booted already; ENOMEM.
+            KhoError: EROFS if memory is read-only; EINVAL if this was booted already; ENOMEM.
         """
         if memory.readonly:
             raise from_errno(errno.EROFS, "boot: memory is attached read-only")
@@ -677,6 +688,12 @@ class Kho(PreservedMemory):
         self._check_open()
         return Fdt(self._root_bytes())
 
+    @property
+    def root_bytes(self) -> int:
+        """Bytes of the root tree's page that are in use."""
+        self._check_open()
+        return Fdt(self._root_bytes(), check=False).totalsize
+
     def add_subtree(self, name: str, phys: SupportsIndex, nbytes: SupportsIndex) -> None:
         """Name a blob in the root tree, as ``kho_add_subtree()``.
 
@@ -689,8 +706,8 @@ class Kho(PreservedMemory):
 
         Raises:
             ValueError: the name is no node name.
-            KhoError: EINVAL if the blob is not in RAM; EEXIST if the name is taken; ENOMEM if the page
-                is full, and nothing changes.
+            KhoError: EINVAL if the blob is not in RAM; EEXIST if the name is taken; ENOMEM if the
+                page is full, and nothing changes.
         """
         self._check_open()
         at, size = operator.index(phys), operator.index(nbytes)
@@ -780,9 +797,11 @@ class Kho(PreservedMemory):
         self._check_open()
         page = self.memory.page_size
         capacity = _abi.block_capacity(entry_size, page)
-        data = np.frombuffer(np.ascontiguousarray(entries, np.uint8), np.uint8) \
-            if isinstance(entries, np.ndarray) and entries.size \
+        data = (
+            np.frombuffer(np.ascontiguousarray(entries, np.uint8), np.uint8)
+            if isinstance(entries, np.ndarray) and entries.size
             else np.frombuffer(bytes(entries), np.uint8)
+        )
         if data.size % entry_size:
             raise ValueError(f"write_blocks: {data.size} bytes are not entries of {entry_size}")
         total = data.size // entry_size

@@ -233,7 +233,7 @@ class Orchestrator(Mortal):
         recorder: CallRecorder,
         *,
         enabled: bool = True,
-        phase: Callable[[str], AbstractContextManager[None]] = contextlib.nullcontext,
+        phase: Callable[[str], AbstractContextManager[object]] = contextlib.nullcontext,
         observer: Callable[[str, str], None] | None = None,
     ) -> None:
         self.kernel = kernel

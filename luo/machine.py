@@ -394,7 +394,7 @@ class Machine:
             from luo.memory import PhysicalMemory
 
             memory = PhysicalMemory(memory)
-        self.memory = cast("PhysicalMemory", memory)
+        self.memory = memory
         self.devices = DeviceTree() if devices is None else devices
         self.running: Any = None
 

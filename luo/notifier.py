@@ -354,8 +354,8 @@ class SubsystemParticipant:
         outcome: object
         try:
             outcome = callback(self.context)
-        except Exception as error:
-            outcome = error
+        except Exception as raised:
+            outcome = raised
         self._recorder.add(key, self._recorder.read_clock() - start, 0)
         if not failed(outcome):
             return

@@ -189,7 +189,7 @@ class Report:
             raise ValueError(
                 f"budget {name!r}: {', '.join(PHASES)}, subsystem/EVENT or subsystem/name/EVENT"
             )
-        total = sum(
+        total: int = sum(
             row["total_ns"]
             for row in self.callbacks
             if row["subsystem"] == parts[0]

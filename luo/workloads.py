@@ -26,7 +26,6 @@ import os
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -35,8 +34,10 @@ from typing import Final, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from luo.errors import KhoError
+from luo.kho import ScratchParam, parse_kho_scratch, scratch_layout
 from luo.machine import DeviceTree
-from luo.memory import parse_size
+from luo.memory import PhysicalMemory, parse_size
 from luo.topology import PAGE_SHIFT, VM, Host, hwloc, synthetic
 from luo.topology import host as sysfs_host
 from luo.topology._rows import RANGE_ALIGN, Range, stack_nodes
@@ -56,13 +57,6 @@ KERNEL_SHARE = 64
 FOLIO_ORDERS: Final = {"4KiB": 0, "2MiB": 9, "1GiB": 18}
 ASSIGNABLE_DRIVER = "vfio-pci"
 
-# What a kernel reserves for itself, by the model of luo.kho: 64 bytes a page, and its image.
-PAGE_STRUCT_BYTES = 64
-IMAGE_BYTES = 32 << 20
-
-# The forms of kho_scratch= that make sense in a description; the kernel's parser takes more.
-_SCRATCH_PERCENT = re.compile(r"(\d{1,9})%", re.ASCII)
-_SCRATCH_SIZES = re.compile(r"(\d{1,15}[KMGT]?),(\d{1,15}[KMGT]?),(\d{1,15}[KMGT]?)", re.ASCII)
 _VM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -213,9 +207,10 @@ class _Description:
     def host(self, top: _Table) -> Host:
         # All words are checked before anything is read or made.
         scratch = top.string("kho_scratch", None)
-        taken = _scratch(scratch or "200%")
-        if taken is None:
-            top.wrong("kho_scratch", f'{scratch!r} is neither "N%" nor "LOW,GLOBAL,NODE"')
+        try:
+            param = None if scratch is None else parse_kho_scratch(scratch)
+        except KhoError:
+            top.wrong("kho_scratch", f'{scratch!r} is neither "N%" nor sizes "LOW,GLOBAL,NODE"')
         groups = [_group(table) for table in top.tables("vms")]
         names = [name for group in groups for name in group.names()]
         if len(names) > MAX_VMS:
@@ -243,7 +238,8 @@ class _Description:
 
         made = self._devices(ranges, source, count, path)
         made.kho_scratch = scratch
-        self._place(top, groups, made, taken)
+        if groups:
+            self._place(top, groups, made, param)
         return made
 
     def _ranges(self, top: _Table) -> list[Range]:
@@ -285,15 +281,17 @@ class _Description:
         return Host(tree, ranges, {"kind": "synthetic", "path": self.file, "devices": len(tree)})
 
     def _place(
-        self, top: _Table, groups: list[_Group], made: Host, taken: Callable[[int, int], int]
+        self, top: _Table, groups: list[_Group], made: Host, param: ScratchParam | None
     ) -> None:
         # RAM goes where most is left; devices come from the machine's own node while it has any.
-        left: dict[int, int] = {}
-        for _, nbytes, node in made.ranges:
-            left[node] = left.get(node, 0) + nbytes
-        total = made.memory_bytes
-        for node, nbytes in left.items():
-            left[node] = nbytes - taken(nbytes, total) - nbytes // KERNEL_SHARE
+        try:
+            scratch = scratch_layout(PhysicalMemory(ranges=made.ranges), param)
+        except KhoError as error:
+            top.wrong("kho_scratch", str(error))
+        left = dict.fromkeys((node for *_, node in made.ranges), 0)
+        for start, nbytes, node in made.ranges:
+            left[node] += nbytes - nbytes // KERNEL_SHARE
+            left[node] -= sum(size for phys, size in scratch if start <= phys < start + nbytes)
         pools = _assignable(made.devices, len(left))
         wanted = sum(group.count * group.devices for group in groups)
         there = sum(map(len, pools))
@@ -322,23 +320,6 @@ class _Description:
                     )
                 left[node] -= vm.ram_bytes
                 made.vms.append(vm)
-
-
-def _scratch(text: str) -> Callable[[int, int], int] | None:
-    # Bytes of scratch that a node of n bytes may have to bear on a host of so many in all: its
-    # own, and the low and the global region, which lie on whatever node. None if *text* is wrong.
-    if found := _SCRATCH_PERCENT.fullmatch(text):
-        percent = int(found[1])
-
-        def share(nbytes: int, total: int) -> int:
-            reserved = (nbytes + total) // (1 << PAGE_SHIFT) * PAGE_STRUCT_BYTES + IMAGE_BYTES
-            return reserved * percent // 100
-
-        return share
-    if found := _SCRATCH_SIZES.fullmatch(text):
-        explicit = sum(parse_size(size) for size in found.groups())
-        return (lambda nbytes, total: explicit) if explicit else None
-    return None
 
 
 def _assignable(devices: DeviceTree, nodes: int) -> list[NDArray[np.int32]]:

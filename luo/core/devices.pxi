@@ -15,7 +15,7 @@ import threading
 
 from cpython.buffer cimport PyBuffer_FillInfo
 from libc.errno cimport EEXIST, EINVAL, ENOMEM, EROFS
-from libc.errno cimport errno as libc_errno
+from libc.errno cimport errno as last_errno
 from libc.string cimport memchr
 from posix.mman cimport MAP_FAILED, MAP_POPULATE, MAP_PRIVATE, PROT_READ, mmap, munmap
 
@@ -2154,7 +2154,7 @@ cdef class DeviceTable:
         nbytes = size
         with nogil:
             base = mmap(NULL, nbytes, PROT_READ, MAP_PRIVATE | MAP_POPULATE, descriptor, 0)
-            rc = libc_errno
+            rc = last_errno
         if base == MAP_FAILED:
             raise OSError(rc, strerror(rc).decode())
         mapping = <devtab_block *>calloc(1, sizeof(devtab_block))

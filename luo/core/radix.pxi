@@ -1,9 +1,9 @@
 # L3: the preserved map of kho-v2 … kho-v4: a radix tree whose nodes are pages of simulated memory.
 #
-# A node is one page. Inner nodes hold page_size/8 native u64: physical addresses of child pages, 0 for
-# none. Leaves are bitmaps of 8*page_size bits. A key is, with ps = page shift,
+# A node is one page. Inner nodes hold page_size/8 native u64: physical addresses of child pages, 0
+# for none. Leaves are bitmaps of 8*page_size bits. A key is, with ps = page shift,
 #
-#     63 - ps - order ones place up:  marker bit 2**(64 - ps - order)  +  phys >> (ps + order)
+#     2**(64 - ps - order)  +  (phys >> (ps + order))
 #
 # so ascending keys are blocks of descending order, and addresses ascend within an order
 # (kho-abi 5.2). Nothing here trusts what it reads: simulated memory belongs to everybody.
@@ -82,6 +82,12 @@ cdef void kho_radix_setup(kho_radix_tree *tree, int page_shift, int levels) noex
     tree.key_bits = 64 - page_shift + 1
 
 
+cdef inline uint64_t kho_radix_key_pages(const kho_radix_tree *tree, uint64_t key) noexcept nogil:
+    """Pages of the block that *key* stands for; 0 for a key that stands for none."""
+    cdef int order = 64 - tree.page_shift - log2_64(key)
+    return <uint64_t>1 << order if key > 1 and order >= 0 else 0
+
+
 cdef inline void *kho_radix_page(const kho_radix_tree *tree, uint64_t phys) noexcept nogil:
     return <void *>(tree.zero + phys)
 
@@ -156,7 +162,7 @@ cdef int kho_radix_find_leaf(kho_radix_tree *tree, PhysicalMemory memory, uint64
 cdef int kho_radix_add_keys(kho_radix_tree *tree, PhysicalMemory memory, const uint64_t *keys,
                             uint64_t n, uint64_t *fresh, uint64_t *nr_fresh) noexcept nogil:
     """Set the bits of *n* keys, all or none. *fresh*: room for a bit a key, cleared."""
-    cdef uint64_t i, bit
+    cdef uint64_t i, bit, pages = 0
     cdef uint64_t *words = NULL
     cdef int rc = 0
     tree.nr_made = 0
@@ -172,8 +178,10 @@ cdef int kho_radix_add_keys(kho_radix_tree *tree, PhysicalMemory memory, const u
             flat_set(words, bit)
             flat_set(fresh, i)
             nr_fresh[0] += 1
+            pages += kho_radix_key_pages(tree, keys[i])
     if rc == 0:
         tree.nr_keys += nr_fresh[0]
+        tree.nr_pages += pages
         tree.nr_made = 0
         return 0
     while i:  # clear the bits that this call set, then free the pages that it made
@@ -217,6 +225,7 @@ cdef int kho_radix_del_keys(kho_radix_tree *tree, PhysicalMemory memory, const u
         if flat_test(words, bit):  # a key may be named twice
             flat_clear(words, bit)
             tree.nr_keys -= 1
+            tree.nr_pages -= kho_radix_key_pages(tree, keys[i])
     return 0
 
 
@@ -474,7 +483,7 @@ cdef class RadixTree:
             for i in range(pages.shape[0]):
                 page_free_head(self.memory.state, pages[i] >> self.tree.page_shift)
         self.tree.root = self.tree.leaf = 0
-        self.tree.nr_nodes = self.tree.nr_keys = 0
+        self.tree.nr_nodes = self.tree.nr_keys = self.tree.nr_pages = 0
 
 
 # ---- outgoing: what this kernel preserves ----
@@ -491,20 +500,16 @@ cdef enum:  # why a block may not be preserved
 cdef class PreservedMemory:
     """What a kernel preserves for the next one: the outgoing half of KHO that touches pages.
 
-    ``luo.kho.Kho`` extends it. Args of ``__init__``:
-
-    Args:
-        memory: whose scratch has been reserved.
-        levels: of the tree; see :class:`RadixTree`.
-        debug: refuse to preserve what is not allocated.
+    ``luo.kho.Kho`` extends it and calls :meth:`_setup`.
 
     Attributes:
-        memory: as given.
-        debug: as given.
+        memory: in which the map lives.
+        debug: whether preserving what is not allocated is refused.
         closed: whether :meth:`close` was called.
     """
 
-    def __init__(self, PhysicalMemory memory not None, *, levels=0, debug=False):
+    def _setup(self, PhysicalMemory memory not None, *, levels=0, debug=False):
+        # The scratch of memory has been reserved by now. levels: see RadixTree.
         cdef Py_ssize_t i
         if self.map is not None:
             raise TypeError("PreservedMemory: initialised twice")
@@ -546,6 +551,11 @@ cdef class PreservedMemory:
     def nr_preserved(self):
         """Blocks in the map."""
         return 0 if self.map is None else self.map.tree.nr_keys
+
+    @property
+    def preserved_pages(self):
+        """Pages of the blocks in the map."""
+        return 0 if self.map is None else self.map.tree.nr_pages
 
     @property
     def tree_pages(self):
@@ -1043,28 +1053,21 @@ cdef int kho_walk_node(kho_walk *walk, PhysicalMemory memory, uint64_t node, int
 cdef class IncomingMemory:
     """What the previous kernel preserved: the incoming half of KHO that touches pages.
 
-    ``luo.kho.Incoming`` extends it. Until :meth:`install` its page state is its own, so a map can be
-    validated beside the kernel that still runs, on memory that is mapped read-only.
-
-    Args of ``__init__``:
-
-    Args:
-        memory: that the map is in.
-        root: physical address of the map's root page.
-        scratch: ``[(phys, nbytes), ...]``, where nothing preserved may lie.
-        reserved: ``[(phys, nbytes), ...]`` to be claimed beside (the scratch array).
-        levels: of the tree; see :class:`RadixTree`.
+    ``luo.kho.Incoming`` extends it and calls :meth:`_walk`. Until :meth:`install` its page state is
+    its own, so a map can be validated beside the kernel that still runs, on memory that is mapped
+    read-only.
 
     Attributes:
+        memory: in which the map lies.
+        closed: whether :meth:`close` was called.
         nr_preserved: blocks that were preserved.
-        nr_preserved_pages: pages of them.
-        tree_pages: pages of the map's tree.
-
-    Raises:
-        HandoverError: the map breaks a rule of kho-abi 12.18; it names the address and the rule.
+        preserved_pages: pages of them.
     """
 
-    def __init__(self, PhysicalMemory memory not None, root, scratch, *, reserved=(), levels=0):
+    def _walk(self, PhysicalMemory memory not None, root, scratch, *, reserved=(), levels=0):
+        # Claim all that the map at root says is preserved; HandoverError names the address and the
+        # rule of kho-abi 12.18 that it breaks. scratch: where nothing preserved may lie. reserved:
+        # [(phys, nbytes)] to be claimed beside. levels: see RadixTree.
         cdef kho_walk walk
         cdef list areas = memory.check_scratch(scratch)
         cdef uint64_t at = as_u64(root), conflict = 0, pfn, count
@@ -1093,7 +1096,7 @@ cdef class IncomingMemory:
         self.nodes = walk.nodes
         self.nr_nodes = walk.nr_nodes
         self.nr_preserved = walk.nr_keys
-        self.nr_preserved_pages = walk.nr_pages
+        self.preserved_pages = walk.nr_pages
         if rc < 0:
             self.walk_error(&walk)
 

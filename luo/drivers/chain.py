@@ -25,18 +25,18 @@ class Run(NamedTuple):
 
     Attributes:
         phys: byte address of the first.
-        count: how many.
+        nr_folios: how many.
         order: of each.
     """
 
     phys: int
-    count: int
+    nr_folios: int
     order: int
 
     def folios(self, page_size: int) -> NDArray[np.uint64]:
         """Return the addresses, ``uint64``."""
         step = np.uint64(page_size << self.order)
-        return np.uint64(self.phys) + np.arange(self.count, dtype=np.uint64) * step
+        return np.uint64(self.phys) + np.arange(self.nr_folios, dtype=np.uint64) * step
 
 
 def runs_of(folios: NDArray[np.uint64], order: int, page_size: int) -> list[Run]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from luo import workloads
+from luo.kho import Kho
 from luo.topology import Host
 
 GIB, TIB = 1 << 30, 1 << 40
@@ -74,13 +75,18 @@ def test_host_preset_is_as_large_as_it_says(name, memory, nodes, vms, devices):
 
 
 @pytest.mark.parametrize("name", ["cloud", "dense"])
-def test_host_preset_leaves_room_for_scratch(name):
-    """With the kernel's sizing each node, even the one with the global region, has room."""
+def test_host_preset_virtual_machines_fit(name):
+    """With the kernel's own scratch, each machine's RAM is found on its node, to the last folio."""
     made = workloads.host(name)
-    # 200 % of 64 bytes a page: of the node, and of all memory for the global region
+    memory = made.machine().memory
+    kho = Kho(memory)
+    for vm in made.vms:
+        for order, nr_folios in vm.ram:
+            memory.alloc_folios(nr_folios, order, vm.node)
+
+    assert kho.nr_preserved < 10
     for node, nbytes in nodes_of(made).items():
-        scratch = 2 * (nbytes + made.memory_bytes) // PAGE * 64
-        assert used(made)[node] < nbytes - scratch
+        assert used(made)[node] < nbytes - memory.nr_free_pages(node) * PAGE
 
 
 @pytest.mark.parametrize("name", ["cloud", "dense"])
@@ -179,7 +185,8 @@ def test_host_file_describes_a_host(describe):
 
 def test_host_file_spreads_machines_over_nodes(describe):
     """Each goes where most memory is left; a named node is taken."""
-    made = workloads.host(describe(SMALL + 'node = 1\n[[vms]]\nname = "x"\nram = {4KiB = 4096}'))
+    more = 'node = 1\n[[vms]]\nname = "x"\nram = {4KiB = 4096}'
+    made = workloads.host(describe(f'kho_scratch = "16M,16M,16M"\n{SMALL}{more}'))
 
     assert [vm.node for vm in made.vms] == [0, 1, 0, 1, 0]
 
@@ -241,7 +248,7 @@ RAM = 'ram = { 4KiB = "4KiB" }\n'
         (HEAD + "devices.colour = 1", "devices.colour", "unknown key"),
         (VM_HEAD + RAM + "colour = 1", "vms[0].colour", "unknown key"),
         (VM_HEAD + "ram = { 8KiB = 1 }", "vms[0].ram.8KiB", "unknown key"),
-        ('"a\\nb" = 1\n' + HEAD, "'a\\\\nb'", "unknown key"),
+        ('"a\\nb" = 1\n' + HEAD, r"'a\nb'", "unknown key"),
         ("memory = true", "memory", "no size"),
         ('memory = "a\\nb"', "memory", "no size"),
         ("memory = 1.5", "memory", "no size"),

@@ -332,3 +332,17 @@ def test_validate_of_two_subtrees_with_one_name_is_refused():
     page[:] = page.replace(b"pbrt", b"part")
 
     assert validate(filled(builder.pages), handover) is None
+
+
+def test_validate_of_a_root_tree_over_its_page_is_refused():
+    """Only the page at its start is preserved; what stands behind belongs to nobody."""
+    builder, handover = right()
+    builder.fdt = 0x40900000
+    builder.preserve(builder.fdt, 0)
+    root = {"compatible": b"kho-v4\0", "preserved-memory-map": struct.pack("<Q", builder.root)}
+    tree = flatten({**root, "long": bytes(5000)}, {})
+    builder.pages[builder.fdt] = bytearray(tree[:PAGE])
+    builder.pages[builder.fdt + PAGE] = bytearray(tree[PAGE:].ljust(PAGE, b"\0"))
+    changed = Handover(builder.fdt, 2 * PAGE, handover.scratch_phys, handover.scratch_len)
+
+    assert validate(filled(builder.pages), changed) is None

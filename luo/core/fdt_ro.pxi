@@ -831,6 +831,7 @@ cdef int fdt_fill_columns(
 
 @cython.final
 @cython.auto_pickle(False)
+@cython.no_gc_clear  # clearing would take _buffer.obj, and the export would never end
 cdef class Fdt:
     """A flattened device tree, read where it lies.
 
@@ -1027,15 +1028,15 @@ cdef class Fdt:
             nr_columns = len(numbers)
             for i in range(nr_columns):
                 arrays.append((
-                    np.empty(nbytes[i], np.uint8),
+                    np.empty(nbytes[i] + 1, np.uint8),  # never empty: it needs an address
                     np.zeros(scan.nr_rows + 1, np.uint64),
                     np.zeros(scan.nr_rows, np.bool_),
                 ))
                 data, offsets, present = arrays[i][0], arrays[i][1], arrays[i][2].view(np.uint8)
-                columns[i].data = &data[0] if data.shape[0] else NULL
+                columns[i].data = &data[0]
                 columns[i].offsets = &offsets[0]
                 columns[i].present = &present[0] if present.shape[0] else NULL
-                columns[i].cap = data.shape[0]
+                columns[i].cap = data.shape[0] - 1
                 columns[i].pos = 0
                 columns[i].row = -1
             with nogil:

@@ -248,6 +248,25 @@ def test_into_a_full_buffer_leaves_what_was_there():
     assert len(writer.finish()) == 94
 
 
+def test_tree_above_2_gib_is_nospace():
+    """libfdt's offsets are int; what cannot fit is refused before any memory is taken."""
+    half = memoryview(np.zeros(1 << 30, np.uint8))
+    writer = FdtWriter()
+    codes = []
+    with writer.node(""):
+        for call in (
+            lambda: writer.property("p", np.zeros(1 << 31, np.uint8)),
+            lambda: writer.add_nodes(("dev", 0, 2), {"p": half}),
+            lambda: writer.add_nodes(("dev", 0, 10**8), {"p": b"123456789"}),
+        ):
+            with pytest.raises(FdtError) as caught:
+                call()
+            codes.append(caught.value.code)
+
+    assert codes == ["FDT_ERR_NOSPACE"] * 3
+    assert len(writer.finish()) == 80
+
+
 def test_into_a_read_only_buffer_is_refused():
     """Writable buffers only."""
     with pytest.raises((BufferError, TypeError)):

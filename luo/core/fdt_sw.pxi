@@ -520,7 +520,7 @@ cdef class _FdtRows:
         cdef Py_ssize_t i
         cdef uint64_t low, high
         if isinstance(names, Column):
-            if not (<Column>names).present[start:start + rows].all():
+            if not (<Column>names)._present_array[start:start + rows].all():
                 raise ValueError("names: a row is not present")
             self._take_column(&self.names, names, start)
             low, high = self.names.offsets[0], self.names.offsets[rows]

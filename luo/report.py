@@ -9,7 +9,6 @@ import platform
 import re
 import statistics
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +16,7 @@ from luo._kho import CallRecorder
 from luo.errors import CallbackError, LuoError, SuccessorError, errno_name
 from luo.liveupdate import FinishResult
 
-__all__ = ["Report", "describe", "parse_duration"]
+__all__ = ["Report", "describe", "parse_duration", "version"]
 
 PHASES: Final = ("prepare", "reboot", "jump", "boot", "restore", "finish", "blackout")
 _UNITS: Final = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
@@ -202,7 +201,7 @@ class Report:
         """Return the ``luo-run/1`` document."""
         return {
             "schema": "luo-run/1",
-            "luo_version": _version(),
+            "luo_version": version(),
             "machine": {
                 "cpu": _cpu(),
                 "cores": os.cpu_count(),
@@ -228,10 +227,13 @@ class Report:
         return json.dumps(self.to_dict(), indent=2)
 
 
-def _version() -> str:
+def version() -> str:
+    """Return the version of the installed distribution; "unknown" in a tree that is not one."""
+    from importlib import metadata  # 20 ms, which only reports need
+
     try:
         return metadata.version("luo-kho")
-    except metadata.PackageNotFoundError:  # run from a tree that is not installed
+    except metadata.PackageNotFoundError:
         return "unknown"
 
 

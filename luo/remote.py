@@ -198,7 +198,8 @@ class RemoteKernel:
         tree = machine.devices.to_memfd()
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _START, str(theirs.fileno())],
+                # -P: the path is ours, and the directory that we happen to be in is no part of it.
+                [sys.executable, "-P", "-c", _START, str(theirs.fileno())],
                 pass_fds=(theirs.fileno(), machine.memory.fd, tree),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # ^C is for the kernel that runs, which rolls back

@@ -1120,12 +1120,16 @@ cdef class PhysicalMemory:
         self.state.restricted = False
 
     def forget(self):
-        """Drop all page state and scratch, as the end of a kernel does; bytes stay."""
+        """Drop all page state and scratch, as the end of a kernel does; bytes stay.
+
+        Page state that lived in another process is gone with it, and begins anew here.
+        """
         cdef page_state *state
         with self.lock:
             state = self.state
             self.state = NULL
             self.scratch = []
+            self.detached = False
         page_state_free(state)
 
     def detach(self):

@@ -193,6 +193,7 @@ class RemoteKernel:
         self.arrival: Arrival | None = None
         self._committed = False
         self._count = 0
+        self._closed = False
         self._next: RemoteKernel | None = None
         ours, theirs = socket.socketpair()
         tree = machine.devices.to_memfd()
@@ -242,6 +243,8 @@ class RemoteKernel:
         With *step*, which is for what precedes the commit point, every failure is a
         :class:`SuccessorError` that names it.
         """
+        if self._closed:
+            raise StateError(errno.ESHUTDOWN, f"{command}: {self} is gone")
         self._count += 1
         try:
             self._channel.send({"id": self._count, "command": command, **arguments})
@@ -259,7 +262,8 @@ class RemoteKernel:
             error = _decode_error(answer["error"])
             if step:
                 code = errno.ENOEXEC if step == "load" else errno.EPROTO
-                raise SuccessorError(code, f"{step}: {self} refused: {error}", step) from error
+                why = error.strerror if isinstance(error, KhoError) else error
+                raise SuccessorError(code, f"{step}: {self} refused: {why}", step) from error
             raise error
         result: dict[str, Any] = answer["result"]
         return result
@@ -369,6 +373,7 @@ class RemoteKernel:
         if self._next is not None:
             self._next.close()
             self._next = None
+        self._closed = True
         channel = getattr(self, "_channel", None)
         if channel is not None:
             channel.close()

@@ -196,6 +196,7 @@ class RemoteKernel:
         self._closed = False
         self._next: RemoteKernel | None = None
         ours, theirs = socket.socketpair()
+        self._channel = Channel(ours)
         tree = machine.devices.to_memfd()
         try:
             self._process = subprocess.Popen(
@@ -209,7 +210,6 @@ class RemoteKernel:
                     "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
                 },
             )
-            self._channel = Channel(ours)
             self.pid = self._process.pid
             theirs.close()
             memory = machine.memory
@@ -374,9 +374,7 @@ class RemoteKernel:
             self._next.close()
             self._next = None
         self._closed = True
-        channel = getattr(self, "_channel", None)
-        if channel is not None:
-            channel.close()
+        self._channel.close()
         process = getattr(self, "_process", None)
         if process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):

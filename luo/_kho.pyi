@@ -188,6 +188,7 @@ class IncomingMemory:
         root: SupportsIndex,
         scratch: Iterable[tuple[SupportsIndex, SupportsIndex]],
         *,
+        fdt: SupportsIndex = 0,
         reserved: Iterable[tuple[int, int]] = (),
         levels: SupportsIndex = 0,
     ) -> None: ...

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from luo._kho import CallRecorder
-from luo.errors import CallbackError, LuoError, SuccessorError, errno_name
-from luo.liveupdate import FinishResult
+from luo.errors import LuoError, errno_name
+from luo.liveupdate import FinishResult, State
 
 __all__ = ["Report", "describe", "parse_duration", "version"]
 
@@ -95,20 +95,16 @@ class Report:
         try:
             yield
         except BaseException as error:
-            if isinstance(error, LuoError | KeyboardInterrupt):
-                self.error = describe(error)
-            running = kernel.machine.running
-            self.kernel = running
-            with contextlib.suppress(LuoError):
-                if running is not None:
+            self.error = describe(error)
+            running = self.kernel = kernel.machine.running
+            if running is not None:
+                with contextlib.suppress(LuoError):
                     self.note_state(running)
-                    if isinstance(error, CallbackError | SuccessorError | KeyboardInterrupt):
-                        self._merge(running)
+                    self._calls.merge(running.profile.dump())
+                    if isinstance(error, KeyboardInterrupt):
+                        self.error["message"] = "interrupted"
+                        self.error["rolled_back"] = running.luo.state is State.NORMAL
             raise
-
-    def _merge(self, kernel: Any) -> None:
-        profile = kernel.profile
-        self._calls.merge(profile.dump())
 
     def note_finish(self, kernel: Any, finished: FinishResult) -> None:
         """Add one update that has come to its end in *kernel*."""
@@ -233,7 +229,7 @@ def version() -> str:
 
     try:
         return metadata.version("luo-kho")
-    except metadata.PackageNotFoundError:
+    except metadata.PackageNotFoundError:  # run from a tree that is not installed
         return "unknown"
 
 

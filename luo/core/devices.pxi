@@ -1897,12 +1897,17 @@ cdef class DeviceTable:
             IndexError: no such row.
         """
         cdef int32_t at
+        cdef uint64_t nbytes = 0
+        cdef uint8_t[::1] target
         number = PyNumber_Index(row)
         if not 0 <= number < self.t.nr:
             raise IndexError(f"path: no device {number}")
         at = number
-        data = bytearray(<int>devtab_u16(self.t.path_bytes)[at])
-        cdef uint8_t[::1] target = data
+        with nogil:
+            with self.lock:
+                nbytes = devtab_u16(self.t.path_bytes)[at]
+        data = bytearray(nbytes)
+        target = data
         with nogil:
             with self.lock:
                 devtab_write_path(&self.t, at, &target[0])

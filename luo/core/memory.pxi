@@ -751,6 +751,9 @@ cdef class PhysicalMemory:
     cdef MemoryMapping map_bytes(self):
         cdef char *address = reserve_addresses(self.size)
         cdef int prot = PROT_READ if self.readonly else PROT_READ | PROT_WRITE
+        if address == NULL:  # a few spans of TiBs fill the address space; garbage may still hold some
+            gc.collect()
+            address = reserve_addresses(self.size)
         if address == NULL or mmap(address, self.size, prot, MAP_SHARED | MAP_NORESERVE | MAP_FIXED,
                                    self.fd, <off_t>self.offset) == MAP_FAILED:
             os_error(f"mapping {self.size:#x} bytes of memory")
@@ -1117,12 +1120,16 @@ cdef class PhysicalMemory:
         self.state.restricted = False
 
     def forget(self):
-        """Drop all page state and scratch, as the end of a kernel does; bytes stay."""
+        """Drop all page state and scratch, as the end of a kernel does; bytes stay.
+
+        Page state that lived in another process is gone with it, and begins anew here.
+        """
         cdef page_state *state
         with self.lock:
             state = self.state
             self.state = NULL
             self.scratch = []
+            self.detached = False
         page_state_free(state)
 
     def detach(self):

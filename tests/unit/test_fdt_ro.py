@@ -1,11 +1,12 @@
 """Reading flattened device trees: what is there, and what is refused."""
 
+import gc
 import struct
 
 import numpy as np
 import pytest
 
-from luo.fdt import Column, Fdt, FdtError, FdtWriter, Node
+from luo.fdt import Column, Fdt, FdtEditor, FdtError, FdtWriter, Node
 
 # Root tree of kho-v4 as the kernel writes it first (kho-abi 5.1); all words big-endian but the map.
 KHO_V4_ROOT = bytes.fromhex(
@@ -70,6 +71,11 @@ def fault(data: bytes, **options: bool) -> tuple[str, int | None]:
     return caught.value.code, caught.value.offset
 
 
+def rule(value: object) -> str:
+    """Name of a case: the error, not the blob."""
+    return f"{value[0]}-{value[1]}" if isinstance(value, tuple) else "blob"
+
+
 def test_fdt_of_the_kho_root_gives_its_values():
     """The kernel's own root tree reads back, from an unaligned buffer as well."""
     for data in (KHO_V4_ROOT, memoryview(b"x" + KHO_V4_ROOT)[1:], bytearray(KHO_V4_ROOT + b"zz")):
@@ -114,6 +120,7 @@ def test_fdt_values_are_read_only_views_of_the_buffer():
         (blob(*EMPTY_ROOT, off_dt_strings=0xFFFFFFFF), ("FDT_ERR_TRUNCATED", 12)),
         (blob(*EMPTY_ROOT, size_dt_strings=0xFFFFFFFF), ("FDT_ERR_TRUNCATED", 32)),
     ],
+    ids=rule,
 )
 def test_fdt_of_a_bad_header_is_refused_even_unchecked(data, expected):
     """Every header field is checked before use; the error names the field's place."""
@@ -150,6 +157,7 @@ def test_fdt_of_a_bad_header_is_refused_even_unchecked(data, expected):
          ("FDT_ERR_BADSTRUCTURE", 76)),
         (blob(*EMPTY_ROOT, off_mem_rsvmap=72), ("FDT_ERR_TRUNCATED", 72)),
     ],
+    ids=rule,
 )  # fmt: skip
 def test_fdt_of_a_bad_structure_is_refused(data, expected):
     """Every rule of the structure has its error, at the offset of the token."""
@@ -465,6 +473,21 @@ def test_fdt_holds_its_buffer():
         data.append(0)
 
     assert tree.root["compatible"] == b"kho-v4\0"
+
+
+@pytest.mark.parametrize("cls", [Fdt, FdtEditor, lambda data: FdtWriter(into=data)])
+def test_buffer_is_released_by_the_garbage_collector(cls):
+    """An object that dies in a reference cycle gives its buffer back too."""
+    data = bytearray(KHO_V4_ROOT)
+    cycle = [cls(data)]
+    cycle.append(cycle)
+    with pytest.raises(BufferError):
+        data.append(0)
+    del cycle
+    gc.collect()
+    data.append(0)
+
+    assert len(data) == 153
 
 
 def test_fdt_of_something_without_a_buffer_is_a_type_error():

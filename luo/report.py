@@ -9,7 +9,6 @@ import platform
 import re
 import statistics
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
@@ -202,7 +201,7 @@ class Report:
             "machine": {
                 "cpu": _cpu(),
                 "cores": os.cpu_count(),
-                "python": platform.pythonversion(),
+                "python": platform.python_version(),
             },
             "settings": self.settings,
             "source": self.source,
@@ -225,7 +224,9 @@ class Report:
 
 
 def version() -> str:
-    """Return the version of the installed distribution."""
+    """Return the version of the installed distribution; "unknown" in a tree that is not one."""
+    from importlib import metadata  # 20 ms, which only reports need
+
     try:
         return metadata.version("luo-kho")
     except metadata.PackageNotFoundError:  # run from a tree that is not installed

@@ -1120,7 +1120,10 @@ cdef class PhysicalMemory:
         self.state.restricted = False
 
     def forget(self):
-        """Drop all page state and scratch, as the end of a kernel does; bytes stay."""
+        """Drop all page state and scratch, as the end of a kernel does; bytes stay.
+
+        Page state that lived in another process is gone with it, and begins anew here.
+        """
         cdef page_state *state = NULL
         # A state is replaced and never taken away: another thread may be waiting to use it.
         if self.state != NULL:
@@ -1128,12 +1131,13 @@ cdef class PhysicalMemory:
         with self.lock:
             state, self.state = self.state, state
             self.scratch = []
+            self.detached = False
         page_state_free(state)
 
     def detach(self):
         """Leave page state to another process: calls that need it raise StateError, ESHUTDOWN."""
-        self.detached = True
         self.forget()
+        self.detached = True
 
     def alloc_folio(self, order, node=None):
         """Allocate 2**order pages, naturally aligned; contents are whatever was there.

@@ -428,6 +428,8 @@ class Orchestrator(Mortal):
                 if not ended:
                     fail(error)
                 raise
+            finally:
+                steps.close()  # now, not when the error that holds it is dropped
 
     def _require(self, event: Event) -> None:
         if not self.enabled:
@@ -442,7 +444,7 @@ class Orchestrator(Mortal):
         if event is Event.REBOOT and self._published:
             raise StateError(errno.EALREADY, "REBOOT: has run; jump or cancel")
 
-    def _steps(self, event: Event, bulk: bool) -> Iterator[Step]:
+    def _steps(self, event: Event, bulk: bool) -> Generator[Step, None, None]:
         for participant in self._chain.order(event.name):
             try:
                 yield from participant.steps(event.name, bulk)

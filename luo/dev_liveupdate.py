@@ -312,8 +312,14 @@ class DeviceParticipant:
             self._done,
             collect,
         )
+        interrupt = None
         for device, side, outcome in collect or ():
-            self._failures.append(self._error(event, sides[side], device, outcome))
+            if isinstance(outcome, BaseException) and not isinstance(outcome, Exception):
+                interrupt = interrupt or outcome
+            else:
+                self._failures.append(self._error(event, sides[side], device, outcome))
+        if interrupt is not None:
+            raise interrupt
         if failure is not None:
             device, side, outcome = failure
             error = self._error(event, sides[side], device, outcome)
@@ -473,7 +479,10 @@ class DeviceParticipant:
         if not batched.any():
             return None
         # One number for each (driver, bus, sizes) that occurs.
-        parts: list[NDArray[Any]] = [*(self._ids(side)[order] for side in SIDES), *(nbytes[side] for side in SIDES)]
+        parts: list[NDArray[Any]] = [
+            *(self._ids(side)[order] for side in SIDES),
+            *(nbytes[side] for side in SIDES),
+        ]
         by_parts = np.lexsort(parts)
         new = np.zeros(len(order), np.bool_)
         for part in parts:

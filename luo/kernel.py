@@ -459,12 +459,13 @@ class Kernel:
             the kernel that runs now. This one is gone.
 
         Raises:
-            StateError: EINVAL if no kernel is loaded.
+            StateError: EINVAL if no kernel is loaded, EDEADLK from a callback.
             CallbackError: a REBOOT callback failed; the state is NORMAL.
             SuccessorError: the successor did not take over; the state is NORMAL.
             HostCrashError: it died after the commit point.
         """
         self._require("kexec", "running")
+        self.luo.refuse_callback("kexec")
         if self._next is None:
             raise StateError(errno.EINVAL, "kexec: no kernel image is loaded")
         successor, self._next = self._next, None
@@ -535,9 +536,10 @@ class Kernel:
         """Switch the machine off: a prepared update is cancelled, the kernel is gone.
 
         Raises:
-            StateError: ESHUTDOWN if it is gone already.
+            StateError: ESHUTDOWN if it is gone already, EDEADLK from a callback.
         """
         self._require("shutdown", "built", "running")
+        self.luo.refuse_callback("shutdown")
         if self.booted and self.luo.state is State.PREPARED:
             self.luo.cancel()
         self.depart()

@@ -393,8 +393,10 @@ class Incoming(IncomingMemory):
             raise HandoverError("root tree is larger than its preserved page", handover.fdt_phys)
         self._subtrees = {}
         for node in root.children:
-            if node.name in self._subtrees:
-                raise HandoverError(f"subtree {node.name} stands twice", handover.fdt_phys)
+            if not node.name or node.name in self._subtrees:
+                raise HandoverError(
+                    f"subtree {node.name!r} has no name, or stands twice", handover.fdt_phys
+                )
             self._subtrees[node.name] = self._check_subtree(
                 node.name,
                 _native_u64(node.get(generation.data_property)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import logging
 import struct
 import threading
@@ -102,7 +103,7 @@ class StateLock:
         """
         me = threading.get_ident()
         with self._changed:
-            self._refuse_deadlock(me, what)
+            self.refuse_deadlock(what)
             if me in self._readers:
                 raise StateError(errno.EDEADLK, f"{what}: this thread is reading the state")
             while self._writer is not None or self._readers:
@@ -120,7 +121,7 @@ class StateLock:
         """Hold the lock together with other readers."""
         me = threading.get_ident()
         with self._changed:
-            self._refuse_deadlock(me, what)
+            self.refuse_deadlock(what)
             while self._writer is not None:
                 self._changed.wait()
             self._readers[me] = self._readers.get(me, 0) + 1
@@ -133,8 +134,9 @@ class StateLock:
                     del self._readers[me]
                 self._changed.notify_all()
 
-    def _refuse_deadlock(self, me: int, what: str) -> None:
-        if self._writer == me:
+    def refuse_deadlock(self, what: str) -> None:
+        """Raise ``StateError(EDEADLK)`` if this thread holds the lock for writing."""
+        if self._writer == threading.get_ident():
             raise StateError(errno.EDEADLK, f"{what}: called from a callback of a running event")
 
 
@@ -274,6 +276,10 @@ class Orchestrator(Mortal):
         if self._state is not State.NORMAL:
             raise StateError(errno.EINVAL, f"{what}: needs NORMAL, the state is {self._state.name}")
 
+    def refuse_callback(self, what: str) -> None:
+        """Raise ``StateError(EDEADLK)`` if *what* is called from a callback of a running event."""
+        self._lock.refuse_deadlock(what)
+
     def note_reclaim(self) -> None:
         """Note the time: a device has been reclaimed."""
         self.last_reclaim_ns = self._recorder.read_clock()
@@ -301,6 +307,8 @@ class Orchestrator(Mortal):
         name = subsystem if isinstance(subsystem, str) else subsystem.name
         with self._lock.reading(f"unregister {name}"):
             self._require_unprepared(f"unregister {name}")
+            if self._layer is not None and name == self._layer.name:
+                raise from_errno(errno.ENOENT, f"unregister {name}: is no subsystem")
             self._chain.unregister(name)
 
     def _require_unprepared(self, what: str) -> None:
@@ -332,9 +340,11 @@ class Orchestrator(Mortal):
             goes on, as in the kernel.
 
         Raises:
-            StateError: EALREADY if it has run and neither jump nor cancel followed.
+            StateError: EALREADY if it has run and neither jump nor cancel followed, EDEADLK from
+                a callback.
             CallbackError: a callback failed; all were cancelled, the state is NORMAL.
         """
+        self.refuse_callback(Event.REBOOT.name)
         if self._state is not State.PREPARED:
             return False
         self.reboot_began_ns = self._recorder.read_clock()
@@ -401,15 +411,23 @@ class Orchestrator(Mortal):
             self._require(event)
             self._collected = []
             steps = self._steps(event, bulk)
+            step: Step | None = None
             ended = False
 
             def fail(error: BaseException) -> None:
                 nonlocal ended
                 ended = True
+                left: Iterator[Step] = steps
+                if step is not None and not step.done:  # handed out, and never run
+                    step._fail = None
+                    left = itertools.chain((step,), steps)
                 if event in (Event.PREPARE, Event.REBOOT):
+                    if step is not None:
+                        step.done = True
+                    steps.close()
                     self._roll_back(error)
                 else:
-                    self._complete(event, steps)
+                    self._complete(event, left)
 
             try:
                 if event is Event.PREPARE:
@@ -425,11 +443,9 @@ class Orchestrator(Mortal):
                     self._publish()
                 self._enter(event)
             except BaseException as error:
-                if not ended:
+                if not ended and self.__dict__:  # else the kernel went while steps were open
                     fail(error)
                 raise
-            finally:
-                steps.close()  # now, not when the error that holds it is dropped
 
     def _require(self, event: Event) -> None:
         if not self.enabled:
@@ -445,11 +461,12 @@ class Orchestrator(Mortal):
             raise StateError(errno.EALREADY, "REBOOT: has run; jump or cancel")
 
     def _steps(self, event: Event, bulk: bool) -> Generator[Step, None, None]:
+        collected = self._collected
         for participant in self._chain.order(event.name):
             try:
                 yield from participant.steps(event.name, bulk)
             finally:
-                self._collected += participant.collect()
+                collected += participant.collect()
 
     def _enter(self, event: Event) -> None:
         if event is Event.CANCEL:
@@ -496,7 +513,7 @@ class Orchestrator(Mortal):
                 if step is None:
                     return problems
                 step.run()
-            except (Exception, KeyboardInterrupt) as error:
+            except BaseException as error:
                 problems.append(error)
 
     # ---- LUO's node ----
@@ -560,10 +577,12 @@ class Orchestrator(Mortal):
         """
         with self._lock.writing(RESTORE):
             failures: list[CallbackError] = []
+            problems: list[BaseException] = []
             for participant in self._chain.order(RESTORE):
-                for step in participant.steps(RESTORE, True):
-                    step.run()
+                problems += self._finish_steps(participant.steps(RESTORE, True))
                 failures += participant.collect()
+            if problems:  # an interrupt: there is no way back, so everybody had a turn first
+                raise problems[0]
             return tuple(failures)
 
     def _discard_incoming(self) -> None:

@@ -337,6 +337,7 @@ class SubsystemParticipant:
         """Yield the one step of *event*, if there is a callback for it."""
         cancel = event == Event.CANCEL.name
         if cancel and not self.prepared:
+            self.context.data = 0  # a PREPARE that failed may have set it
             return
         callback = getattr(self.subsystem, event.lower())
         if callback is not None:
@@ -358,6 +359,8 @@ class SubsystemParticipant:
             outcome = raised
         self._recorder.add(key, self._recorder.read_clock() - start, 0)
         if not failed(outcome):
+            # Here and not only in steps(): who is interrupted now must get its CANCEL.
+            self.prepared |= event == Event.PREPARE.name
             return
         error = callback_error(
             outcome, event=event, kind="subsystem", name=self.name, callback=callback

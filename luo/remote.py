@@ -193,8 +193,10 @@ class RemoteKernel:
         self.arrival: Arrival | None = None
         self._committed = False
         self._count = 0
+        self._closed = False
         self._next: RemoteKernel | None = None
         ours, theirs = socket.socketpair()
+        self._channel = Channel(ours)
         tree = machine.devices.to_memfd()
         try:
             self._process = subprocess.Popen(
@@ -208,7 +210,6 @@ class RemoteKernel:
                     "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
                 },
             )
-            self._channel = Channel(ours)
             self.pid = self._process.pid
             theirs.close()
             memory = machine.memory
@@ -242,6 +243,8 @@ class RemoteKernel:
         With *step*, which is for what precedes the commit point, every failure is a
         :class:`SuccessorError` that names it.
         """
+        if self._closed:
+            raise StateError(errno.ESHUTDOWN, f"{command}: {self} is gone")
         self._count += 1
         try:
             self._channel.send({"id": self._count, "command": command, **arguments})
@@ -259,7 +262,8 @@ class RemoteKernel:
             error = _decode_error(answer["error"])
             if step:
                 code = errno.ENOEXEC if step == "load" else errno.EPROTO
-                raise SuccessorError(code, f"{step}: {self} refused: {error}", step) from error
+                why = error.strerror if isinstance(error, KhoError) else error
+                raise SuccessorError(code, f"{step}: {self} refused: {why}", step) from error
             raise error
         result: dict[str, Any] = answer["result"]
         return result
@@ -369,9 +373,8 @@ class RemoteKernel:
         if self._next is not None:
             self._next.close()
             self._next = None
-        channel = getattr(self, "_channel", None)
-        if channel is not None:
-            channel.close()
+        self._closed = True
+        self._channel.close()
         process = getattr(self, "_process", None)
         if process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):

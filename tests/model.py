@@ -108,8 +108,6 @@ class KhoModel:
 
     def unpreserve_folio(self, phys: int, order: int) -> int:
         """Undo all earlier preserves of exactly this block."""
-        if phys % (self.page_bytes << order):
-            return errno.EINVAL
         if (phys, order) not in self.preserved:
             return errno.ENOENT
         self.preserved.remove((phys, order))
@@ -128,19 +126,15 @@ class KhoModel:
 
     def preserve_pages(self, phys: int, nr_pages: int) -> int:
         """All blocks of the run, or none."""
-        if not nr_pages:
-            return 0
-        if phys % self.page_bytes or self._refused(phys, nr_pages):
+        if not nr_pages or phys % self.page_bytes or self._refused(phys, nr_pages):
             return errno.EINVAL
         self.preserved.update(self.blocks_of(phys, nr_pages))
         return 0
 
     def unpreserve_pages(self, phys: int, nr_pages: int) -> int:
         """Only a run that was preserved as it stands."""
-        if nr_pages and (phys % self.page_bytes or not self._in_ram(phys, nr_pages)):
-            return errno.EINVAL
         blocks = self.blocks_of(phys, nr_pages)
-        if not self.preserved.issuperset(blocks):
+        if not blocks or phys % self.page_bytes or not self.preserved.issuperset(blocks):
             return errno.ENOENT
         self.preserved.difference_update(blocks)
         return 0

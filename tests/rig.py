@@ -113,9 +113,11 @@ class Log:
 def content(kind: str, path: str, nbytes: int) -> bytes:
     """Return the bytes that a callback of *kind* saves for the device at *path*."""
     seed = zlib.crc32(f"{kind} {path}".encode()) | 1
-    return (np.arange(nbytes, dtype=np.uint64) * np.uint64(seed) >> np.uint64(5)).astype(
-        np.uint8
-    ).tobytes()
+    return (
+        (np.arange(nbytes, dtype=np.uint64) * np.uint64(seed) >> np.uint64(5))
+        .astype(np.uint8)
+        .tobytes()
+    )
 
 
 # ---- machines ----

@@ -195,7 +195,7 @@ cdef class DeviceRef:
     cdef readonly object devices
     cdef readonly Py_ssize_t index
 
-    def __cinit__(self, devices, Py_ssize_t index):
+    def __init__(self, devices, Py_ssize_t index):
         self.devices = devices
         self.index = index
 
@@ -251,6 +251,15 @@ cdef class CallTable:
         self.mode = modes[mode]
 
 
+cdef bint is_zero(object outcome) except -1:
+    if type(outcome) is int:
+        return outcome == 0
+    try:
+        return PyNumber_Index(outcome) == 0  # False, or a number of numpy's
+    except TypeError:
+        return False
+
+
 def call_devices(
     CallRecorder recorder not None, object devices, type device_type not None,
     const int32_t[::1] order not None, Py_ssize_t start, Py_ssize_t stop, bint backwards,
@@ -263,7 +272,7 @@ def call_devices(
         backwards: from *stop* - 1 down to *start*.
         tables: one or two :class:`CallTable`, in the order of calling.
         done: one byte a device, see :class:`CallTable`.
-        failures: None stops at the first failure; a list collects them all.
+        failures: None stops at the first failure; a list collects them all, interrupts too.
 
     Returns:
         None, or the first failure if *failures* is None. A failure is (device, table number,
@@ -276,6 +285,8 @@ def call_devices(
     cdef object call, outcome, view
     cdef int64_t last, now
 
+    if not issubclass(device_type, DeviceRef):
+        raise TypeError(f"call_devices: {device_type.__name__} is no DeviceRef")
     if not (0 <= start <= stop <= order.shape[0]):
         raise IndexError(f"call_devices: {start}..{stop} of {order.shape[0]}")
     for table in tables:
@@ -302,12 +313,21 @@ def call_devices(
             call = table.calls[number]
             if call is not None:
                 if view is None:
-                    view = device_type.__new__(device_type, devices, device)
+                    # Past __init__: this is once a callback.
+                    view = DeviceRef.__new__(device_type)
+                    (<DeviceRef>view).devices = devices
+                    (<DeviceRef>view).index = device
                 try:
                     outcome = call(view)
-                    if outcome is not None and type(outcome) is int and outcome == 0:
+                    if outcome is not None and is_zero(outcome):
                         outcome = None
                 except Exception as error:
+                    outcome = error
+                except BaseException as error:
+                    # An interrupt ends what can be undone; where nothing stops, the caller
+                    # raises it when everybody has been called.
+                    if failures is None:
+                        raise
                     outcome = error
                 now = recorder.now()
                 recorder.record(table.keys[number], now - last, 1)

@@ -751,7 +751,7 @@ cdef class PhysicalMemory:
     cdef MemoryMapping map_bytes(self):
         cdef char *address = reserve_addresses(self.size)
         cdef int prot = PROT_READ if self.readonly else PROT_READ | PROT_WRITE
-        if address == NULL:  # a few spans of TiBs fill the address space; garbage may still hold some
+        if address == NULL:  # a few spans of TiBs fill the address space; garbage may hold some
             gc.collect()
             address = reserve_addresses(self.size)
         if address == NULL or mmap(address, self.size, prot, MAP_SHARED | MAP_NORESERVE | MAP_FIXED,

@@ -572,7 +572,7 @@ cdef class PreservedMemory:
         cdef size_t i
         if phys & (self.memory.page_size - 1):
             return BLOCK_MISALIGNED
-        if pages == 0 or pages > self.memory.nr_pages or not self.memory.has(
+        if pages > self.memory.nr_pages or not self.memory.has(
                 phys, pages << self.memory.page_shift):
             return BLOCK_OUTSIDE
         for i in range(self.nr_scratch):
@@ -764,14 +764,14 @@ cdef class PreservedMemory:
         the new kernel restores it with ``restore_pages``.
 
         Raises:
-            KhoError: EINVAL if it is empty, misaligned, not in RAM, overlaps scratch, or
+            KhoError: EINVAL if it is misaligned, not in RAM, overlaps scratch, or
                 (``debug=True``) is not allocated; ENOMEM.
         """
         cdef uint64_t at = as_u64(phys), pages = as_u64(nr_pages), n = 0, fresh = 0
         cdef uint64_t *keys
         cdef int rc, why
         self.use()
-        why = self.check_run(at, pages)
+        why = self.check_run(at, pages) if pages else BLOCK_OK
         if why:
             self.refuse(f"preserve_pages {at:#x}, {pages} pages", at,
                         pages << self.memory.page_shift, why)
@@ -791,7 +791,7 @@ cdef class PreservedMemory:
         cdef uint64_t *keys
         cdef int rc, why
         self.use()
-        why = self.check_run(at, pages)
+        why = self.check_run(at, pages) if pages else BLOCK_OK
         if why == BLOCK_MISALIGNED or why == BLOCK_OUTSIDE:
             check(-ENOENT, f"unpreserve_pages {at:#x}, {pages} pages")
         keys = self.split_run(at, pages, &n)

@@ -334,6 +334,16 @@ def test_validate_of_two_subtrees_with_one_name_is_refused():
     assert validate(filled(builder.pages), handover) is None
 
 
+def test_validate_of_a_subtree_without_name_is_refused():
+    """Only the root has an empty name."""
+    builder, handover = right()
+    builder.finish({"abc": (builder.blob(b"a"), 1)})
+    page = builder.pages[builder.fdt]
+    page[:] = page.replace(b"abc\0", bytes(4))
+
+    assert validate(filled(builder.pages), handover) is None
+
+
 def test_validate_of_a_root_tree_over_its_page_is_refused():
     """Only the page at its start is preserved; what stands behind belongs to nobody."""
     builder, handover = right()

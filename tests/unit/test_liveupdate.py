@@ -19,6 +19,9 @@ from luo.liveupdate import Event, Priority, State, Subsystem
 
 BEFORE, WITH, AFTER = Priority
 
+#: Blocks that KHO itself leaves behind: the root tree and the metadata.
+KHO_OWN = 2
+
 
 @pytest.fixture
 def log():
@@ -61,6 +64,18 @@ def in_state(state, log):
     return kernel
 
 
+def prepare_and_reboot(kernel, reboot=None):
+    """PREPARE, then REBOOT (or *reboot*): one of them is going to fail."""
+    kernel.luo.prepare()
+    (reboot or kernel.luo.reboot)()
+
+
+def drain(steps):
+    """Run every step."""
+    for step in steps:
+        step.run()
+
+
 def names(calls):
     """Names of the subsystems called, the devices as one."""
     kinds = [name if kind == "subsystem" else "devices" for _, kind, name, _ in calls]
@@ -84,9 +99,13 @@ PAIRS = [
 
 def test_state_and_event_are_numbered_as_in_the_kernel():
     """The numbers and the order of states, events and priorities are the kernel's."""
-    assert ["NORMAL", "PREPARED", "UPDATED"] == [State(i).name for i in range(3)]
-    assert ["PREPARE", "REBOOT", "FINISH", "CANCEL"] == [Event(i).name for i in range(4)]
-    assert ["BEFORE_DEVICES", "WITH_DEVICES", "AFTER_DEVICES"] == [Priority(i).name for i in (0, 1, 2)]
+    assert [State(i).name for i in range(3)] == ["NORMAL", "PREPARED", "UPDATED"]
+    assert [Event(i).name for i in range(4)] == ["PREPARE", "REBOOT", "FINISH", "CANCEL"]
+    assert [Priority(i).name for i in (0, 1, 2)] == [
+        "BEFORE_DEVICES",
+        "WITH_DEVICES",
+        "AFTER_DEVICES",
+    ]
 
 
 @pytest.mark.parametrize(("state", "event"), PAIRS)
@@ -110,9 +129,9 @@ def test_event_in_each_state_follows_the_table(state, event, log):
     if event is Event.REBOOT:  # an ordinary kexec goes on
         assert call() is False
     else:
-        assert errno.EINVAL == errno_of(call)
+        assert errno_of(call) == errno.EINVAL
 
-    assert [] == log.calls
+    assert log.calls == []
     assert before == snapshot(kernel)
 
 
@@ -126,11 +145,10 @@ def test_steps_in_each_state_follows_the_table(state, event, log):
         with pytest.raises(StateError) as caught:
             next(steps)
 
-        assert errno.EINVAL == caught.value.errno
+        assert caught.value.errno == errno.EINVAL
         assert state is kernel.luo.state
     else:
-        for step in steps:
-            step.run()
+        drain(steps)
 
         assert expected is kernel.luo.state
 
@@ -145,7 +163,7 @@ def test_wrong_state_names_the_wanted_and_the_present_one(log):
 def test_dry_reboot_outside_prepared_is_einval(log):
     """A dry run needs PREPARED."""
     for state in (State.NORMAL, State.UPDATED):
-        assert errno.EINVAL == errno_of(in_state(state, log).luo.dry_reboot)
+        assert errno_of(in_state(state, log).luo.dry_reboot) == errno.EINVAL
 
 
 def test_dry_reboot_calls_reboot_then_cancels(log):
@@ -156,9 +174,12 @@ def test_dry_reboot_calls_reboot_then_cancels(log):
     log.clear()
     result = kernel.luo.dry_reboot()
 
-    assert ["REBOOT", "CANCEL"] == [event for event, _ in itertools.groupby(c[0] for c in log.calls)]
+    assert [event for event, _ in itertools.groupby(c[0] for c in log.calls)] == [
+        "REBOOT",
+        "CANCEL",
+    ]
     assert [c[1:] for c in log.of("CANCEL")] == [c[1:] for c in log.of("REBOOT")][::-1]
-    assert () == result.failures
+    assert result.failures == ()
     assert before == snapshot(kernel)
 
 
@@ -168,9 +189,9 @@ def test_reboot_twice_is_ealready(log):
     assert kernel.luo.reboot() is True
     log.clear()
 
-    assert errno.EALREADY == errno_of(kernel.luo.reboot)
-    assert errno.EALREADY == errno_of(kernel.luo.dry_reboot)
-    assert [] == log.calls
+    assert errno_of(kernel.luo.reboot) == errno.EALREADY
+    assert errno_of(kernel.luo.dry_reboot) == errno.EALREADY
+    assert log.calls == []
     assert State.PREPARED is kernel.luo.state
     kernel.luo.cancel()
     assert State.NORMAL is kernel.luo.state
@@ -187,8 +208,13 @@ def test_observer_is_told_each_change_of_state(log, machine):
     log.faults["PREPARE", "driver", "nic", "pci0/port/nic0"] = -errno.EIO
     errno_of(kernel.luo.prepare)
 
-    assert ["prepared", "normal"] == [name for what, name in seen if what == "state"]
-    assert ["prepare", "cancel", "prepare"] == [name for what, name in seen if what == "phase"]
+    assert [name for what, name in seen if what == "state"] == ["prepared", "normal"]
+    assert [name for what, name in seen if what == "phase"] == [
+        "boot",
+        "prepare",
+        "cancel",
+        "prepare",
+    ]
 
 
 @pytest.mark.parametrize("cmdline", ["kho=on", "liveupdate=on", "kho=off liveupdate=on", ""])
@@ -198,9 +224,9 @@ def test_event_disabled_is_eopnotsupp(cmdline, log, machine):
 
     assert kernel.luo.enabled is False
     for call in (kernel.luo.prepare, kernel.luo.cancel, kernel.luo.finish):
-        assert errno.EOPNOTSUPP == errno_of(call)
+        assert errno_of(call) == errno.EOPNOTSUPP
     assert kernel.luo.reboot() is False
-    assert [] == log.calls
+    assert log.calls == []
     assert State.NORMAL is kernel.luo.state
 
 
@@ -245,8 +271,8 @@ def test_chain_equal_priorities_run_in_order_of_registration(log, machine):
     kernel.luo.prepare()
     kernel.luo.cancel()
 
-    assert ["c", "a", "b", "devices", "z"] == names(log.of("PREPARE"))
-    assert ["z", "devices", "b", "a", "c"] == names(log.of("CANCEL"))
+    assert names(log.of("PREPARE")) == ["c", "a", "b", "devices", "z"]
+    assert names(log.of("CANCEL")) == ["z", "devices", "b", "a", "c"]
 
 
 def test_chain_subsystem_without_callback_is_passed_over(log, machine):
@@ -255,7 +281,7 @@ def test_chain_subsystem_without_callback_is_passed_over(log, machine):
     kernel.luo.prepare()
     kernel = update(kernel, small_kernel(machine, log, [Subsystem("silent")]))
 
-    assert () == kernel.luo.finish().failures
+    assert kernel.luo.finish().failures == ()
     assert State.NORMAL is kernel.luo.state
 
 
@@ -266,9 +292,9 @@ def test_register_same_name_is_eexist(log, machine):
     """A name is taken once, also that of the devices."""
     kernel = boot(machine, log, log.subsystem("one"))
 
-    assert errno.EEXIST == errno_of(kernel.luo.register, Subsystem("one"))
-    assert errno.EEXIST == errno_of(kernel.luo.register, Subsystem("devices"))
-    assert errno.EEXIST == errno_of(boot, small_machine(), log, Subsystem("x"), Subsystem("x"))
+    assert errno_of(kernel.luo.register, Subsystem("one")) == errno.EEXIST
+    assert errno_of(kernel.luo.register, Subsystem("devices")) == errno.EEXIST
+    assert errno_of(boot, small_machine(), log, Subsystem("x"), Subsystem("x")) == errno.EEXIST
 
 
 def test_unregister_unknown_is_enoent(log, machine):
@@ -276,9 +302,9 @@ def test_unregister_unknown_is_enoent(log, machine):
     one = log.subsystem("one")
     kernel = boot(machine, log, one)
 
-    assert errno.ENOENT == errno_of(kernel.luo.unregister, "two")
+    assert errno_of(kernel.luo.unregister, "two") == errno.ENOENT
     kernel.luo.unregister(one)
-    assert errno.ENOENT == errno_of(kernel.luo.unregister, "one")
+    assert errno_of(kernel.luo.unregister, "one") == errno.ENOENT
     kernel.luo.prepare()
     assert "one" not in names(log.calls)
 
@@ -296,10 +322,10 @@ def test_register_in_prepared_is_ebusy(log):
     """In PREPARED nobody joins or leaves: it would get one half of an update (quirk 11)."""
     kernel = in_state(State.PREPARED, log)
 
-    assert errno.EBUSY == errno_of(kernel.luo.register, log.subsystem("new"))
-    assert errno.EBUSY == errno_of(kernel.luo.unregister, "one")
+    assert errno_of(kernel.luo.register, log.subsystem("new")) == errno.EBUSY
+    assert errno_of(kernel.luo.unregister, "one") == errno.EBUSY
     kernel.luo.cancel()
-    assert ["late", "devices", "two", "one", "early"] == names(log.calls)
+    assert names(log.calls) == ["late", "devices", "two", "one", "early"]
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "a\0b", "x" * 64, "ä" * 32])
@@ -318,6 +344,11 @@ def test_subsystem_uncallable_callback_is_type_error():
 
 # ---- calling back ----
 
+
+def toggle(device):
+    device.requested = not device.requested
+
+
 CALL_BACK = {
     "prepare": lambda kernel: kernel.luo.prepare(),
     "reboot": lambda kernel: kernel.luo.reboot(),
@@ -328,15 +359,18 @@ CALL_BACK = {
     "read_state": lambda kernel: kernel.luo.read_state().__enter__(),
     "register": lambda kernel: kernel.luo.register(Subsystem("new")),
     "unregister": lambda kernel: kernel.luo.unregister("one"),
-    "requested": lambda kernel: setattr(kernel.devices["pci0/disk"], "requested", False),
+    "requested": lambda kernel: toggle(kernel.devices["pci0/disk"]),
     "request": lambda kernel: kernel.devices.request("*", False),
     "bind": lambda kernel: kernel.devices["pci0"].bind("nic"),
     "kexec": lambda kernel: kernel.kexec(),
+    "shutdown": lambda kernel: kernel.shutdown(),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", CALL_BACK)
-@pytest.mark.parametrize("event", ["PREPARE", "REBOOT", "CANCEL", "FINISH", "RESTORE"])
+@pytest.mark.parametrize(
+    ("event", "what"),
+    list(itertools.product(["PREPARE", "REBOOT", "CANCEL", "FINISH", "RESTORE"], CALL_BACK)),
+)
 def test_callback_that_calls_back_gets_edeadlk(event, what, log):
     """A callback holds the lock of its event: whatever takes it is EDEADLK, and nothing is lost."""
     machine = small_machine()
@@ -344,21 +378,13 @@ def test_callback_that_calls_back_gets_edeadlk(event, what, log):
     seen = []
 
     def call_back(kernel):
-        if what == "kexec" and event != "RESTORE":
-            kernel.kexec_load(small_kernel(machine, log, chain(log)))
-        elif what == "kexec":
-            kernel.luo.reboot()
         seen.append(errno_of(CALL_BACK[what], kernel))
-        if what == "kexec":
-            kernel.kexec_unload()
 
     def subsystem_calls_back(context):
         call_back(context.kernel)
 
     log.hooks[event, "subsystem", "two", None] = subsystem_calls_back
     log.hooks[event, "driver", "nic", "pci0/port/nic0"] = subsystem_calls_back
-    if event == "RESTORE" and what == "kexec":
-        pytest.skip("in the successor no kernel is loaded yet")
     kernel.luo.prepare()
     if event == "CANCEL":
         kernel.luo.cancel()
@@ -368,7 +394,7 @@ def test_callback_that_calls_back_gets_edeadlk(event, what, log):
         kernel = update(kernel, small_kernel(machine, log, chain(log)))
         kernel.luo.finish()
 
-    assert [errno.EDEADLK, errno.EDEADLK] == seen
+    assert seen == [errno.EDEADLK, errno.EDEADLK]
     expected = State.PREPARED if event in ("PREPARE", "REBOOT") else State.NORMAL
     assert expected is kernel.luo.state
     assert kernel.machine.running is kernel
@@ -381,7 +407,7 @@ def test_event_while_this_thread_reads_the_state_is_edeadlk(log, machine):
         assert State.NORMAL is state
         with kernel.luo.read_state():
             pass
-        assert errno.EDEADLK == errno_of(kernel.luo.prepare)
+        assert errno_of(kernel.luo.prepare) == errno.EDEADLK
     kernel.luo.prepare()
 
 
@@ -405,7 +431,7 @@ def test_event_waits_for_a_reader_in_another_thread(log, machine):
     kernel.luo.prepare()
     reader.join()
 
-    assert ["reader left", "prepared"] == order
+    assert order == ["reader left", "prepared"]
 
 
 def test_reboot_after_cancel_in_another_thread_calls_nobody(log, machine):
@@ -430,7 +456,7 @@ def test_reboot_after_cancel_in_another_thread_calls_nobody(log, machine):
     rebooter.join()
 
     assert results in ([None], [errno.EINVAL])
-    assert [] == log.of("REBOOT")
+    assert log.of("REBOOT") == []
     assert State.NORMAL is kernel.luo.state
 
 
@@ -465,15 +491,14 @@ def test_callback_failure_is_named(event, kind, name, device, outcome, code, log
     before = snapshot(kernel)
     log.faults[event, kind, name, device] = outcome
     with pytest.raises(CallbackError) as caught:
-        kernel.luo.prepare()
-        kernel.luo.reboot()
+        prepare_and_reboot(kernel)
     error = caught.value
 
     assert (code, event, kind, name, device) == (
         error.errno, error.event, error.kind, error.name, error.device
     )  # fmt: skip
     assert error.rolled_back is True
-    assert [] == error.undo_errors
+    assert error.undo_errors == []
     assert (outcome if isinstance(outcome, BaseException) else None) is error.__cause__
     for part in (event, name, *([device] if device else [])):
         assert part in str(error)
@@ -490,7 +515,7 @@ def test_callback_zero_of_any_kind_is_success(outcome, log, machine):
             log.faults[(event, *place.values)] = outcome
     kernel.luo.prepare()
 
-    assert () == kernel.luo.dry_reboot().failures
+    assert kernel.luo.dry_reboot().failures == ()
 
 
 def test_callback_positive_return_asks_whether_minus_was_meant(log, machine):
@@ -500,7 +525,7 @@ def test_callback_positive_return_asks_whether_minus_was_meant(log, machine):
     with pytest.raises(CallbackError, match="did you mean -EBUSY") as caught:
         kernel.luo.prepare()
 
-    assert errno.EINVAL == caught.value.errno
+    assert caught.value.errno == errno.EINVAL
 
 
 def raises_here(subject):
@@ -543,7 +568,7 @@ def test_prepare_failure_cancels_those_before_but_not_the_failing_one(log, machi
     """Who fails in PREPARE gets no CANCEL, nor does anybody after it; the rest in reverse."""
     kernel = boot(machine, log, *chain(log))
     log.faults["PREPARE", "subsystem", "late", None] = -errno.EIO
-    assert errno.EIO == errno_of(kernel.luo.prepare)
+    assert errno_of(kernel.luo.prepare) == errno.EIO
     prepared = [call[1:] for call in log.of("PREPARE")]
 
     assert prepared[-1] == ("subsystem", "late", None)
@@ -551,9 +576,9 @@ def test_prepare_failure_cancels_those_before_but_not_the_failing_one(log, machi
 
     log.clear()
     log.faults["PREPARE", "subsystem", "one", None] = -errno.EIO
-    assert errno.EIO == errno_of(kernel.luo.prepare)
-    assert ["early", "one"] == names(log.of("PREPARE"))
-    assert ["early"] == names(log.of("CANCEL"))
+    assert errno_of(kernel.luo.prepare) == errno.EIO
+    assert names(log.of("PREPARE")) == ["early", "one"]
+    assert names(log.of("CANCEL")) == ["early"]
 
 
 @pytest.mark.parametrize(("kind", "name", "device"), PLACES)
@@ -563,7 +588,7 @@ def test_reboot_failure_cancels_everybody(kind, name, device, log, machine):
     kernel.luo.prepare()
     prepared = [call[1:] for call in log.of("PREPARE")]
     log.faults["REBOOT", kind, name, device] = -errno.EIO
-    assert errno.EIO == errno_of(kernel.luo.reboot)
+    assert errno_of(kernel.luo.reboot) == errno.EIO
     rebooted = [call[1:] for call in log.of("REBOOT")]
 
     assert prepared[: len(rebooted)] == rebooted
@@ -592,13 +617,13 @@ def test_interrupt_in_a_callback_rolls_back_and_is_raised(event, kind, name, dev
     before = snapshot(kernel)
     log.faults[event, kind, name, device] = KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        kernel.luo.prepare()
-        kernel.luo.reboot()
+        prepare_and_reboot(kernel)
 
     assert before == snapshot(kernel)
     undone = [call[1:] for call in log.of("CANCEL")]
     done = [call[1:] for call in log.of("PREPARE")]
     assert (done[-2::-1] if event == "PREPARE" else done[::-1]) == undone
+    log.clear()
     kernel.luo.prepare()
 
 
@@ -625,17 +650,18 @@ def test_finish_failure_is_collected_and_the_state_is_normal(kind, name, device,
     """A failing FINISH stops nobody, and all that came over is freed."""
     kernel = boot(machine, log, *chain(log))
     kernel = update(kernel, small_kernel(machine, log, chain(log)))
+    called = sorted(str(call[1:]) for call in log.of("PREPARE"))
     log.clear()
     log.faults["FINISH", kind, name, device] = -errno.EIO
     result = kernel.luo.finish()
 
-    assert 4 + 3 * 1 + 4 + 1 == len({call[1:] for call in log.of("FINISH")}) + 0 * 1 or True
+    assert called == sorted(map(str, {call[1:] for call in log.of("FINISH")}))
     assert [(errno.EIO, "FINISH", name, device)] == [
         (error.errno, error.event, error.name, error.device) for error in result.failures
     ]
     assert State.NORMAL is kernel.luo.state
     assert not kernel.devices.preserved.any()
-    assert 0 == kernel.kho.incoming.nr_unrestored
+    assert kernel.kho.incoming.nr_unrestored == KHO_OWN
 
 
 def test_prepare_failure_keeps_what_failed_while_cancelling(log, machine):
@@ -648,12 +674,13 @@ def test_prepare_failure_keeps_what_failed_while_cancelling(log, machine):
         kernel.luo.prepare()
     error = caught.value
 
-    assert ("late", "PREPARE", errno.EIO) == (error.name, error.event, error.errno)
+    assert (error.name, error.event, error.errno) == ("late", "PREPARE", errno.EIO)
     assert error.rolled_back is False
-    assert [("pci", errno.EIO), ("one", errno.EBUSY)] == [
-        (undo.name, undo.errno) for undo in error.undo_errors
+    assert [(undo.name, undo.errno) for undo in error.undo_errors] == [
+        ("pci", errno.EIO),
+        ("one", errno.EBUSY),
     ]
-    assert 2 == len(error.__notes__)
+    assert len(error.__notes__) == 2
     assert State.NORMAL is kernel.luo.state
 
 
@@ -707,13 +734,12 @@ def test_failed_update_can_be_tried_again(log, machine):
         log.faults[key] = -errno.EIO
         kernel.kexec_load(small_kernel(machine, log, chain(log)))
         with pytest.raises(CallbackError):
-            kernel.luo.prepare()
-            kernel.kexec()
+            prepare_and_reboot(kernel, kernel.kexec)
     log.clear()
     kernel = update(kernel, small_kernel(machine, log, chain(log)))
 
-    assert () == kernel.restore_failures
-    assert () == kernel.luo.finish().unreclaimed
+    assert kernel.restore_failures == ()
+    assert kernel.luo.finish().unreclaimed == ()
 
 
 # ---- one callback at a time ----
@@ -786,7 +812,7 @@ def test_steps_finish_in_the_next_kernel(log, machine):
 
     assert [call[1:] for call in log.calls] == steps
     assert State.NORMAL is kernel.luo.state
-    assert 0 == kernel.kho.incoming.nr_unrestored
+    assert kernel.kho.incoming.nr_unrestored == KHO_OWN
 
 
 @pytest.mark.parametrize("run", [0, 1, 2, 3, 5, 8, 100])
@@ -833,7 +859,7 @@ def test_steps_never_asked_do_nothing(log, machine):
     kernel = boot(machine, log)
     kernel.luo.steps(Event.PREPARE).close()
 
-    assert [] == log.calls
+    assert log.calls == []
     kernel.luo.prepare()
 
 
@@ -844,8 +870,8 @@ def test_step_run_twice_is_ealready(log, machine):
     step = next(steps)
     step.run()
 
-    assert errno.EALREADY == errno_of(step.run)
-    assert 1 == len(log.calls)
+    assert errno_of(step.run) == errno.EALREADY
+    assert len(log.calls) == 1
     steps.close()
 
 
@@ -858,8 +884,8 @@ def test_step_kept_after_the_end_is_not_run(log, machine):
     steps.close()
     log.clear()
 
-    assert errno.EALREADY == errno_of(late.run)
-    assert [] == log.calls
+    assert errno_of(late.run) == errno.EALREADY
+    assert log.calls == []
     assert State.NORMAL is kernel.luo.state
 
 
@@ -870,12 +896,12 @@ def test_step_that_fails_has_rolled_back_when_it_raises(log, machine):
     log.faults["PREPARE", "driver", "nic", "pci0/port/nic1"] = -errno.EIO
     steps = kernel.luo.steps(Event.PREPARE)
     with pytest.raises(CallbackError) as caught:
-        for step in steps:
-            step.run()
+        drain(steps)
 
     assert caught.value.rolled_back is True
     assert before == snapshot(kernel)
-    assert [] == list(steps)
+    assert list(steps) == []
+    log.clear()
     kernel.luo.prepare()
 
 
@@ -887,7 +913,7 @@ def test_step_failure_caught_by_the_caller_ends_the_event(log, machine):
     for step in steps:
         errno_of(step.run)
 
-    assert ("PREPARE", "driver", "nic", "pci0/port/nic1") == log.of("PREPARE")[-1]
+    assert log.of("PREPARE")[-1] == ("PREPARE", "driver", "nic", "pci0/port/nic1")
     assert State.NORMAL is kernel.luo.state
 
 
@@ -897,9 +923,23 @@ def test_steps_open_keep_the_lock(log, machine):
     steps = kernel.luo.steps(Event.PREPARE)
     next(steps)
 
-    assert errno.EDEADLK == errno_of(kernel.luo.prepare)
+    assert errno_of(kernel.luo.prepare) == errno.EDEADLK
     steps.close()
     kernel.luo.prepare()
+
+
+def test_steps_left_open_when_the_kernel_goes_are_harmless(log, machine):
+    """A kernel may be switched off between two steps; nobody is called any more."""
+    kernel = boot(machine, log, *chain(log))
+    steps = kernel.luo.steps(Event.PREPARE)
+    step = next(steps)
+    step.run()
+    kernel.close()
+    log.clear()
+    steps.close()
+
+    assert log.calls == []
+    boot(machine, log)
 
 
 # ---- what subsystems carry over ----
@@ -935,7 +975,7 @@ def test_context_data_of_reboot_is_what_goes_over(log, machine):
     parts = [Subsystem("one", prepare=give, reboot=give, restore=lambda c: seen.append(c.data))]
     update(boot(machine, log, *parts), small_kernel(machine, log, parts))
 
-    assert [107] == seen
+    assert seen == [107]
 
 
 @pytest.mark.parametrize("event", ["PREPARE", "REBOOT"])
@@ -956,11 +996,10 @@ def test_context_data_is_0_again_after_a_failure(event, log, machine):
         machine, log, Subsystem("one", prepare=give, reboot=fail if event == "REBOOT" else None)
     )
     with pytest.raises(CallbackError):
-        kernel.luo.prepare()
-        kernel.luo.reboot()
+        prepare_and_reboot(kernel)
     kernel.luo.prepare()
 
-    assert [0, 0] == seen
+    assert seen == [0, 0]
 
 
 @pytest.mark.parametrize("value", [-1, 2**64])
@@ -1010,14 +1049,17 @@ def test_luo_node_is_what_the_format_says(log, machine):
 
     assert struct.pack("=II", 1, 0) == bytes(blob.root["version"])
     assert len(SMALL) == int.from_bytes(blob.node("/devices")["count"], "little")
-    assert ["one", "two"] == sorted(child.name for child in blob.node("/subsystems").children)
-    assert 77 == int.from_bytes(blob.node("/subsystems/one")["data"], "little")
+    assert sorted(child.name for child in blob.node("/subsystems").children) == ["one", "two"]
+    assert int.from_bytes(blob.node("/subsystems/one")["data"], "little") == 77
 
 
 # ---- the next boot ----
 
 
-def left_behind(machine, log, version=struct.pack("=II", 1, 0), *, data=None):
+OURS = struct.pack("=II", 1, 0)
+
+
+def left_behind(machine, log, version=OURS, *, data=None):
     """Hand over with LUO's node, made by hand; return the handover."""
     kernel = small_kernel(machine, log).boot()
     writer = FdtWriter()
@@ -1047,7 +1089,7 @@ def test_boot_with_luo_node_is_updated(log, machine):
     kernel = small_kernel(machine, log).boot(left_behind(machine, log))
 
     assert State.UPDATED is kernel.luo.state
-    assert () == kernel.luo.finish().unreclaimed
+    assert kernel.luo.finish().unreclaimed == ()
 
 
 @pytest.mark.parametrize(
@@ -1082,15 +1124,23 @@ def test_boot_with_luo_off_and_a_node_panics(log, machine):
     assert machine.running is None
 
 
-def test_boot_with_kho_off_ignores_the_handover(log, machine):
-    """Without KHO nobody finds LUO's node: an ordinary boot, with the reason logged or none."""
+def test_boot_with_kho_off_and_a_node_panics(log, machine):
+    """``kho=off`` does not hide what came over: LUO's node is found, and LUO is off."""
     handover = left_behind(machine, log)
-    try:
-        kernel = small_kernel(machine, log, cmdline="liveupdate=on").boot(handover)
-    except KernelPanic:
-        pytest.fail("the node is under KHO's root, which a kernel with kho=off never reads")
+    with pytest.raises(KernelPanic, match="off"):
+        small_kernel(machine, log, cmdline="kho=off liveupdate=on").boot(handover)
+    assert machine.running is None
+
+
+def test_boot_with_kho_off_and_no_node_is_normal(log, machine):
+    """Without a node there is nothing to panic for."""
+    kernel = small_kernel(machine, log).boot()
+    handover = kernel.kho.handover()
+    kernel.close()
+    kernel = small_kernel(machine, log, cmdline="kho=off").boot(handover)
 
     assert State.NORMAL is kernel.luo.state
+    assert errno_of(kernel.luo.prepare) == errno.EOPNOTSUPP
 
 
 @pytest.mark.parametrize("blob", [b"no tree at all", b"\xd0\x0d\xfe\xed" + bytes(60)])
@@ -1112,7 +1162,7 @@ def test_kexec_after_cancel_boots_normal(log, machine):
     kernel = kernel.kexec()
 
     assert State.NORMAL is kernel.luo.state
-    assert 0 == kernel.kho.incoming.nr_unrestored
+    assert kernel.kho.incoming.nr_unrestored == KHO_OWN
 
 
 def test_live_update_after_cancelled_reboot_works(log, machine):
@@ -1135,7 +1185,7 @@ def test_kexec_in_updated_is_an_ordinary_one(log, machine):
     kernel.kexec_load(small_kernel(machine, log, chain(log)))
     kernel = kernel.kexec()
 
-    assert [] == log.calls
+    assert log.calls == []
     assert State.NORMAL is kernel.luo.state
     assert not kernel.devices.preserved.any()
 
@@ -1150,7 +1200,7 @@ def test_prepare_out_of_memory_is_as_before(log):
     with pytest.raises(KhoError) as caught:
         kernel.luo.prepare()
 
-    assert errno.ENOMEM == caught.value.errno
+    assert caught.value.errno == errno.ENOMEM
     assert before == snapshot(kernel)
     kernel.memory.free_folios(np.ascontiguousarray(taken[1:]))
     kernel.luo.prepare()

@@ -1,1 +1,100 @@
-"""Linux Live Update Orchestrator and Kexec HandOver, as a user-space engine."""
+"""Linux Live Update Orchestrator and Kexec HandOver, as a user-space engine.
+
+The names below are what programs use; each lives in a module of its own, whose docstring says
+more: :mod:`luo.machine` and :mod:`luo.kernel` for the two lifecycles, :mod:`luo.device` and
+:mod:`luo.notifier` for what takes part, :mod:`luo.kho`, :mod:`luo.memory` and :mod:`luo.fdt` for
+the bytes underneath.
+"""
+
+from typing import Any
+
+try:
+    import luo._kho  # noqa: F401, tried here so that the message is ours
+except ModuleNotFoundError as error:
+    if error.name != "luo._kho":
+        raise
+    raise ImportError(
+        f"the compiled core of luo is missing in {__path__[0]}: this is a source tree that has "
+        "not been built. Run 'make build' and use .venv/bin/python from another directory, or "
+        "'python setup.py build_ext --inplace'"
+    ) from None
+
+from luo.device import Bus, Device, DeviceBatch, Devices, Driver, LiveUpdateOps, batch
+from luo.errors import (
+    CallbackError,
+    FdtError,
+    HandoverError,
+    HostCrashError,
+    KernelPanic,
+    KhoBusyError,
+    KhoError,
+    KhoExistsError,
+    KhoNoMemoryError,
+    KhoNotFoundError,
+    LuoError,
+    StateError,
+    SuccessorError,
+)
+from luo.fdt import Column, Fdt, FdtEditor, FdtWriter
+from luo.kernel import Kernel, KernelImage, RemoteKernel, live_update
+from luo.kho import Handover, Kho, radix_decode, radix_key
+from luo.liveupdate import CancelResult, FinishResult, Orchestrator
+from luo.machine import DeviceTree, Machine
+from luo.memory import PhysicalMemory, parse_size
+from luo.notifier import Context, Event, Priority, State, Step, Subsystem
+from luo.report import Report, version
+
+__all__ = [
+    "Bus",
+    "CallbackError",
+    "CancelResult",
+    "Column",
+    "Context",
+    "Device",
+    "DeviceBatch",
+    "DeviceTree",
+    "Devices",
+    "Driver",
+    "Event",
+    "Fdt",
+    "FdtEditor",
+    "FdtError",
+    "FdtWriter",
+    "FinishResult",
+    "Handover",
+    "HandoverError",
+    "HostCrashError",
+    "Kernel",
+    "KernelImage",
+    "KernelPanic",
+    "Kho",
+    "KhoBusyError",
+    "KhoError",
+    "KhoExistsError",
+    "KhoNoMemoryError",
+    "KhoNotFoundError",
+    "LiveUpdateOps",
+    "LuoError",
+    "Machine",
+    "Orchestrator",
+    "PhysicalMemory",
+    "Priority",
+    "RemoteKernel",
+    "Report",
+    "State",
+    "StateError",
+    "Step",
+    "Subsystem",
+    "SuccessorError",
+    "batch",
+    "live_update",
+    "parse_size",
+    "radix_decode",
+    "radix_key",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":  # looked up when it is asked for: metadata takes long to import
+        return version()
+    raise AttributeError(f"module 'luo' has no attribute {name!r}")

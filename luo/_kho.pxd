@@ -131,6 +131,7 @@ cdef struct kho_radix_cursor:
 
 cdef struct kho_walk:
     page_state *state
+    uint64_t fdt  # phys of the root tree
     int page_shift
     int slot_bits
     int leaf_bits

@@ -16,6 +16,7 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 import errno
 import fcntl
+import gc
 import mmap as mmap_module
 import os
 import re

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,8 +22,9 @@ from luo import abi, drivers, workloads
 from luo.errors import KhoNoMemoryError, LuoError
 from luo.kernel import Kernel, KernelImage, live_update
 from luo.profile import screen
-from luo.report import Report, describe, parse_duration
-from luo.topology import Host, host as sysfs_host, hwloc
+from luo.report import Report, describe, parse_duration, version
+from luo.topology import Host, hwloc
+from luo.topology import host as sysfs_host
 
 __all__ = ["main"]
 
@@ -44,8 +46,32 @@ class Duration(click.ParamType["int"]):
             self.fail(str(error), param, ctx)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="luo-kho", prog_name="luo")
+class _OneLine(click.Group):
+    """A group whose errors are one line on standard error."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run, and exit."""
+        # A shell starts background jobs with SIGINT ignored; an update must still roll back.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _interrupt)
+        try:
+            status = super().main(*args, **{**extra, "standalone_mode": False})
+        except click.ClickException as error:
+            click.echo(f"luo: {error.format_message()}", err=True)
+            status = error.exit_code
+        except (click.Abort, KeyboardInterrupt):
+            status = INTERRUPTED
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+@click.group(
+    cls=_OneLine, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.version_option(version(), prog_name="luo")
 def main() -> None:
     """Live updates of a Linux host: what survives the reboot, what it costs, and what fails."""
 
@@ -205,8 +231,6 @@ def run(
         _write(json_file, json.dumps(document, indent=2))
     if status == WRONG:
         raise _Wrong(document["error"]["message"])
-    if status == INTERRUPTED and report.error:
-        report.error["message"] = "interrupted"
     screen.show(console, document, kernel_boot)
     if host.skipped:
         console.print(f"{host.skipped:,} attributes were unreadable and skipped", style="dim")
@@ -218,21 +242,18 @@ class _Wrong(click.ClickException):
 
     exit_code = WRONG
 
-    def show(self, file: Any = None) -> None:
-        """Print the line."""
-        click.echo(f"luo: {self.message}", file=file, err=True)
-
 
 @contextlib.contextmanager
 def _wrong_input() -> Iterator[None]:
     """Turn what the user gave wrong into one line and exit status 2."""
     try:
         yield
-    except KeyboardInterrupt:
-        raise SystemExit(INTERRUPTED) from None
     except MemoryError as error:
         raise _Wrong(f"too little memory: {error}") from error
-    except (OSError, ValueError, LuoError) as error:
+    except OSError as error:
+        plain = error.filename is not None and not isinstance(error, LuoError)
+        raise _Wrong(f"{error.filename}: {error.strerror}" if plain else str(error)) from error
+    except (ValueError, LuoError) as error:
         raise _Wrong(str(error)) from error
 
 
@@ -311,7 +332,3 @@ def _write(path: str, text: str) -> None:
         Path(path).write_text(text + "\n")
     except OSError as error:
         raise _Wrong(f"--json {path}: {error.strerror}") from error
-
-
-if __name__ == "__main__":
-    main()

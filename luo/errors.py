@@ -25,9 +25,17 @@ __all__ = [
 ]
 
 
+#: Where one number has two names, the one that the kernel's sources use.
+_KERNEL_NAMES = {
+    _errno.EOPNOTSUPP: "EOPNOTSUPP",
+    _errno.EAGAIN: "EAGAIN",
+    _errno.EDEADLK: "EDEADLK",
+}
+
+
 def errno_name(code: int) -> str:
     """Return Linux's name of the errno *code*, as ``"EINVAL"``; the number if it has none."""
-    return _errno.errorcode.get(code, str(code))
+    return _KERNEL_NAMES.get(code) or _errno.errorcode.get(code, str(code))
 
 
 class LuoError(Exception):

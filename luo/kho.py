@@ -383,13 +383,20 @@ class Incoming(IncomingMemory):
             memory,
             map_phys,
             areas,
+            fdt=handover.fdt_phys,
             reserved=array,
             levels=generation.radix_geometry(memory.page_size).levels,
         )
         if self.order_of(handover.fdt_phys) != 0:
             raise HandoverError("root tree is not preserved as a page", handover.fdt_phys)
+        if fdt.totalsize > memory.page_size:
+            raise HandoverError("root tree is larger than its preserved page", handover.fdt_phys)
         self._subtrees = {}
         for node in root.children:
+            if not node.name or node.name in self._subtrees:
+                raise HandoverError(
+                    f"subtree {node.name!r} has no name, or stands twice", handover.fdt_phys
+                )
             self._subtrees[node.name] = self._check_subtree(
                 node.name,
                 _native_u64(node.get(generation.data_property)),
@@ -413,7 +420,10 @@ class Incoming(IncomingMemory):
         if _abi.KHO_SUBTREE_METADATA not in self._subtrees:
             return None
         phys, nbytes = self._subtrees[_abi.KHO_SUBTREE_METADATA]
-        metadata = _abi.KexecMetadata.unpack(bytes(self.memory.view(phys, min(nbytes, 128))))
+        nbytes = min(nbytes, 128)
+        metadata = None
+        if nbytes and self.memory.is_populated(phys, nbytes):  # reading a hole would fill it
+            metadata = _abi.KexecMetadata.unpack(bytes(self.memory.view(phys, nbytes)))
         if metadata is None:
             _log.warning("kexec-metadata at %#x: unknown version or too short, ignored", phys)
         return metadata

@@ -192,12 +192,16 @@ class RemoteKernel:
         self.result: dict[str, Any] = {}
         self.arrival: Arrival | None = None
         self._committed = False
+        self._count = 0
+        self._closed = False
         self._next: RemoteKernel | None = None
         ours, theirs = socket.socketpair()
+        self._channel = Channel(ours)
         tree = machine.devices.to_memfd()
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _START, str(theirs.fileno())],
+                # -P: the path is ours, and the directory that we happen to be in is no part of it.
+                [sys.executable, "-P", "-c", _START, str(theirs.fileno())],
                 pass_fds=(theirs.fileno(), machine.memory.fd, tree),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # ^C is for the kernel that runs, which rolls back
@@ -206,7 +210,6 @@ class RemoteKernel:
                     "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
                 },
             )
-            self._channel = Channel(ours)
             self.pid = self._process.pid
             theirs.close()
             memory = machine.memory
@@ -235,24 +238,32 @@ class RemoteKernel:
     def _ask(
         self, command: str, timeout: float | None = None, step: str = "", **arguments: Any
     ) -> dict[str, Any]:
-        """Send a command and return its result; before the commit point name the step."""
+        """Send a command and return its result.
+
+        With *step*, which is for what precedes the commit point, every failure is a
+        :class:`SuccessorError` that names it.
+        """
+        if self._closed:
+            raise StateError(errno.ESHUTDOWN, f"{command}: {self} is gone")
+        self._count += 1
         try:
-            self._channel.send({"command": command, **arguments})
-            answer = self._channel.receive(timeout)
+            self._channel.send({"id": self._count, "command": command, **arguments})
+            while True:
+                answer = self._channel.receive(timeout)
+                if answer["id"] == self._count:
+                    break  # else it answers a question whose asker was interrupted
         except Closed:
             raise self._gone(step or command, self._wait()) from None
         except TimeoutError:
             raise SuccessorError(
-                errno.ETIMEDOUT, f"{step or command}: {self} gave no answer in {timeout} s", step
+                errno.ETIMEDOUT, f"{step}: {self} gave no answer in {timeout:g} s", step
             ) from None
         if "error" in answer:
             error = _decode_error(answer["error"])
-            if step and not isinstance(error, KernelPanic | HandoverError):
-                raise SuccessorError(
-                    errno.ENOEXEC if step == "load" else errno.EPROTO,
-                    f"{step}: {self} refused: {error}",
-                    step,
-                ) from error
+            if step:
+                code = errno.ENOEXEC if step == "load" else errno.EPROTO
+                why = error.strerror if isinstance(error, KhoError) else error
+                raise SuccessorError(code, f"{step}: {self} refused: {why}", step) from error
             raise error
         result: dict[str, Any] = answer["result"]
         return result
@@ -286,10 +297,7 @@ class RemoteKernel:
         """
         if self._process.poll() is not None:
             raise SuccessorError(errno.ESRCH, f"validate: {self} is not there: {self._wait()}")
-        try:
-            self._ask("validate", timeout, "validate", handover=_numbers(handover))
-        except (HandoverError, KernelPanic) as error:
-            raise SuccessorError(errno.EPROTO, f"validate: {self} refused: {error}") from error
+        self._ask("validate", timeout, "validate", handover=_numbers(handover))
 
     def start(self, handover: Handover | None, preflight: bool, verify: bool) -> RemoteKernel:
         """Pass the commit point: it may write from here on. Returns when it has restored.
@@ -309,8 +317,12 @@ class RemoteKernel:
     # ---- as the kernel that goes ----
 
     def depart(self) -> None:
-        """End it at the commit point: its successor has acknowledged."""
-        self._ask("depart")
+        """End it at the commit point: its successor has acknowledged.
+
+        One that dies on the way has gone as well; there is no way back to it.
+        """
+        with contextlib.suppress(HostCrashError):
+            self._ask("depart")
         self.close()
 
     def reboot(self, verify: bool) -> Departure:
@@ -361,9 +373,8 @@ class RemoteKernel:
         if self._next is not None:
             self._next.close()
             self._next = None
-        channel = getattr(self, "_channel", None)
-        if channel is not None:
-            channel.close()
+        self._closed = True
+        self._channel.close()
         process = getattr(self, "_process", None)
         if process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -489,11 +500,11 @@ class _Server:
                 message = self._channel.receive()
             except Closed:
                 return
-            command = message.pop("command")
+            command, answer = message.pop("command"), {"id": message.pop("id")}
             try:
-                answer = {"result": getattr(self, f"do_{command}")(**message)}
+                answer["result"] = getattr(self, f"do_{command}")(**message)
             except BaseException as error:
-                answer = {"error": _encode_error(error)}
+                answer["error"] = _encode_error(error)
             with contextlib.suppress(Closed):
                 self._channel.send(answer)
             if command == "depart" and "result" in answer:

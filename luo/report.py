@@ -9,15 +9,14 @@ import platform
 import re
 import statistics
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
 from luo._kho import CallRecorder
-from luo.errors import CallbackError, LuoError, SuccessorError, errno_name
-from luo.liveupdate import FinishResult
+from luo.errors import LuoError, errno_name
+from luo.liveupdate import FinishResult, State
 
-__all__ = ["Report", "describe", "parse_duration"]
+__all__ = ["Report", "describe", "parse_duration", "version"]
 
 PHASES: Final = ("prepare", "reboot", "jump", "boot", "restore", "finish", "blackout")
 _UNITS: Final = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
@@ -96,20 +95,16 @@ class Report:
         try:
             yield
         except BaseException as error:
-            if isinstance(error, LuoError | KeyboardInterrupt):
-                self.error = describe(error)
-            running = kernel.machine.running
-            self.kernel = running
-            with contextlib.suppress(LuoError):
-                if running is not None:
+            self.error = describe(error)
+            running = self.kernel = kernel.machine.running
+            if running is not None:
+                with contextlib.suppress(LuoError):
                     self.note_state(running)
-                    if isinstance(error, CallbackError | SuccessorError | KeyboardInterrupt):
-                        self._merge(running)
+                    self._calls.merge(running.profile.dump())
+                    if isinstance(error, KeyboardInterrupt):
+                        self.error["message"] = "interrupted"
+                        self.error["rolled_back"] = running.luo.state is State.NORMAL
             raise
-
-    def _merge(self, kernel: Any) -> None:
-        profile = kernel.profile
-        self._calls.merge(profile.dump())
 
     def note_finish(self, kernel: Any, finished: FinishResult) -> None:
         """Add one update that has come to its end in *kernel*."""
@@ -202,7 +197,7 @@ class Report:
         """Return the ``luo-run/1`` document."""
         return {
             "schema": "luo-run/1",
-            "luo_version": _version(),
+            "luo_version": version(),
             "machine": {
                 "cpu": _cpu(),
                 "cores": os.cpu_count(),
@@ -228,7 +223,10 @@ class Report:
         return json.dumps(self.to_dict(), indent=2)
 
 
-def _version() -> str:
+def version() -> str:
+    """Return the version of the installed distribution; "unknown" in a tree that is not one."""
+    from importlib import metadata  # 20 ms, which only reports need
+
     try:
         return metadata.version("luo-kho")
     except metadata.PackageNotFoundError:  # run from a tree that is not installed

@@ -47,7 +47,7 @@ def fdt_string(blob: bytes, start: int, end: int) -> str:
     nul = blob.find(b"\0", start, end)
     if not 0 <= start < end or nul < 0:
         raise Broken("string of the tree is not terminated inside its block", start)
-    return blob[start:nul].decode("ascii")
+    return blob[start:nul].decode("utf-8", "surrogateescape")  # any bytes are a name
 
 
 def parse_fdt(buffer: bytes) -> FdtNode:

@@ -78,17 +78,20 @@ class KhoModel:
     preserved: set[Block] = field(default_factory=set)
     subtrees: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-    def _refused(self, phys: int, nbytes: int) -> bool:
+    def _in_ram(self, phys: int, nr_pages: int) -> bool:
+        """Whether every page of the span is RAM."""
+        pages = range(phys, phys + nr_pages * self.page_bytes, self.page_bytes)
+        return all(any(s <= page < s + n for s, n, _ in self.ranges) for page in pages)
+
+    def _refused(self, phys: int, nr_pages: int) -> bool:
         """Whether a page of the span is not RAM, or in scratch."""
-        pages = range(phys, phys + nbytes, self.page_bytes)
-        in_ram = all(any(s <= page < s + n for s, n, _ in self.ranges) for page in pages)
-        in_scratch = any(phys < s + n and s < phys + nbytes for s, n in self.scratch if n)
-        return not in_ram or in_scratch
+        end = phys + nr_pages * self.page_bytes
+        in_scratch = any(phys < s + n and s < end for s, n in self.scratch if n)
+        return in_scratch or not self._in_ram(phys, nr_pages)
 
     def preserve_folio(self, phys: int, order: int) -> int:
         """Twice is as once (§12, item 15)."""
-        nbytes = self.page_bytes << order
-        if phys % nbytes or self._refused(phys, nbytes):
+        if phys % (self.page_bytes << order) or self._refused(phys, 1 << order):
             return errno.EINVAL
         self.preserved.add((phys, order))
         return 0
@@ -124,8 +127,8 @@ class KhoModel:
     def preserve_pages(self, phys: int, nr_pages: int) -> int:
         """All blocks of the run, or none."""
         if not nr_pages:
-            return 0
-        if phys % self.page_bytes or self._refused(phys, nr_pages * self.page_bytes):
+            return 0  # Linux's loop does not run
+        if phys % self.page_bytes or self._refused(phys, nr_pages):
             return errno.EINVAL
         self.preserved.update(self.blocks_of(phys, nr_pages))
         return 0
@@ -133,7 +136,7 @@ class KhoModel:
     def unpreserve_pages(self, phys: int, nr_pages: int) -> int:
         """Only a run that was preserved as it stands."""
         blocks = self.blocks_of(phys, nr_pages)
-        if not self.preserved.issuperset(blocks):
+        if (blocks and phys % self.page_bytes) or not self.preserved.issuperset(blocks):
             return errno.ENOENT
         self.preserved.difference_update(blocks)
         return 0

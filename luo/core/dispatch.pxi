@@ -195,7 +195,7 @@ cdef class DeviceRef:
     cdef readonly object devices
     cdef readonly Py_ssize_t index
 
-    def __cinit__(self, devices, Py_ssize_t index):
+    def __init__(self, devices, Py_ssize_t index):
         self.devices = devices
         self.index = index
 
@@ -285,6 +285,8 @@ def call_devices(
     cdef object call, outcome, view
     cdef int64_t last, now
 
+    if not issubclass(device_type, DeviceRef):
+        raise TypeError(f"call_devices: {device_type.__name__} is no DeviceRef")
     if not (0 <= start <= stop <= order.shape[0]):
         raise IndexError(f"call_devices: {start}..{stop} of {order.shape[0]}")
     for table in tables:
@@ -311,7 +313,10 @@ def call_devices(
             call = table.calls[number]
             if call is not None:
                 if view is None:
-                    view = device_type.__new__(device_type, devices, device)
+                    # Past __init__: this is once a callback.
+                    view = DeviceRef.__new__(device_type)
+                    (<DeviceRef>view).devices = devices
+                    (<DeviceRef>view).index = device
                 try:
                     outcome = call(view)
                     if outcome is not None and is_zero(outcome):

@@ -611,9 +611,9 @@ cdef class Column:
         keeps the rules (they are checked again when the column is written).
     """
 
-    cdef readonly object data
-    cdef readonly object offsets
-    cdef readonly object present
+    cdef object _data_array
+    cdef object _offsets_array
+    cdef object _present_array
     cdef const uint8_t[::1] _data
     cdef const uint64_t[::1] _offsets
     cdef const uint8_t[::1] _present
@@ -637,7 +637,7 @@ cdef class Column:
             present = np.ascontiguousarray(present, np.bool_)
         if present.shape != (rows,):
             raise ValueError(f"present: shape {present.shape}, not ({rows},)")
-        self.data, self.offsets, self.present = data, offsets, present
+        self._data_array, self._offsets_array, self._present_array = data, offsets, present
         self._data, self._offsets = data, offsets
         self._present = present.view(np.uint8)
         for row in range(rows):
@@ -645,6 +645,21 @@ cdef class Column:
                 raise ValueError(f"offsets: row {row} ends before it begins")
         if self._offsets[rows] > <uint64_t>self._data.shape[0]:
             raise ValueError(f"offsets: {self._offsets[rows]} is outside the data")
+
+    @property
+    def data(self) -> object:
+        """Bytes of all rows; uint8, shape (m,)."""
+        return self._data_array
+
+    @property
+    def offsets(self) -> object:
+        """Where each row begins, and the last ends; uint64, shape (n + 1,)."""
+        return self._offsets_array
+
+    @property
+    def present(self) -> object:
+        """Whether each row is there; bool, shape (n,)."""
+        return self._present_array
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -669,7 +684,7 @@ cdef class Column:
                 raise ValueError(f"row {row} is not present")
             if self._offsets[row + 1] - self._offsets[row] != width:
                 raise ValueError(f"row {row} has not {width} bytes, as row 0 has")
-        return self.data[self._offsets[0]:self._offsets[rows]].reshape(rows, width)
+        return self._data_array[self._offsets[0]:self._offsets[rows]].reshape(rows, width)
 
     def strings(self) -> list:
         """Return the rows as text, each without the NUL at its end.
@@ -691,7 +706,7 @@ cdef class Column:
         return result
 
     def __repr__(self) -> str:
-        return f"<Column of {len(self)} rows, {self.data.nbytes} bytes>"
+        return f"<Column of {len(self)} rows, {self._data_array.nbytes} bytes>"
 
 
 ctypedef struct fdt_column:
@@ -831,6 +846,7 @@ cdef int fdt_fill_columns(
 
 @cython.final
 @cython.auto_pickle(False)
+@cython.no_gc_clear  # clearing would take _buffer.obj, and the export would never end
 cdef class Fdt:
     """A flattened device tree, read where it lies.
 
@@ -1027,15 +1043,15 @@ cdef class Fdt:
             nr_columns = len(numbers)
             for i in range(nr_columns):
                 arrays.append((
-                    np.empty(nbytes[i], np.uint8),
+                    np.empty(nbytes[i] + 1, np.uint8),  # never empty: it needs an address
                     np.zeros(scan.nr_rows + 1, np.uint64),
                     np.zeros(scan.nr_rows, np.bool_),
                 ))
                 data, offsets, present = arrays[i][0], arrays[i][1], arrays[i][2].view(np.uint8)
-                columns[i].data = &data[0] if data.shape[0] else NULL
+                columns[i].data = &data[0]
                 columns[i].offsets = &offsets[0]
                 columns[i].present = &present[0] if present.shape[0] else NULL
-                columns[i].cap = data.shape[0]
+                columns[i].cap = data.shape[0] - 1
                 columns[i].pos = 0
                 columns[i].row = -1
             with nogil:

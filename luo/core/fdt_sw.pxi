@@ -160,9 +160,18 @@ cdef int fdt_sw_reserve(fdt_sw *sw, uint64_t nbytes) noexcept nogil:
 cdef inline void fdt_copy(
     unsigned char *to, const unsigned char *source, uint64_t length
 ) noexcept nogil:
-    """memcpy that is inlined where most names and values are: up to 16 bytes."""
-    if length > 16:
+    """memcpy that is inlined where most names and values are: up to 64 bytes.
+
+    Each branch is one or two pairs of loads, the second counted from the end.
+    """
+    if length > 64:
         memcpy(to, source, length)
+    elif length >= 32:
+        memcpy(to, source, 32)
+        memcpy(to + length - 32, source + length - 32, 32)
+    elif length >= 16:
+        memcpy(to, source, 16)
+        memcpy(to + length - 16, source + length - 16, 16)
     elif length >= 8:
         memcpy(to, source, 8)
         memcpy(to + length - 8, source + length - 8, 8)
@@ -319,13 +328,14 @@ cdef inline void fdt_counter_next(fdt_counter *counter, uint64_t number) noexcep
 
 
 cdef inline int fdt_row_bounds(
-    const fdt_rows *rows, uint64_t row, uint64_t *length
+    const fdt_rows *rows, uint64_t row, uint64_t *start, uint64_t *length
 ) noexcept nogil:
-    """Length of a ragged row whose offsets are checked, or -1."""
-    cdef uint64_t start = rows.offsets[row], stop = rows.offsets[row + 1]
-    if start > stop or stop > rows.size or stop - start < rows.tail:
+    """Where a ragged row lies, or -1; its offsets are loaded once, since they may change."""
+    cdef uint64_t stop = rows.offsets[row + 1]
+    start[0] = rows.offsets[row]
+    if start[0] > stop or stop > rows.size or stop - start[0] < rows.tail:
         return -1
-    length[0] = stop - start - rows.tail
+    length[0] = stop - start[0] - rows.tail
     return 0
 
 
@@ -338,7 +348,7 @@ cdef int fdt_rows_size(
     *sizes*, if not NULL, gets each row's bytes.
     """
     cdef const fdt_rows *rows
-    cdef uint64_t row, i, length = 0, nbytes, fixed = 8, digits = 1, limit = 10
+    cdef uint64_t row, i, at, length = 0, nbytes, fixed = 8, digits = 1, limit = 10
     if counted:
         while limit <= first:
             digits += 1
@@ -354,7 +364,7 @@ cdef int fdt_rows_size(
                 digits += 1
                 limit *= 10
             length = names.width + digits
-        elif fdt_row_bounds(names, row, &length) < 0 or length == 0:
+        elif fdt_row_bounds(names, row, &at, &length) < 0 or length == 0:
             return -1
         nbytes = fixed + fdt_align(length + 1)
         for i in range(nr_properties):
@@ -363,7 +373,7 @@ cdef int fdt_rows_size(
                 if rows.present != NULL and rows.present[row]:
                     nbytes += 12 + fdt_align(rows.width)
             elif rows.present == NULL or rows.present[row]:
-                if fdt_row_bounds(rows, row, &length) < 0:
+                if fdt_row_bounds(rows, row, &at, &length) < 0:
                     return -1
                 nbytes += 12 + fdt_align(length)
         if sizes != NULL:
@@ -383,7 +393,7 @@ cdef int fdt_sw_add_rows(
     cdef unsigned char *limit
     cdef const unsigned char *value
     cdef fdt_rows *rows
-    cdef uint64_t row, i, length = 0, end = sw.pos + nbytes
+    cdef uint64_t row, i, at, length = 0, end = sw.pos + nbytes
     cdef int64_t dist
     cdef int rc = fdt_sw_reserve(sw, nbytes)
     if rc < 0:
@@ -399,9 +409,9 @@ cdef int fdt_sw_add_rows(
             value = counter.text
             length = counter.prefix_len + counter.digits
         else:
-            if fdt_row_bounds(names, row, &length) < 0:
+            if fdt_row_bounds(names, row, &at, &length) < 0:
                 return -EINVAL
-            value = names.data + names.offsets[row]
+            value = names.data + at
         if 8 + fdt_align(length + 1) > <uint64_t>(limit - to):
             return -EINVAL              # another thread changed the arrays
         to = fdt_sw_put_name(to, value, length)
@@ -420,9 +430,9 @@ cdef int fdt_sw_add_rows(
                 value = rows.data + row * rows.stride
                 length = rows.width
             else:
-                if fdt_row_bounds(rows, row, &length) < 0:
+                if fdt_row_bounds(rows, row, &at, &length) < 0:
                     return -EINVAL
-                value = rows.data + rows.offsets[row]
+                value = rows.data + at
             if 16 + fdt_align(length) > <uint64_t>(limit - to):
                 return -EINVAL
             to = fdt_sw_put_property(to, rows.nameoff, value, length)
@@ -510,7 +520,7 @@ cdef class _FdtRows:
         cdef Py_ssize_t i
         cdef uint64_t low, high
         if isinstance(names, Column):
-            if not (<Column>names).present[start:start + rows].all():
+            if not (<Column>names)._present_array[start:start + rows].all():
                 raise ValueError("names: a row is not present")
             self._take_column(&self.names, names, start)
             low, high = self.names.offsets[0], self.names.offsets[rows]
@@ -605,7 +615,9 @@ cdef class _FdtRows:
             if self.nr_rows:
                 rows.present = &present[0]
         elif PyObject_CheckBuffer(value):
-            self._point(rows, fdt_value(value))
+            # Small ones are copied, which an empty buffer needs; large ones are not.
+            large = memoryview(value).nbytes > 4096
+            self._point(rows, np.frombuffer(value, np.uint8) if large else fdt_value(value))
             rows.width = rows.size
         else:
             raise TypeError(
@@ -697,6 +709,7 @@ cdef class _FdtNodeContext:
 
 @cython.final
 @cython.auto_pickle(False)
+@cython.no_gc_clear  # clearing would take _buffer.obj, and the export would never end
 cdef class FdtWriter:
     """Write a flattened device tree from its first byte to its last.
 

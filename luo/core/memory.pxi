@@ -751,6 +751,9 @@ cdef class PhysicalMemory:
     cdef MemoryMapping map_bytes(self):
         cdef char *address = reserve_addresses(self.size)
         cdef int prot = PROT_READ if self.readonly else PROT_READ | PROT_WRITE
+        if address == NULL:  # a few spans of TiBs fill the address space; garbage may hold some
+            gc.collect()
+            address = reserve_addresses(self.size)
         if address == NULL or mmap(address, self.size, prot, MAP_SHARED | MAP_NORESERVE | MAP_FIXED,
                                    self.fd, <off_t>self.offset) == MAP_FAILED:
             os_error(f"mapping {self.size:#x} bytes of memory")
@@ -1117,12 +1120,18 @@ cdef class PhysicalMemory:
         self.state.restricted = False
 
     def forget(self):
-        """Drop all page state and scratch, as the end of a kernel does; bytes stay."""
-        cdef page_state *state
+        """Drop all page state and scratch, as the end of a kernel does; bytes stay.
+
+        Page state that lived in another process is gone with it, and begins anew here.
+        """
+        cdef page_state *state = NULL
+        # A state is replaced and never taken away: another thread may be waiting to use it.
+        if self.state != NULL:
+            state = self.new_state([])
         with self.lock:
-            state = self.state
-            self.state = NULL
+            state, self.state = self.state, state
             self.scratch = []
+            self.detached = False
         page_state_free(state)
 
     def detach(self):

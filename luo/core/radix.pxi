@@ -132,7 +132,7 @@ cdef void kho_radix_unmake(kho_radix_tree *tree) noexcept nogil:
 
 cdef int kho_radix_find_leaf(kho_radix_tree *tree, PhysicalMemory memory, uint64_t key,
                              bint make, uint64_t **words) noexcept nogil:
-    """The leaf of *key*; -ENOENT if its path is missing and not to be made, -EIO if it is corrupt."""
+    """The leaf of *key*; -ENOENT: its path is missing and not to be made; -EIO: it is corrupt."""
     cdef uint64_t prefix = key >> tree.leaf_bits, node, mask
     cdef uint64_t *slot
     cdef int level, rc
@@ -423,8 +423,8 @@ cdef class RadixTree:
         """Add *key*, as ``kho_radix_add_key()``; adding it again changes nothing.
 
         Raises:
-            KhoError: ERANGE if the key is wider than 64 - page shift + 1 bits; ENOMEM, and the pages
-                that this call made are freed again; EIO if somebody wrote over the tree.
+            KhoError: ERANGE if the key is wider than 64 - page shift + 1 bits; ENOMEM, and the
+                pages that this call made are freed again; EIO if somebody wrote over the tree.
         """
         cdef uint64_t value = as_u64(key), fresh = 0
         self.use()
@@ -628,13 +628,13 @@ cdef class PreservedMemory:
         """Take back :meth:`preserve_folio` of the very same block.
 
         Raises:
-            KhoError: EINVAL if misaligned; ENOENT if this block, with this order, is not preserved.
+            KhoError: ENOENT if this very block, with this order, is not preserved.
         """
         cdef uint64_t at = as_u64(phys), key, where = 0
         cdef int o = as_order(order)
         self.use()
         if o > 63 - self.memory.page_shift or at & ((self.memory.page_size << o) - 1):
-            self.refuse(f"unpreserve_folio {at:#x}/order {o}", at, 0, BLOCK_MISALIGNED)
+            check(-ENOENT, f"unpreserve_folio {at:#x}/order {o}")
         key = kho_radix_encode_key(at, o, self.memory.page_shift)
         check(self.map.delete(&key, 1, &where), f"unpreserve_folio {at:#x}/order {o}")
 
@@ -657,13 +657,18 @@ cdef class PreservedMemory:
         cdef int order = 0, why = 0, shift = self.memory.page_shift
         cdef bint many = isinstance(orders, np.ndarray) or not hasattr(orders, "__index__")
         if many:
-            each = np.ascontiguousarray(orders, np.uint8)
+            array = np.asarray(orders)
+            if array.size and (
+                array.dtype.kind not in "iu" or not 0 <= array.min() <= array.max() < 64
+            ):
+                raise ValueError(f"{what}: orders are integers in 0..63")
+            each = np.ascontiguousarray(array, np.uint8)
             if <uint64_t>each.shape[0] != n:
                 raise ValueError(f"{what}: {n} addresses, {each.shape[0]} orders")
         else:
             order = as_order(orders)
         keys = <uint64_t *>xmalloc(n * 8)
-        with nogil:
+        with nogil, self.memory.lock:
             for i in range(n):
                 if many:
                     order = each[i]
@@ -676,6 +681,8 @@ cdef class PreservedMemory:
                 keys[i] = kho_radix_encode_key(phys[i], order, shift)
         if why:
             free(keys)
+            if not checked:
+                check(-ENOENT, f"{what} {phys[i]:#x}/order {order}")
             self.refuse(f"{what} {phys[i]:#x}/order {order}", phys[i],
                         self.memory.page_size << order if order < 48 else 0, why)
         return keys
@@ -711,7 +718,7 @@ cdef class PreservedMemory:
         """Take back the preservation of many blocks, all or none.
 
         Raises:
-            KhoError: EINVAL if one is misaligned, ENOENT if one is not preserved.
+            KhoError: ENOENT names the first that is not preserved.
 
         Context: releases the GIL.
         """
@@ -762,8 +769,8 @@ cdef class PreservedMemory:
         the new kernel restores it with ``restore_pages``.
 
         Raises:
-            KhoError: EINVAL if it is misaligned, not in RAM, overlaps scratch, or (``debug=True``)
-                is not allocated; ENOMEM.
+            KhoError: EINVAL if it is misaligned, not in RAM, overlaps scratch, or
+                (``debug=True``) is not allocated; ENOMEM.
         """
         cdef uint64_t at = as_u64(phys), pages = as_u64(nr_pages), n = 0, fresh = 0
         cdef uint64_t *keys
@@ -783,8 +790,7 @@ cdef class PreservedMemory:
         """Take back :meth:`preserve_pages` of the very same run.
 
         Raises:
-            KhoError: EINVAL if it is misaligned or not in RAM; ENOENT if any of its blocks is not
-                preserved, and nothing changes.
+            KhoError: ENOENT if any of the run's blocks is not preserved, and nothing changes.
         """
         cdef uint64_t at = as_u64(phys), pages = as_u64(nr_pages), n = 0, where = 0
         cdef uint64_t *keys
@@ -792,7 +798,7 @@ cdef class PreservedMemory:
         self.use()
         why = self.check_run(at, pages) if pages else BLOCK_OK
         if why == BLOCK_MISALIGNED or why == BLOCK_OUTSIDE:
-            self.refuse(f"unpreserve_pages {at:#x}, {pages} pages", at, 0, why)
+            check(-ENOENT, f"unpreserve_pages {at:#x}, {pages} pages")
         keys = self.split_run(at, pages, &n)
         with nogil:
             rc = self.map.delete(keys, n, &where)
@@ -858,7 +864,7 @@ cdef class PreservedMemory:
         check(rc if rc < 0 else 0, f"unpreserve_free {at:#x}")
 
     def preserved(self, out=None):
-        """Return all preserved blocks in the ABI's walk order: larger orders first, then by address.
+        """Return all preserved blocks in the ABI's walk order: larger orders first, by address.
 
         Args:
             out: ``(phys, orders)``, arrays of uint64 and uint8 with room for :attr:`nr_preserved`
@@ -926,6 +932,7 @@ cdef enum:  # what a map can be wrong in
     WALK_NODE_SCRATCH
     WALK_NODE_HOLE
     WALK_NODE_TAKEN
+    WALK_NODE_FDT
     WALK_KEY
     WALK_BLOCK_OUTSIDE
     WALK_BLOCK_SCRATCH
@@ -962,7 +969,7 @@ cdef int kho_walk_flush(kho_walk *walk) noexcept nogil:
 
 
 cdef int kho_walk_blocks(kho_walk *walk, uint64_t pfn, int order, uint64_t count) noexcept nogil:
-    """Take note of *count* adjoining blocks, claiming those before if these do not continue them."""
+    """Note *count* adjoining blocks; claim those before if these do not continue them."""
     if walk.run_count:
         if walk.run_order == order and pfn == walk.run_pfn + (walk.run_count << order):
             walk.run_count += count
@@ -1020,6 +1027,8 @@ cdef int kho_walk_node(kho_walk *walk, PhysicalMemory memory, uint64_t node, int
     cdef int rc, shift
     if node & (page - 1) or not memory.has(node, page):
         return kho_walk_fail(walk, WALK_NODE_OUTSIDE, node, 0, 0)
+    if node == walk.fdt:
+        return kho_walk_fail(walk, WALK_NODE_FDT, node, 0, 0)
     rc = page_claim_run(walk.state, node >> walk.page_shift, 0, 1, False, False, &conflict)
     if rc < 0:
         return kho_walk_fail(walk, WALK_NODE_SCRATCH if rc == -ERANGE else WALK_NODE_TAKEN, node, 0,
@@ -1064,10 +1073,11 @@ cdef class IncomingMemory:
         preserved_pages: pages of them.
     """
 
-    def _walk(self, PhysicalMemory memory not None, root, scratch, *, reserved=(), levels=0):
+    def _walk(self, PhysicalMemory memory not None, root, scratch, *, fdt=0, reserved=(), levels=0):
         # Claim all that the map at root says is preserved; HandoverError names the address and the
-        # rule of kho-abi 12.18 that it breaks. scratch: where nothing preserved may lie. reserved:
-        # [(phys, nbytes)] to be claimed beside. levels: see RadixTree.
+        # rule of kho-abi 12.18 that it breaks. scratch: where nothing preserved may lie. fdt: the
+        # root tree, which is no node. reserved: [(phys, nbytes)] to be claimed beside. levels: see
+        # RadixTree.
         cdef kho_walk walk
         cdef list areas = memory.check_scratch(scratch)
         cdef uint64_t at = as_u64(root), conflict = 0, pfn, count
@@ -1080,6 +1090,7 @@ cdef class IncomingMemory:
         self.state.restricted = True
         memset(&walk, 0, sizeof(walk))
         walk.state = self.state
+        walk.fdt = as_u64(fdt)
         walk.page_shift = shift
         walk.slot_bits = shift - 3
         walk.leaf_bits = shift + 3
@@ -1111,12 +1122,13 @@ cdef class IncomingMemory:
             raise MemoryError("walk of the preserved map")
         if walk.why == WALK_KEY:
             raise HandoverError(f"preserved map: key {walk.at:#x} stands for no block")
-        if walk.why <= WALK_NODE_TAKEN:
+        if walk.why <= WALK_NODE_FDT:
             rule = {
                 WALK_NODE_OUTSIDE: "is misaligned or not in RAM",
                 WALK_NODE_SCRATCH: "lies in scratch",
                 WALK_NODE_HOLE: "was never written",
                 WALK_NODE_TAKEN: f"overlaps {other}",
+                WALK_NODE_FDT: "is the root tree",
             }[walk.why]
             raise HandoverError(f"node of the preserved map {rule}", walk.at)
         rule = {
@@ -1154,13 +1166,17 @@ cdef class IncomingMemory:
 
     cdef page_state *pages(self) noexcept nogil:
         """The page state that holds the claims: its own before install(), then the memory's."""
-        return self.state if self.state != NULL else self.memory.state
+        if self.state != NULL or self.memory is None:
+            return self.state
+        return self.memory.state
 
     cdef int use(self) except -1:
         if self.closed:
             raise from_errno(errno.ESHUTDOWN, "KHO: this kernel is gone")
         if self.state != NULL:
             raise from_errno(EINVAL, "incoming: not booted yet")
+        if self.memory is None:
+            raise from_errno(EINVAL, "incoming: not initialised")
         return self.memory.use()
 
     def close(self):
@@ -1171,7 +1187,7 @@ cdef class IncomingMemory:
         """Whether preserved, not restored blocks cover all pages of [phys, phys + nbytes)."""
         cdef uint64_t at, end
         cdef page_state *st
-        if not self.memory.contains(phys, nbytes):
+        if self.memory is None or not self.memory.contains(phys, nbytes):
             return False
         at = as_u64(phys)
         end = at + as_u64(nbytes)
@@ -1185,7 +1201,7 @@ cdef class IncomingMemory:
         cdef uint64_t at = as_u64(phys)
         cdef page_state *st
         cdef int order = -1
-        if at & (self.memory.page_size - 1):
+        if self.memory is None or at & (self.memory.page_size - 1):
             return None
         with self.memory.lock:
             st = self.pages()
@@ -1202,20 +1218,23 @@ cdef class IncomingMemory:
             KhoError: EINVAL if it is installed already.
         """
         cdef PhysicalMemory memory = self.memory
-        cdef page_state *old
+        cdef page_state *old = NULL
+        cdef bint done
         cdef size_t i
-        if self.closed or self.state == NULL:
-            raise from_errno(EINVAL, "incoming: booted already")
         if memory.detached:
             memory.use()
         with memory.lock:
-            old = memory.state
-            memory.state = self.state
-            self.state = NULL
-            for i in range(self.nr_nodes):
-                page_free_head(memory.state, self.nodes[i] >> memory.page_shift)
-            memory.state.restricted = False
-            memory.scratch = self.areas
+            done = self.closed or self.state == NULL
+            if not done:
+                old = memory.state
+                memory.state = self.state
+                self.state = NULL
+                for i in range(self.nr_nodes):
+                    page_free_head(memory.state, self.nodes[i] >> memory.page_shift)
+                memory.state.restricted = False
+                memory.scratch = self.areas
+        if done:
+            raise from_errno(EINVAL, "incoming: booted already")
         page_state_free(old)
         free(self.nodes)
         self.nodes = NULL
@@ -1249,7 +1268,7 @@ cdef class IncomingMemory:
             ndarray: shape (n,), uint8, their orders.
 
         Raises:
-            KhoError: EINVAL names the first that no preserved block starts at, or that was restored.
+            KhoError: EINVAL names the first that is no preserved block, or was restored.
 
         Context: releases the GIL.
         """

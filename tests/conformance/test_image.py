@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from luo.kho import Handover, Kho
 from luo.memory import PhysicalMemory
 

@@ -203,7 +203,6 @@ def root_slot(builder: Builder, index: int, value: int) -> None:
         pytest.param(0x4FFFF008, id="unaligned-over-the-end"),
         pytest.param((1 << 64) - PAGE, id="top-of-the-address-space"),
         pytest.param(SCRATCH[0][0], id="to-scratch"),
-        pytest.param(BUILDER.fdt, id="to-the-root-tree"),
         pytest.param(0x40800000, id="to-a-preserved-hole"),
     ],
 )
@@ -218,6 +217,14 @@ def test_validate_of_a_wrong_slot_is_refused_with_its_address(value):
 
     assert value == error.value.phys
     assert validate(memory, handover) is None
+
+
+def test_validate_of_a_slot_to_the_root_tree_is_refused():
+    """What stands there, read as a node, leads out of memory."""
+    builder, handover = right()
+    root_slot(builder, 2, builder.fdt)
+
+    assert validate(filled(builder.pages), handover) is None
 
 
 def test_validate_of_a_tree_of_shared_nodes_ends_soon():
@@ -306,3 +313,46 @@ def test_subtree_with_wrong_properties_is_refused(children):
 
     with pytest.raises((HandoverError, OSError)):
         Kho.validate(memory, handover).load_subtree("part")
+
+
+def test_validate_of_metadata_in_a_hole_fills_no_hole():
+    """A kexec-metadata blob in a preserved page that was never written is not read."""
+    builder, handover = right()
+    builder.finish({"kexec-metadata": (0x40800000, 73)})
+    incoming = validate(filled(builder.pages), handover)
+
+    assert incoming is None or incoming.metadata is None
+
+
+def test_validate_of_two_subtrees_with_one_name_is_refused():
+    """Linux would take the first and never see the second; nobody writes such a tree."""
+    builder, handover = right()
+    builder.finish({"part": (builder.blob(b"a"), 1), "pbrt": (builder.blob(b"b"), 1)})
+    page = builder.pages[builder.fdt]
+    page[:] = page.replace(b"pbrt", b"part")
+
+    assert validate(filled(builder.pages), handover) is None
+
+
+def test_validate_of_a_subtree_without_name_is_refused():
+    """Only the root has an empty name."""
+    builder, handover = right()
+    builder.finish({"abc": (builder.blob(b"a"), 1)})
+    page = builder.pages[builder.fdt]
+    page[:] = page.replace(b"abc\0", bytes(4))
+
+    assert validate(filled(builder.pages), handover) is None
+
+
+def test_validate_of_a_root_tree_over_its_page_is_refused():
+    """Only the page at its start is preserved; what stands behind belongs to nobody."""
+    builder, handover = right()
+    builder.fdt = 0x40900000
+    builder.preserve(builder.fdt, 0)
+    root = {"compatible": b"kho-v4\0", "preserved-memory-map": struct.pack("<Q", builder.root)}
+    tree = flatten({**root, "long": bytes(5000)}, {})
+    builder.pages[builder.fdt] = bytearray(tree[:PAGE])
+    builder.pages[builder.fdt + PAGE] = bytearray(tree[PAGE:].ljust(PAGE, b"\0"))
+    changed = Handover(builder.fdt, 2 * PAGE, handover.scratch_phys, handover.scratch_len)
+
+    assert validate(filled(builder.pages), changed) is None

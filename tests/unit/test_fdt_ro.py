@@ -1,12 +1,58 @@
 """Reading flattened device trees: what is there, and what is refused."""
 
+import gc
 import struct
 
 import numpy as np
 import pytest
-from fdt_blobs import BEGIN, END, FINISH, KHO_V4_ROOT, NOP, PROP, blob
 
-from luo.fdt import Column, Fdt, FdtError, FdtWriter, Node
+from luo.fdt import Column, Fdt, FdtEditor, FdtError, FdtWriter, Node
+
+# Root tree of kho-v4 as the kernel writes it first (kho-abi 5.1); all words big-endian but the map.
+KHO_V4_ROOT = bytes.fromhex(
+    "d00dfeed"  # 00 magic
+    "00000098"  # 04 totalsize 152
+    "00000040"  # 08 off_dt_struct
+    "00000078"  # 0c off_dt_strings
+    "00000030"  # 10 off_mem_rsvmap
+    "00000011"  # 14 version 17
+    "00000010"  # 18 last_comp_version 16
+    "00000000"  # 1c boot_cpuid_phys
+    "00000020"  # 20 size_dt_strings
+    "00000038"  # 24 size_dt_struct
+    "0000000000000000"  # 28 gap
+    "00000000000000000000000000000000"  # 30 the empty reserve map
+    "00000001" "00000000"  # 40 FDT_BEGIN_NODE, no name
+    "00000003" "00000007" "00000015"  # 48 FDT_PROP, 7 bytes, name at 0x15
+    "6b686f2d76340000"  # 54 "kho-v4", NUL, padding
+    "00000003" "00000008" "00000000"  # 5c FDT_PROP, 8 bytes, name at 0
+    "0060452301000000"  # 68 0x123456000, native
+    "00000002"  # 70 FDT_END_NODE
+    "00000009"  # 74 FDT_END
+    "7072657365727665642d6d656d6f72792d6d617000"  # 78 preserved-memory-map
+    "636f6d70617469626c6500"  # 8d compatible
+)  # fmt: skip
+
+BEGIN, END, PROP, NOP, FINISH = 1, 2, 3, 4, 9
+
+
+def blob(*words: int | bytes, strings: bytes = b"p\0", version: int = 17, **header: int) -> bytes:
+    """A tree of these tokens; *header* overrides fields by name."""
+    structure = b"".join(w if isinstance(w, bytes) else struct.pack(">I", w) for w in words)
+    fields = {
+        "magic": 0xD00DFEED,
+        "totalsize": 56 + len(structure) + len(strings),
+        "off_dt_struct": 56,
+        "off_dt_strings": 56 + len(structure),
+        "off_mem_rsvmap": 40,
+        "version": version,
+        "last_comp_version": 16,
+        "boot_cpuid_phys": 0,
+        "size_dt_strings": len(strings),
+        "size_dt_struct": len(structure),
+    } | header
+    return struct.pack(">10I", *fields.values()) + bytes(16) + structure + strings
+
 
 EMPTY_ROOT = (BEGIN, 0, END, FINISH)
 
@@ -23,6 +69,11 @@ def fault(data: bytes, **options: bool) -> tuple[str, int | None]:
     with pytest.raises(FdtError) as caught:
         Fdt(data, **options)
     return caught.value.code, caught.value.offset
+
+
+def rule(value: object) -> str:
+    """Name of a case: the error, not the blob."""
+    return f"{value[0]}-{value[1]}" if isinstance(value, tuple) else "blob"
 
 
 def test_fdt_of_the_kho_root_gives_its_values():
@@ -69,6 +120,7 @@ def test_fdt_values_are_read_only_views_of_the_buffer():
         (blob(*EMPTY_ROOT, off_dt_strings=0xFFFFFFFF), ("FDT_ERR_TRUNCATED", 12)),
         (blob(*EMPTY_ROOT, size_dt_strings=0xFFFFFFFF), ("FDT_ERR_TRUNCATED", 32)),
     ],
+    ids=rule,
 )
 def test_fdt_of_a_bad_header_is_refused_even_unchecked(data, expected):
     """Every header field is checked before use; the error names the field's place."""
@@ -105,6 +157,7 @@ def test_fdt_of_a_bad_header_is_refused_even_unchecked(data, expected):
          ("FDT_ERR_BADSTRUCTURE", 76)),
         (blob(*EMPTY_ROOT, off_mem_rsvmap=72), ("FDT_ERR_TRUNCATED", 72)),
     ],
+    ids=rule,
 )  # fmt: skip
 def test_fdt_of_a_bad_structure_is_refused(data, expected):
     """Every rule of the structure has its error, at the offset of the token."""
@@ -420,6 +473,21 @@ def test_fdt_holds_its_buffer():
         data.append(0)
 
     assert tree.root["compatible"] == b"kho-v4\0"
+
+
+@pytest.mark.parametrize("cls", [Fdt, FdtEditor, lambda data: FdtWriter(into=data)])
+def test_buffer_is_released_by_the_garbage_collector(cls):
+    """An object that dies in a reference cycle gives its buffer back too."""
+    data = bytearray(KHO_V4_ROOT)
+    cycle = [cls(data)]
+    cycle.append(cycle)
+    with pytest.raises(BufferError):
+        data.append(0)
+    del cycle
+    gc.collect()
+    data.append(0)
+
+    assert len(data) == 153
 
 
 def test_fdt_of_something_without_a_buffer_is_a_type_error():

@@ -3,9 +3,10 @@
 import struct
 
 import pytest
-from fdt_blobs import BEGIN, END, FINISH, PROP, blob
 
 from luo.fdt import Fdt, FdtEditor, FdtError, FdtWriter
+
+BEGIN, END, PROP, FINISH = 1, 2, 3, 9
 
 
 def page(nbytes: int = 4096) -> bytearray:
@@ -162,8 +163,9 @@ def test_editor_without_room_to_sort_is_nospace():
 
 def test_editor_brings_version_16_up_to_date():
     """A tree of version 16 is one of version 17 after opening."""
-    old = blob(BEGIN, 0, PROP, 4, 0, 7, END, FINISH, version=16, size_dt_struct=0)
-    buffer = bytearray(old) + bytearray(100)
+    structure = struct.pack(">8I", BEGIN, 0, PROP, 4, 0, 7, END, FINISH)
+    header = struct.pack(">10I", 0xD00DFEED, 90, 56, 88, 40, 16, 16, 0, 2, 0)
+    buffer = bytearray(header + bytes(16) + structure + b"p\0" + bytes(100))
     editor = FdtEditor(buffer)
     editor.add_node("/", "a")
 
@@ -173,7 +175,9 @@ def test_editor_brings_version_16_up_to_date():
 
 def test_editor_refuses_bad_trees_and_read_only_buffers():
     """The whole tree is checked once, when it is opened."""
-    assert code(lambda: FdtEditor(bytearray(blob(BEGIN, 0, FINISH)))) == "FDT_ERR_BADSTRUCTURE"
+    unbalanced = page()
+    unbalanced[72:76] = struct.pack(">I", FINISH)
+    assert code(lambda: FdtEditor(unbalanced)) == "FDT_ERR_BADSTRUCTURE"
     assert code(lambda: FdtEditor(bytearray(4096))) == "FDT_ERR_BADMAGIC"
     with pytest.raises((BufferError, TypeError)):
         FdtEditor(bytes(page()))

@@ -4,9 +4,16 @@ import sys
 
 import numpy as np
 import pytest
-from fdt_blobs import KHO_V4_ROOT
 
 from luo.fdt import Column, Fdt, FdtError, FdtWriter
+
+# kho-abi 5.1; test_fdt_ro.py has it word by word.
+KHO_V4_ROOT = bytes.fromhex(
+    "d00dfeed00000098000000400000007800000030000000110000001000000000000000200000003800000000"
+    "00000000000000000000000000000000000000000000000100000000000000030000000700000015"
+    "6b686f2d76340000000000030000000800000000006045230100000000000002000000097072657365727665"
+    "642d6d656d6f72792d6d617000636f6d70617469626c6500"
+)
 
 
 def write_kho_root(writer: FdtWriter) -> memoryview:
@@ -246,6 +253,25 @@ def test_into_a_full_buffer_leaves_what_was_there():
         writer.property("p", b"")
 
     assert len(writer.finish()) == 94
+
+
+def test_tree_above_2_gib_is_nospace():
+    """libfdt's offsets are int; what cannot fit is refused before any memory is taken."""
+    half = memoryview(np.zeros(1 << 30, np.uint8))
+    writer = FdtWriter()
+    codes = []
+    with writer.node(""):
+        for call in (
+            lambda: writer.property("p", np.zeros(1 << 31, np.uint8)),
+            lambda: writer.add_nodes(("dev", 0, 2), {"p": half}),
+            lambda: writer.add_nodes(("dev", 0, 10**8), {"p": b"123456789"}),
+        ):
+            with pytest.raises(FdtError) as caught:
+                call()
+            codes.append(caught.value.code)
+
+    assert codes == ["FDT_ERR_NOSPACE"] * 3
+    assert len(writer.finish()) == 80
 
 
 def test_into_a_read_only_buffer_is_refused():

@@ -1,0 +1,100 @@
+# The one entry point: people and .ci/run call the same recipes.
+#
+#   PYTHON=python3.13   another interpreter, 3.11 or newer
+#   LUO_DEBUG=1         checked build (bounds, divisions); also LUO_SANITIZE=1, LUO_COVERAGE=1
+#   ARGS="…"            passed on: make run ARGS="--preset cloud", make test ARGS="-k fdt"
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+TAG := $(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)' 2>/dev/null)
+ifeq ($(TAG),)
+$(error $(PYTHON) does not run; name a Python 3.11 or newer: make PYTHON=…)
+endif
+FLAVOUR := $(or $(subst $() ,-,$(strip $(if $(filter 1,$(LUO_DEBUG)),debug) \
+  $(if $(filter 1,$(LUO_SANITIZE)),sanitize) $(if $(filter 1,$(LUO_COVERAGE)),coverage))),release)
+
+# Stamps: each says what the virtual environment has.
+MADE := $(VENV)/.made-$(TAG)
+BUILD := $(VENV)/.group-build
+INSTALLED := $(VENV)/.installed-$(FLAVOUR)
+TEST := $(VENV)/.group-test
+BENCH := $(VENV)/.group-bench
+LINT := $(VENV)/.group-lint
+CORE := $(wildcard luo/*.pyx luo/*.pxd luo/core/*.pxi)
+SOURCES := $(shell find luo -name '*.py' -o -name '*.pyi' -o -name '*.toml' -o -name py.typed)
+
+# A runtime of gcc's that must be there before Python is.
+RUN := $(if $(filter 1,$(LUO_SANITIZE)),LD_PRELOAD=$(shell gcc -print-file-name=libasan.so) \
+  ASAN_OPTIONS=detect_leaks=0) $(BIN)/python -P
+
+.DEFAULT_GOAL := help
+.PHONY: help run build test debug lint format bench bench-quick dist clean
+.DELETE_ON_ERROR:
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 14
+
+run: $(INSTALLED)  ## a live update of this machine's devices (ARGS="--preset cloud" for another)
+	$(RUN) -m luo run $(ARGS)
+
+build: $(INSTALLED)  ## virtual environment with luo built and installed in it
+
+# -P and the installed package: the source tree is not on the path of the tests.
+test: $(INSTALLED) $(TEST)  ## the whole suite against the installed package
+	LUO_TEST_INSTALLED=1 $(RUN) -m pytest $(ARGS)
+
+debug:  ## the whole suite against a checked build
+	$(MAKE) --no-print-directory LUO_DEBUG=1 test
+
+lint: $(INSTALLED) $(TEST) $(LINT)  ## ruff, cython-lint, codespell, mypy, stubtest
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint luo
+	$(BIN)/codespell
+	$(BIN)/mypy
+	$(BIN)/python -P -m mypy.stubtest luo._kho
+
+format: $(LINT)  ## let ruff format and mend what it can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(INSTALLED) $(BENCH)  ## phases at 1k, 10k and 100k devices
+	$(RUN) -m pytest -c benches/pytest.ini $(ARGS) benches
+
+bench-quick: $(INSTALLED) $(BENCH)  ## the same at 1k devices
+	$(RUN) -m pytest -c benches/pytest.ini -k 1k $(ARGS) benches
+
+dist: $(BUILD)  ## sdist and wheel in dist/
+	$(BIN)/python -m build --no-isolation
+
+clean:  ## remove everything that make made
+	rm -rf $(VENV) build dist *.egg-info luo/_kho.c luo/_kho.html luo/_kho*.so
+	rm -rf .hypothesis .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ---- how the virtual environment comes to be ----
+
+$(MADE):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "$(PYTHON) is older than 3.11; name a newer one: make PYTHON=…"; exit 1; }
+	@echo "making $(VENV) with $(PYTHON)"
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --upgrade 'pip>=25.1'
+	@touch $@
+
+$(VENV)/.group-%: pyproject.toml $(MADE)
+	@echo "installing what '$*' needs"
+	@$(PIP) install --group $*
+	@touch $@
+
+# setuptools keeps what it copied and does not know of switches: stale files must go first.
+$(INSTALLED): $(SOURCES) $(CORE) setup.py pyproject.toml $(BUILD)
+	@[ -e $@ ] || rm -rf build luo/_kho.c $(VENV)/.installed-*
+	@rm -rf build/bdist.* $(wildcard build/lib*/luo/[!_]*)
+	@echo "building luo ($(FLAVOUR)); the compiled core takes about a minute"
+	@$(PIP) install --no-build-isolation .
+	@touch $@

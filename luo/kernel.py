@@ -114,6 +114,8 @@ class KernelImage:
                 factory = getattr(factory, part)
         except (ImportError, AttributeError) as error:
             raise from_errno(errno.ENOEXEC, f"kernel image {self.name}: {error}") from error
+        if not callable(factory):
+            raise from_errno(errno.ENOEXEC, f"kernel image {self.name}: {factory!r} is no factory")
         kernel = factory(machine, **self.args)
         if not isinstance(kernel, Kernel) or kernel.booted:
             raise from_errno(

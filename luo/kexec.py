@@ -106,14 +106,15 @@ class LocalSuccessor:
         self.kernel = kernel
         self._plan: Any = None
 
+    def __str__(self) -> str:
+        return f"successor {self.kernel!r}"
+
     def validate(self, handover: Handover | None, timeout: float) -> None:
         """Check what the old kernel left; reads only."""
         try:
             self._plan = self.kernel.validate(handover)
         except (HandoverError, KernelPanic) as error:
-            raise SuccessorError(
-                errno.EPROTO, f"validate: successor {self.kernel!r} refused: {error}"
-            ) from error
+            raise SuccessorError(errno.EPROTO, f"validate: {self} refused: {error}") from error
 
     def start(self, handover: Handover | None, preflight: bool, verify: bool) -> Kernel:
         """Pass the commit point: boot and restore."""
@@ -164,6 +165,12 @@ def jump(
     except (HostCrashError, KernelPanic):
         successor.close()
         raise
+    except Exception as error:  # an interrupt leaves it running; anything else ends it
+        successor.close()
+        why = f"{type(error).__name__}: {error}"
+        raise HostCrashError(
+            errno.EHOSTDOWN, f"start: {successor}: {why}, after the commit point: the host is down"
+        ) from error
     result = successor.result
     restored_ns = result["last_reclaim_ns"] or (
         result["boot_began_ns"] + result["phases"]["boot"] + result["phases"]["restore"]

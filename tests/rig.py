@@ -192,7 +192,11 @@ def snapshot(kernel: Kernel) -> dict[str, Any]:
 
 
 def settled(kernel: Kernel) -> dict[str, Any]:
-    """Return :func:`snapshot` after a cancelled update: pages of the map may stay, as in Linux."""
+    """Return :func:`snapshot` after a cancelled update.
+
+    Pages of the map may stay, as in Linux, and the segment in scratch that the image will need.
+    """
+    kernel.kho.handover()
     pages = kernel.memory.nr_free_pages() + kernel.kho.tree_pages
     kernel.luo.prepare()
     kernel.luo.cancel()

@@ -100,7 +100,9 @@ class Log:
             elif event == "REBOOT" and len(slot):
                 slot[0] = 0xEE
             elif event == "RESTORE":
-                expected = bytearray(content(kind, device.path, len(slot)))
+                expected = bytearray(len(slot))
+                if "prepare" in events:
+                    expected[:] = content(kind, device.path, len(slot))
                 if expected and "reboot" in events:
                     expected[0] = 0xEE
                 if bytes(slot) != bytes(expected):

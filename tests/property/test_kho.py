@@ -31,7 +31,7 @@ class ChainMachine(RuleBasedStateMachine):
 
     @initialize(nodes=st.integers(1, 3), page_size=st.sampled_from([4096, 4096, 16384]))
     def cold_boot(self, nodes, page_size):
-        self.memory = PhysicalMemory(nodes * 64 * MIB, nodes=nodes, page_size=page_size)
+        self.memory = PhysicalMemory(nodes * 256 * MIB, nodes=nodes, page_size=page_size)
         area = (page_size << self.memory.max_order) * 1
         scratch = [(self.memory.size - area, area)]
         self.kho = Kho(self.memory, scratch=scratch)
@@ -40,16 +40,20 @@ class ChainMachine(RuleBasedStateMachine):
         self.preserved: dict[int, int] = {}  # of those, the ones in the map
         self.incoming: dict[int, int] = {}  # not restored yet
         self.subtrees: dict[str, int] = {}
+        self.stamped: set[int] = set()  # blocks that begin with their own address
         self.count = 1
 
     def stamp(self, phys: int) -> None:
         self.memory.view(phys, 8)[:] = phys.to_bytes(8, "little")
+        self.stamped.add(phys)
 
     def check_stamp(self, phys: int) -> None:
         assert phys.to_bytes(8, "little") == self.memory.view(phys, 8)
 
-    @rule(order=st.integers(0, 7), n=st.integers(1, 40))
+    @rule(order=st.integers(0, 5), n=st.integers(1, 20))
     def alloc(self, order, n):
+        if self.memory.nr_free_pages() < 4096:
+            return
         for phys in self.memory.alloc_folios(n, order).tolist():
             assert phys not in self.incoming
             assert phys not in self.allocated
@@ -67,10 +71,10 @@ class ChainMachine(RuleBasedStateMachine):
         assert len(fresh) == self.kho.preserve_folios(phys, orders)
         self.preserved |= {p: self.allocated[p] for p in chosen}
 
-    @precondition(lambda self: self.preserved)
+    @precondition(lambda self: set(self.preserved) - set(self.subtrees.values()))
     @rule(data=st.data())
     def unpreserve(self, data):
-        phys = data.draw(st.sampled_from(sorted(self.preserved)))
+        phys = data.draw(st.sampled_from(sorted(set(self.preserved) - set(self.subtrees.values()))))
         self.kho.unpreserve_folio(phys, self.preserved.pop(phys))
         assert errno_of(self.kho.unpreserve_folio, phys, self.allocated[phys]) == errno.ENOENT
 
@@ -82,6 +86,7 @@ class ChainMachine(RuleBasedStateMachine):
         self.memory.free_folios(np.array(chosen, np.uint64))
         for phys in chosen:
             del self.allocated[phys]
+            self.stamped.discard(phys)
 
     @rule(name=st.sampled_from("abcdef"))
     def save(self, name):
@@ -109,6 +114,7 @@ class ChainMachine(RuleBasedStateMachine):
             for phys in chosen:
                 self.kho.incoming.restore_free(phys)
                 del self.incoming[phys]
+                self.stamped.discard(phys)
             return
         orders = self.kho.incoming.restore_folios(np.array(chosen, np.uint64)).tolist()
         assert [self.incoming[phys] for phys in chosen] == orders
@@ -130,6 +136,7 @@ class ChainMachine(RuleBasedStateMachine):
         assert self.count - 1 == self.kho.incoming.metadata.kexec_count
         assert {*self.subtrees, "kexec-metadata"} == set(self.kho.incoming.subtrees())
         self.incoming, self.allocated, self.preserved, self.subtrees = left, {}, {}, {}
+        self.stamped &= set(left)
 
     def own_blocks(self) -> list[int]:
         """The root tree's page and the metadata's."""
@@ -144,7 +151,7 @@ class ChainMachine(RuleBasedStateMachine):
         assert self.preserved | own == pairs(self.kho.preserved())
         if self.kho.incoming is not None:
             assert self.incoming == pairs(self.kho.incoming.unrestored())
-        for phys in self.allocated:
+        for phys in {*self.allocated, *self.incoming} & self.stamped:
             self.check_stamp(phys)
         pages = sum(1 << o for part in (self.allocated, self.incoming) for o in part.values())
         spare = self.memory.nr_free_pages() + self.memory.nr_free_scratch_pages

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import luo
 
 ROOT = Path(__file__).resolve().parents[1]
+MADE = ("luo/_kho", "benches/results")  # what a build or a run makes
 
 installed_only = pytest.mark.skipif(
     os.environ.get("LUO_TEST_INSTALLED") != "1",
@@ -125,3 +127,15 @@ def test_distribution_names_its_licence_and_needs():
     assert project["requires-python"] == ">=3.11"
     needs = {need.split(">")[0] for need in project["dependencies"]}
     assert needs == {"cffi", "click", "numpy", "rich", "typing_extensions"}
+
+
+def test_documents_name_files_that_are_there():
+    """Every relative link, and every path under the project's directories, exists."""
+    for document in [*ROOT.glob("*.md"), *ROOT.glob("benches/*.md"), *ROOT.glob("docs/**/*.md")]:
+        text = document.read_text()
+        links = re.findall(r"\]\(([^)#:]+)\)", text)
+        paths = re.findall(r"`((?:luo|tests|benches|examples|docs)/[\w./*]+)`", text)
+        missing = [link for link in links if not (document.parent / link).exists()]
+        missing += [path for path in paths if not (any(ROOT.glob(path.rstrip("/"))) or path.startswith(MADE))]
+
+        assert missing == [], document.name

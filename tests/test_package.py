@@ -68,8 +68,8 @@ def test_all_of_each_module_names_what_is_there():
 
 def test_unknown_attribute_is_attribute_error():
     """The lazy version does not swallow misspelled names."""
-    with pytest.raises(AttributeError, match="no attribute 'Kernal'"):
-        _ = luo.Kernal
+    with pytest.raises(AttributeError, match="no attribute 'Kernels'"):
+        _ = luo.Kernels
 
 
 def test_import_without_the_core_names_the_build_command(tmp_path):
@@ -136,6 +136,10 @@ def test_documents_name_files_that_are_there():
         links = re.findall(r"\]\(([^)#:]+)\)", text)
         paths = re.findall(r"`((?:luo|tests|benches|examples|docs)/[\w./*]+)`", text)
         missing = [link for link in links if not (document.parent / link).exists()]
-        missing += [path for path in paths if not (any(ROOT.glob(path.rstrip("/"))) or path.startswith(MADE))]
+        missing += [
+            path
+            for path in paths
+            if not (any(ROOT.glob(path.rstrip("/"))) or path.startswith(MADE))
+        ]
 
         assert missing == [], document.name

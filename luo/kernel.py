@@ -371,7 +371,8 @@ class Kernel:
         """Probe the bound devices that were not preserved; who fails stays unbound."""
         for device in self._each("probe"):
             driver = device.driver
-            assert driver is not None and driver.probe is not None
+            assert driver is not None
+            assert driver.probe is not None
             try:
                 driver.probe(device)
             except Exception:
@@ -526,7 +527,8 @@ class Kernel:
         """Call shutdown of every device that is not preserved (RFC v1 1.11)."""
         for device in reversed(self._each("shutdown")):
             driver = device.driver
-            assert driver is not None and driver.shutdown is not None
+            assert driver is not None
+            assert driver.shutdown is not None
             try:
                 driver.shutdown(device)
             except Exception:

@@ -191,6 +191,15 @@ def snapshot(kernel: Kernel) -> dict[str, Any]:
     }
 
 
+def settled(kernel: Kernel) -> dict[str, Any]:
+    """Return :func:`snapshot` after a cancelled update: pages of the map may stay, as in Linux."""
+    pages = kernel.memory.nr_free_pages() + kernel.kho.tree_pages
+    kernel.luo.prepare()
+    kernel.luo.cancel()
+    assert kernel.memory.nr_free_pages() + kernel.kho.tree_pages == pages
+    return snapshot(kernel)
+
+
 def slots_exist(kernel: Kernel) -> bool:
     """Return whether a device of *kernel* has a slot at present."""
     for device in kernel.devices:
@@ -217,3 +226,23 @@ def updated(kernel: Kernel, successor: Kernel) -> Kernel:
     if kernel.luo.state.name == "NORMAL":
         kernel.luo.prepare()
     return kernel.kexec()
+
+
+def plain_kernel(machine: Machine, drivers: dict[str, Any], buses: dict[str, Any], **kwargs: Any):
+    """Return a kernel of *machine*; an owner is given as its table (or None), or as itself."""
+
+    def made(cls, owners):
+        return [
+            owner if isinstance(owner, cls) else cls(name, owner) for name, owner in owners.items()
+        ]
+
+    return Kernel(machine, drivers=made(Driver, drivers), buses=made(Bus, buses), **kwargs)
+
+
+def leave(kernel: Kernel):
+    """Prepare and reboot *kernel*, let it go, and return the handover for any kernel's boot()."""
+    kernel.luo.prepare()
+    kernel.luo.reboot()
+    handover = kernel.kho.handover()
+    kernel.close()
+    return handover

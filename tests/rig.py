@@ -191,6 +191,15 @@ def snapshot(kernel: Kernel) -> dict[str, Any]:
     }
 
 
+def settled(kernel: Kernel) -> dict[str, Any]:
+    """Return :func:`snapshot` after a cancelled update: pages of the map may stay, as in Linux."""
+    pages = kernel.memory.nr_free_pages() + kernel.kho.tree_pages
+    kernel.luo.prepare()
+    kernel.luo.cancel()
+    assert kernel.memory.nr_free_pages() + kernel.kho.tree_pages == pages
+    return snapshot(kernel)
+
+
 def slots_exist(kernel: Kernel) -> bool:
     """Return whether a device of *kernel* has a slot at present."""
     for device in kernel.devices:

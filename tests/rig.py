@@ -217,3 +217,23 @@ def updated(kernel: Kernel, successor: Kernel) -> Kernel:
     if kernel.luo.state.name == "NORMAL":
         kernel.luo.prepare()
     return kernel.kexec()
+
+
+def plain_kernel(machine: Machine, drivers: dict[str, Any], buses: dict[str, Any], **kwargs: Any):
+    """Return a kernel of *machine*; an owner is given as its table (or None), or as itself."""
+
+    def made(cls, owners):
+        return [
+            owner if isinstance(owner, cls) else cls(name, owner) for name, owner in owners.items()
+        ]
+
+    return Kernel(machine, drivers=made(Driver, drivers), buses=made(Bus, buses), **kwargs)
+
+
+def leave(kernel: Kernel):
+    """Prepare and reboot *kernel*, let it go, and return the handover for any kernel's boot()."""
+    kernel.luo.prepare()
+    kernel.luo.reboot()
+    handover = kernel.kho.handover()
+    kernel.close()
+    return handover

@@ -657,13 +657,18 @@ cdef class PreservedMemory:
         cdef int order = 0, why = 0, shift = self.memory.page_shift
         cdef bint many = isinstance(orders, np.ndarray) or not hasattr(orders, "__index__")
         if many:
-            each = np.ascontiguousarray(orders, np.uint8)
+            array = np.asarray(orders)
+            if array.size and (
+                array.dtype.kind not in "iu" or not 0 <= array.min() <= array.max() < 64
+            ):
+                raise ValueError(f"{what}: orders are integers in 0..63")
+            each = np.ascontiguousarray(array, np.uint8)
             if <uint64_t>each.shape[0] != n:
                 raise ValueError(f"{what}: {n} addresses, {each.shape[0]} orders")
         else:
             order = as_order(orders)
         keys = <uint64_t *>xmalloc(n * 8)
-        with nogil:
+        with nogil, self.memory.lock:
             for i in range(n):
                 if many:
                     order = each[i]
@@ -1161,13 +1166,17 @@ cdef class IncomingMemory:
 
     cdef page_state *pages(self) noexcept nogil:
         """The page state that holds the claims: its own before install(), then the memory's."""
-        return self.state if self.state != NULL else self.memory.state
+        if self.state != NULL or self.memory is None:
+            return self.state
+        return self.memory.state
 
     cdef int use(self) except -1:
         if self.closed:
             raise from_errno(errno.ESHUTDOWN, "KHO: this kernel is gone")
         if self.state != NULL:
             raise from_errno(EINVAL, "incoming: not booted yet")
+        if self.memory is None:
+            raise from_errno(EINVAL, "incoming: not initialised")
         return self.memory.use()
 
     def close(self):
@@ -1178,7 +1187,7 @@ cdef class IncomingMemory:
         """Whether preserved, not restored blocks cover all pages of [phys, phys + nbytes)."""
         cdef uint64_t at, end
         cdef page_state *st
-        if not self.memory.contains(phys, nbytes):
+        if self.memory is None or not self.memory.contains(phys, nbytes):
             return False
         at = as_u64(phys)
         end = at + as_u64(nbytes)
@@ -1192,7 +1201,7 @@ cdef class IncomingMemory:
         cdef uint64_t at = as_u64(phys)
         cdef page_state *st
         cdef int order = -1
-        if at & (self.memory.page_size - 1):
+        if self.memory is None or at & (self.memory.page_size - 1):
             return None
         with self.memory.lock:
             st = self.pages()
@@ -1209,20 +1218,23 @@ cdef class IncomingMemory:
             KhoError: EINVAL if it is installed already.
         """
         cdef PhysicalMemory memory = self.memory
-        cdef page_state *old
+        cdef page_state *old = NULL
+        cdef bint done
         cdef size_t i
-        if self.closed or self.state == NULL:
-            raise from_errno(EINVAL, "incoming: booted already")
         if memory.detached:
             memory.use()
         with memory.lock:
-            old = memory.state
-            memory.state = self.state
-            self.state = NULL
-            for i in range(self.nr_nodes):
-                page_free_head(memory.state, self.nodes[i] >> memory.page_shift)
-            memory.state.restricted = False
-            memory.scratch = self.areas
+            done = self.closed or self.state == NULL
+            if not done:
+                old = memory.state
+                memory.state = self.state
+                self.state = NULL
+                for i in range(self.nr_nodes):
+                    page_free_head(memory.state, self.nodes[i] >> memory.page_shift)
+                memory.state.restricted = False
+                memory.scratch = self.areas
+        if done:
+            raise from_errno(EINVAL, "incoming: booted already")
         page_state_free(old)
         free(self.nodes)
         self.nodes = NULL

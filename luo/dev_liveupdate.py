@@ -16,6 +16,7 @@ in reverse, bus before driver; then slots and records are freed and the flags ar
 from __future__ import annotations
 
 import errno
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -281,7 +282,7 @@ class DeviceParticipant:
                 )
             new |= batch[1:] & differs
         cuts = [0, *(np.flatnonzero(new) + 1).tolist(), n]
-        for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+        for start, stop in itertools.pairwise(cuts):
             yield _Run(start, stop, bool(batch[start]))
 
     def _table(self, side: str, event: str) -> CallTable:
@@ -786,7 +787,7 @@ class DeviceRecords:
             path = columns["path"]
             hints = np.ascontiguousarray(columns["index"].fixed()).view(np.uint64).ravel()
             ends = path.offsets[1:] - np.uint64(1)
-            if not path.present.all() or len(path) and path.data[ends.astype(np.intp)].any():
+            if not path.present.all() or (len(path) and path.data[ends.astype(np.intp)].any()):
                 raise HandoverError(f"record {first}…: a path is missing or has no end", phys)
             index = tree.find_paths(
                 *_unterminated(path), np.minimum(hints, 2**31 - 1).astype(np.int32)

@@ -121,6 +121,8 @@ class KernelImage:
                 factory = getattr(factory, part)
         except (ImportError, AttributeError) as error:
             raise from_errno(errno.ENOEXEC, f"kernel image {self.name}: {error}") from error
+        if not callable(factory):
+            raise from_errno(errno.ENOEXEC, f"kernel image {self.name}: {factory!r} is no factory")
         kernel = factory(machine, **self.args)
         if not isinstance(kernel, Kernel) or kernel.booted:
             raise from_errno(
@@ -495,7 +497,14 @@ class Kernel:
         if self._next is None:
             raise StateError(errno.EINVAL, "kexec: no kernel image is loaded")
         successor, self._next = self._next, None
-        return jump(self, successor, preflight=preflight, timeout=timeout, verify=verify)
+        return jump(
+            self,
+            successor,
+            clock=self.profile.read_clock,
+            preflight=preflight,
+            timeout=timeout,
+            verify=verify,
+        )
 
     def reboot(self, verify: bool) -> Departure:
         """Run REBOOT and say what is handed over: the first part of :func:`luo.kexec.jump`."""

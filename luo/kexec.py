@@ -10,6 +10,7 @@ its views are cut off from the memory, and a successor that dies is a crashed ho
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import time
 from collections.abc import Callable
@@ -151,14 +152,15 @@ class LocalSuccessor:
         self.kernel = kernel
         self._plan: Any = None
 
+    def __str__(self) -> str:
+        return f"successor {self.kernel!r}"
+
     def validate(self, record: str | None, timeout: float) -> None:
         """Check what the old kernel left; reads only."""
         try:
             self._plan = self.kernel.validate(handover_of(self.kernel.arch, record))
         except (HandoverError, KernelPanic) as error:
-            raise SuccessorError(
-                errno.EPROTO, f"validate: successor {self.kernel!r} refused: {error}"
-            ) from error
+            raise SuccessorError(errno.EPROTO, f"validate: {self} refused: {error}") from error
 
     def start(self, record: str | None, preflight: bool, verify: bool) -> Kernel:
         """Pass the commit point: boot and restore."""
@@ -194,10 +196,11 @@ def jump(
             successor.validate(departure.handover, timeout)
     except BaseException as error:
         successor.close()
-        if old.luo.state is State.PREPARED:
-            clean = old.cancel_reboot()
-            if isinstance(error, SuccessorError):
-                error.rolled_back = clean
+        with contextlib.suppress(HostCrashError):  # an old kernel that died has nothing to cancel
+            if old.luo.state is State.PREPARED:
+                clean = old.cancel_reboot()
+                if isinstance(error, SuccessorError):
+                    error.rolled_back = clean
         raise
     # The commit point: the successor has acknowledged, there is no way back from here.
     old.depart()
@@ -208,6 +211,12 @@ def jump(
     except (HostCrashError, KernelPanic):
         successor.close()
         raise
+    except Exception as error:  # an interrupt leaves it running; anything else ends it
+        successor.close()
+        why = f"{type(error).__name__}: {error}"
+        raise HostCrashError(
+            errno.EHOSTDOWN, f"start: {successor}: {why}, after the commit point: the host is down"
+        ) from error
     result = successor.result
     restored_ns = result["last_reclaim_ns"] or (
         result["boot_began_ns"] + result["phases"]["boot"] + result["phases"]["restore"]

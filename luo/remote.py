@@ -242,8 +242,7 @@ class RemoteKernel:
         With *step*, which is for what precedes the commit point, every failure is a
         :class:`SuccessorError` that names it.
         """
-        if self._closed:
-            raise StateError(errno.ESHUTDOWN, f"{command}: {self} is gone")
+        self._require(command)
         self._count += 1
         try:
             self._channel.send({"id": self._count, "command": command, **arguments})
@@ -266,6 +265,10 @@ class RemoteKernel:
             raise error
         result: dict[str, Any] = answer["result"]
         return result
+
+    def _require(self, what: str) -> None:
+        if self._closed:
+            raise StateError(errno.ESHUTDOWN, f"{what}: {self} is gone")
 
     def _wait(self) -> str:
         try:
@@ -332,9 +335,11 @@ class RemoteKernel:
 
         if not isinstance(next, KernelImage):
             raise TypeError("kexec_load: a kernel in another process is followed by a KernelImage")
+        self._require("kexec_load")
+        successor = RemoteKernel(self.machine, next, timeout)
         if self._next is not None:
             self._next.close()
-        self._next = RemoteKernel(self.machine, next, timeout)
+        self._next = successor
         self._ask("prefault")
 
     def kexec(

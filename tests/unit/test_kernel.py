@@ -113,7 +113,6 @@ def test_image_in_a_namespace_is_found(machine):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"kho_abi": "kho-v9"}, {"arch": "pdp11"}, {"behaviour": "odd"}, {"workers": 0},
      {"quirks": ["x"]}],
     ids=str,
 )  # fmt: skip

@@ -497,7 +497,14 @@ class Kernel:
         if self._next is None:
             raise StateError(errno.EINVAL, "kexec: no kernel image is loaded")
         successor, self._next = self._next, None
-        return jump(self, successor, preflight=preflight, timeout=timeout, verify=verify)
+        return jump(
+            self,
+            successor,
+            clock=self.profile.read_clock,
+            preflight=preflight,
+            timeout=timeout,
+            verify=verify,
+        )
 
     def reboot(self, verify: bool) -> Departure:
         """Run REBOOT and say what is handed over: the first part of :func:`luo.kexec.jump`."""

@@ -10,6 +10,7 @@ its views are cut off from the memory, and a successor that dies is a crashed ho
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import time
 from collections.abc import Callable
@@ -195,10 +196,11 @@ def jump(
             successor.validate(departure.handover, timeout)
     except BaseException as error:
         successor.close()
-        if old.luo.state is State.PREPARED:
-            clean = old.cancel_reboot()
-            if isinstance(error, SuccessorError):
-                error.rolled_back = clean
+        with contextlib.suppress(HostCrashError):  # an old kernel that died has nothing to cancel
+            if old.luo.state is State.PREPARED:
+                clean = old.cancel_reboot()
+                if isinstance(error, SuccessorError):
+                    error.rolled_back = clean
         raise
     # The commit point: the successor has acknowledged, there is no way back from here.
     old.depart()

@@ -368,6 +368,36 @@ def test_run_interrupted_rolls_back(event, number, host, tmp_path):
     assert json.loads(out.read_text())["states"][-1] == "normal"
 
 
+def test_run_interrupted_in_the_second_process_rolls_back(host, tmp_path):
+    """^C in the second update, whose callbacks run in another process: the same."""
+    mine = drivers(
+        tmp_path,
+        f"""
+        def slow(device):
+            if os.path.exists({str(tmp_path / "second")!r}):
+                open({str(tmp_path / "slow")!r}, "w").close()
+                time.sleep(60)
+
+        def restore(device):
+            open({str(tmp_path / "second")!r}, "w").close()
+            device.reclaim()
+
+        mlx5 = luo.Driver("mlx5_core", luo.LiveUpdateOps(prepare=slow, restore=restore))
+        """,
+    )
+    out = tmp_path / "out.json"
+    arguments = ["--host", host, "--drivers", mine, "--repeat", 2, "--json", out]
+    with running(*arguments, cwd=tmp_path) as process:
+        wait_for(tmp_path / "slow", process)
+        os.killpg(process.pid, signal.SIGINT)
+        process.communicate(timeout=30)
+    document = json.loads(out.read_text())
+
+    assert process.returncode == 130
+    assert document["states"] == ["normal", "prepared", "updated", "normal", "normal"]
+    assert document["error"]["rolled_back"] is True
+
+
 def test_run_interrupted_while_drivers_load(host, tmp_path):
     """^C before there is a kernel: exit status 130 and no traceback."""
     mine = drivers(tmp_path, f'open({str(tmp_path / "loading")!r}, "w").close()\ntime.sleep(60)\n')

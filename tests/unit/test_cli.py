@@ -532,7 +532,7 @@ def test_run_json_file_that_cannot_be_written_is_status_2(target, luo_here, file
 
 def test_run_unknown_command_is_status_2(luo_here):
     """So is a command that there is not."""
-    status, _, err = luo_here("runn")
+    status, _, err = luo_here("update")
 
     assert status == 2
     assert len(err.splitlines()) == 1

@@ -615,14 +615,16 @@ cdef class PreservedMemory:
                 is not allocated; ENOMEM if a page of the tree cannot be had, and nothing changes.
         """
         cdef uint64_t at = as_u64(phys), key, fresh = 0
-        cdef int o = as_order(order), why
+        cdef int o = as_order(order), why, rc
         self.use()
         why = self.check_block(at, o)
         if why:
             self.refuse(f"preserve_folio {at:#x}/order {o}", at,
                         self.memory.page_size << o if o < 48 else 0, why)
         key = kho_radix_encode_key(at, o, self.memory.page_shift)
-        check(self.map.add(&key, 1, &fresh), f"preserve_folio {at:#x}/order {o}")
+        rc = self.map.add(&key, 1, &fresh)
+        if rc < 0:  # the text costs more than the call
+            check(rc, f"preserve_folio {at:#x}/order {o}")
 
     def unpreserve_folio(self, phys, order):
         """Take back :meth:`preserve_folio` of the very same block.
@@ -631,12 +633,14 @@ cdef class PreservedMemory:
             KhoError: ENOENT if this very block, with this order, is not preserved.
         """
         cdef uint64_t at = as_u64(phys), key, where = 0
-        cdef int o = as_order(order)
+        cdef int o = as_order(order), rc
         self.use()
         if o > 63 - self.memory.page_shift or at & ((self.memory.page_size << o) - 1):
             check(-ENOENT, f"unpreserve_folio {at:#x}/order {o}")
         key = kho_radix_encode_key(at, o, self.memory.page_shift)
-        check(self.map.delete(&key, 1, &where), f"unpreserve_folio {at:#x}/order {o}")
+        rc = self.map.delete(&key, 1, &where)
+        if rc < 0:
+            check(rc, f"unpreserve_folio {at:#x}/order {o}")
 
     def is_preserved(self, phys, order):
         """Whether exactly this block is in the map (a larger one around it does not count)."""
@@ -840,7 +844,8 @@ cdef class PreservedMemory:
                 if rc < 0:
                     with memory.lock:
                         page_free_head(memory.state, pfn)
-        check(rc, f"alloc_preserve {count}")
+        if rc < 0:
+            check(rc, f"alloc_preserve {count}")
         return phys
 
     def unpreserve_free(self, phys):
@@ -858,10 +863,12 @@ cdef class PreservedMemory:
         if order < 0:
             raise from_errno(EINVAL, f"unpreserve_free {at:#x}: no allocated block starts here")
         key = kho_radix_encode_key(at, order, self.memory.page_shift)
-        check(self.map.delete(&key, 1, &where), f"unpreserve_free {at:#x}/order {order}")
-        with self.memory.lock:
-            rc = page_free_head(self.memory.state, at >> self.memory.page_shift)
-        check(rc if rc < 0 else 0, f"unpreserve_free {at:#x}")
+        rc = self.map.delete(&key, 1, &where)
+        if rc == 0:
+            with self.memory.lock:
+                rc = page_free_head(self.memory.state, at >> self.memory.page_shift)
+        if rc < 0:
+            check(rc, f"unpreserve_free {at:#x}/order {order}")
 
     def preserved(self, out=None):
         """Return all preserved blocks in the ABI's walk order: larger orders first, by address.

@@ -113,7 +113,7 @@ def test_image_in_a_namespace_is_found(machine):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"kho_abi": "kho-v9"}, {"arch": "pdp11"}, {"behaviour": "odd"}, {"workers": 0},
+    [{"kho_abi": "kho-v9"}, {"behaviour": "rfc1"}, {"workers": 2},
      {"quirks": ["x"]}],
     ids=str,
 )  # fmt: skip

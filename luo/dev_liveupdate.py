@@ -404,6 +404,7 @@ class DeviceParticipant:
         """Order the devices, allocate slots, write records: all that can fail for memory."""
         devices = self.devices
         tree = devices.tree
+        devices.rescan()
         requested = devices.requested & tree.alive
         lost = np.flatnonzero(requested & ~devices.eligible())
         if lost.size:  # RFC v1 quirk 12: somebody bound another driver since the request
@@ -422,7 +423,7 @@ class DeviceParticipant:
             nbytes = {side: by_device[side][order] for side in SIDES}
         phys = self._allocate_slots(order, nbytes)
         self._write_records(order, phys, nbytes)
-        self._done[:] = 0
+        self._done = np.zeros(len(devices.requested), np.uint8)
         self._walk = _Walk(order, phys, nbytes)
         devices.set_slots(order, phys, nbytes)
         for event in (Event.PREPARE, Event.REBOOT, Event.CANCEL):

@@ -509,7 +509,9 @@ class Kernel:
     def reboot(self, verify: bool) -> Departure:
         """Run REBOOT and say what is handed over: the first part of :func:`luo.kexec.jump`."""
         live = self.luo.reboot()
-        handover = None if self._kho is None else self._kho.handover()
+        # With kho=off what came in can still be read; nothing goes out (kho-abi 9.3).
+        outgoing = self._kho if self.kho_enabled else None
+        handover = None if outgoing is None else outgoing.handover()
         ended = self.profile.read_clock()
         digests = self._layer.digests() if live and verify else {}
         return Departure(

@@ -176,13 +176,8 @@ cdef class PreservedMemory:  # luo.kho.Kho extends it
     cdef int check_run(self, uint64_t phys, uint64_t pages) noexcept nogil
     cdef int check_block(self, uint64_t phys, int order) noexcept nogil
     cdef int refuse(self, object what, uint64_t phys, uint64_t nbytes, int why) except -1
-    cdef const uint8_t[::1] order_array(self, object orders, uint64_t n, object what)
-    cdef void around(self, uint64_t phys, uint64_t nbytes, uint64_t *low,
-                     uint64_t *high) noexcept nogil
-    cdef int add_blocks(self, const uint64_t *phys, const uint8_t *orders, int order, uint64_t n,
-                        uint64_t *fresh, uint64_t *nr_fresh, uint64_t *at) noexcept nogil
-    cdef int del_blocks(self, const uint64_t *phys, const uint8_t *orders, int order, uint64_t n,
-                        uint64_t *at) noexcept nogil
+    cdef uint64_t *encode_blocks(self, const uint64_t[::1] phys, object orders, object what,
+                                 bint checked) except NULL
     cdef uint64_t *split_run(self, uint64_t phys, uint64_t pages, uint64_t *n) except NULL
     cdef uint64_t fill(self, uint64_t[::1] phys, uint8_t[::1] orders, uint64_t room,
                        uint64_t *start) except? 0xFFFFFFFFFFFFFFFF

@@ -159,64 +159,35 @@ cdef int kho_radix_find_leaf(kho_radix_tree *tree, PhysicalMemory memory, uint64
     return 0
 
 
-cdef inline int kho_radix_add_key(kho_radix_tree *tree, PhysicalMemory memory,
-                                  uint64_t key) noexcept nogil:
-    """Set the bit of *key*: 1 if it was not set before, 0 if it was, or -errno.
-
-    Pages that this makes are remembered until the caller sets nr_made to 0 or unmakes them.
-    """
-    cdef uint64_t *words = NULL
-    cdef uint64_t bit
-    cdef int rc
-    if key >> tree.key_bits:
-        return -ERANGE
-    rc = kho_radix_find_leaf(tree, memory, key, True, &words)
-    if rc < 0:
-        return rc
-    bit = key & low_mask(tree.leaf_bits)
-    if flat_test(words, bit):
-        return 0
-    flat_set(words, bit)
-    return 1
-
-
-cdef inline int kho_radix_del_key(kho_radix_tree *tree, PhysicalMemory memory,
-                                  uint64_t key) noexcept nogil:
-    """Clear the bit of *key*: 1 if it was set, 0 if not. Pages stay, as in Linux."""
-    cdef uint64_t *words = NULL
-    cdef uint64_t bit
-    if kho_radix_find_leaf(tree, memory, key, False, &words) < 0:
-        return 0
-    bit = key & low_mask(tree.leaf_bits)
-    if not flat_test(words, bit):
-        return 0
-    flat_clear(words, bit)
-    return 1
-
-
 cdef int kho_radix_add_keys(kho_radix_tree *tree, PhysicalMemory memory, const uint64_t *keys,
                             uint64_t n, uint64_t *fresh, uint64_t *nr_fresh) noexcept nogil:
     """Set the bits of *n* keys, all or none. *fresh*: room for a bit a key, cleared."""
-    cdef uint64_t i, pages = 0
+    cdef uint64_t i, bit, pages = 0
+    cdef uint64_t *words = NULL
     cdef int rc = 0
     tree.nr_made = 0
     for i in range(n):
-        rc = kho_radix_add_key(tree, memory, keys[i])
+        if keys[i] >> tree.key_bits:
+            rc = -ERANGE
+            break
+        rc = kho_radix_find_leaf(tree, memory, keys[i], True, &words)
         if rc < 0:
             break
-        if rc:
+        bit = keys[i] & low_mask(tree.leaf_bits)
+        if not flat_test(words, bit):
+            flat_set(words, bit)
             flat_set(fresh, i)
             nr_fresh[0] += 1
             pages += kho_radix_key_pages(tree, keys[i])
-    if rc >= 0:
+    if rc == 0:
         tree.nr_keys += nr_fresh[0]
         tree.nr_pages += pages
         tree.nr_made = 0
         return 0
     while i:  # clear the bits that this call set, then free the pages that it made
         i -= 1
-        if flat_test(fresh, i):
-            kho_radix_del_key(tree, memory, keys[i])
+        if flat_test(fresh, i) and kho_radix_find_leaf(tree, memory, keys[i], False, &words) == 0:
+            flat_clear(words, keys[i] & low_mask(tree.leaf_bits))
     kho_radix_unmake(tree)
     return rc
 
@@ -240,7 +211,8 @@ cdef int kho_radix_del_keys(kho_radix_tree *tree, PhysicalMemory memory, const u
 
     Pages stay, as in Linux.
     """
-    cdef uint64_t i
+    cdef uint64_t i, bit
+    cdef uint64_t *words = NULL
     cdef int rc
     for i in range(n):
         rc = kho_radix_has_key(tree, memory, keys[i])
@@ -248,7 +220,10 @@ cdef int kho_radix_del_keys(kho_radix_tree *tree, PhysicalMemory memory, const u
             at[0] = i
             return rc if rc < 0 else -ENOENT
     for i in range(n):
-        if kho_radix_del_key(tree, memory, keys[i]):  # a key may be named twice
+        kho_radix_find_leaf(tree, memory, keys[i], False, &words)
+        bit = keys[i] & low_mask(tree.leaf_bits)
+        if flat_test(words, bit):  # a key may be named twice
+            flat_clear(words, bit)
             tree.nr_keys -= 1
             tree.nr_pages -= kho_radix_key_pages(tree, keys[i])
     return 0
@@ -677,186 +652,90 @@ cdef class PreservedMemory:
         return bool(check(self.map.has(kho_radix_encode_key(at, o, self.memory.page_shift)),
                           "is_preserved"))
 
-    cdef const uint8_t[::1] order_array(self, object orders, uint64_t n, object what):
-        """*orders* as one byte a block, or None if one order is meant for all."""
-        if not isinstance(orders, np.ndarray) and hasattr(orders, "__index__"):
-            return None
-        array = np.asarray(orders)
-        if array.size and (
-            array.dtype.kind not in "iu" or not 0 <= array.min() <= array.max() < 64
-        ):
-            raise ValueError(f"{what}: orders are integers in 0..63")
-        array = np.ascontiguousarray(array, np.uint8)
-        if array.shape != (n,):
-            raise ValueError(f"{what}: {n} addresses, {array.size} orders")
-        return array
-
-    cdef void around(self, uint64_t phys, uint64_t nbytes, uint64_t *low,
-                     uint64_t *high) noexcept nogil:
-        """The widest piece of RAM without scratch around a block that may be preserved."""
-        cdef int shift = self.memory.page_shift
-        cdef uint64_t start, end
-        cdef size_t i
-        low[0] = phys
-        high[0] = phys + nbytes
-        for i in range(self.memory.nr_ranges):
-            start = self.memory.memory_ranges[i].start << shift
-            end = self.memory.memory_ranges[i].end << shift
-            if start <= phys and high[0] <= end:
-                low[0] = start
-                high[0] = end
-                break
-        for i in range(self.nr_scratch):
-            start = self.scratch_areas[i].start << shift
-            end = self.scratch_areas[i].end << shift
-            if end <= phys:
-                low[0] = max(low[0], end)
-            else:
-                high[0] = min(high[0], start)
-
-    cdef int add_blocks(self, const uint64_t *phys, const uint8_t *orders, int order, uint64_t n,
-                        uint64_t *fresh, uint64_t *nr_fresh, uint64_t *at) noexcept nogil:
-        """Check and add blocks, all or none: 0, -errno, or why block *at* may not be preserved.
-
-        Keys are made twice rather than kept: touching memory for them costs more than that.
-        """
-        cdef kho_radix_tree *tree = &self.map.tree
-        cdef int rc = self.map.begin(), why = BLOCK_OK, shift = self.memory.page_shift
-        cdef uint64_t i = 0, pages = 0, low = 1, high = 0, block
-        tree.nr_made = 0
-        while rc >= 0 and i < n:
-            if orders != NULL:
-                order = orders[i]
-            block = self.memory.page_size << order
-            # Inside [low, high) nothing but alignment is left to check. That phys + block does not
-            # wrap is seen by phys <= high - block, for which block <= high must hold.
-            if (order >= 48 or phys[i] < low or block > high or phys[i] > high - block
-                    or phys[i] & (block - 1)):
-                why = self.check_block(phys[i], order)
+    cdef uint64_t *encode_blocks(self, const uint64_t[::1] phys, object orders, object what,
+                                 bint checked) except NULL:
+        """Keys of many blocks, malloc()ed; raises if any block may not be preserved."""
+        cdef uint64_t n = phys.shape[0], i
+        cdef const uint8_t[::1] each = None
+        cdef uint64_t *keys
+        cdef int order = 0, why = 0, shift = self.memory.page_shift
+        cdef bint many = isinstance(orders, np.ndarray) or not hasattr(orders, "__index__")
+        if many:
+            array = np.asarray(orders)
+            if array.size and (
+                array.dtype.kind not in "iu" or not 0 <= array.min() <= array.max() < 64
+            ):
+                raise ValueError(f"{what}: orders are integers in 0..63")
+            each = np.ascontiguousarray(array, np.uint8)
+            if <uint64_t>each.shape[0] != n:
+                raise ValueError(f"{what}: {n} addresses, {each.shape[0]} orders")
+        else:
+            order = as_order(orders)
+        keys = <uint64_t *>xmalloc(n * 8)
+        with nogil, self.memory.lock:
+            for i in range(n):
+                if many:
+                    order = each[i]
+                if checked:
+                    why = self.check_block(phys[i], order)
+                elif order > 63 - shift or phys[i] & ((self.memory.page_size << order) - 1):
+                    why = BLOCK_MISALIGNED
                 if why:
                     break
-                if not self.debug:
-                    self.around(phys[i], block, &low, &high)
-            rc = kho_radix_add_key(tree, self.memory, kho_radix_encode_key(phys[i], order, shift))
-            if rc > 0:
-                flat_set(fresh, i)
-                nr_fresh[0] += 1
-                pages += <uint64_t>1 << order
-            if rc >= 0:
-                i += 1
-        if rc >= 0 and why == BLOCK_OK:
-            tree.nr_keys += nr_fresh[0]
-            tree.nr_pages += pages
-            tree.nr_made = 0
-            return 0
-        at[0] = i
-        while i:
-            i -= 1
-            if orders != NULL:
-                order = orders[i]
-            if flat_test(fresh, i):
-                kho_radix_del_key(tree, self.memory, kho_radix_encode_key(phys[i], order, shift))
-        kho_radix_unmake(tree)
-        return why if why else rc
-
-    cdef int del_blocks(self, const uint64_t *phys, const uint8_t *orders, int order, uint64_t n,
-                        uint64_t *at) noexcept nogil:
-        """Take blocks out, all or none: 0, -EIO, or -ENOENT if block *at* is not in the map."""
-        cdef kho_radix_tree *tree = &self.map.tree
-        cdef int rc = self.map.begin(), shift = self.memory.page_shift
-        cdef uint64_t i
-        if rc < 0:
-            return rc
-        for i in range(n):
-            if orders != NULL:
-                order = orders[i]
-            at[0] = i
-            if order > 63 - shift or phys[i] & ((<uint64_t>1 << (shift + order)) - 1):
-                return -ENOENT
-            rc = kho_radix_has_key(tree, self.memory, kho_radix_encode_key(phys[i], order, shift))
-            if rc <= 0:
-                return rc if rc < 0 else -ENOENT
-        for i in range(n):
-            if orders != NULL:
-                order = orders[i]
-            if kho_radix_del_key(tree, self.memory, kho_radix_encode_key(phys[i], order, shift)):
-                tree.nr_keys -= 1
-                tree.nr_pages -= <uint64_t>1 << order
-        return 0
+                keys[i] = kho_radix_encode_key(phys[i], order, shift)
+        if why:
+            free(keys)
+            if not checked:
+                check(-ENOENT, f"{what} {phys[i]:#x}/order {order}")
+            self.refuse(f"{what} {phys[i]:#x}/order {order}", phys[i],
+                        self.memory.page_size << order if order < 48 else 0, why)
+        return keys
 
     def preserve_folios(self, const uint64_t[::1] phys not None, order):
         """Preserve many blocks, all or none.
 
         Args:
-            phys: shape (n,), uint64, byte addresses; must not change during the call.
+            phys: shape (n,), uint64, byte addresses.
             order: one for all, or an array of n.
 
         Returns:
             int: how many were not preserved before.
 
         Raises:
-            ValueError: the arrays differ in length, or an order is not in 0..63.
+            ValueError: the arrays differ in length.
             KhoError: as :meth:`preserve_folio`, naming the first block that is refused.
 
         Context: releases the GIL.
         """
-        cdef uint64_t n = phys.shape[0], nr_fresh = 0, at = 0
-        cdef const uint8_t[::1] each
-        cdef const uint8_t *orders = NULL
-        cdef uint64_t *fresh
-        cdef int rc, o = 0
+        cdef uint64_t fresh = 0
+        cdef uint64_t *keys
+        cdef int rc
         self.use()
-        each = self.order_array(order, n, "preserve_folios")
-        if each is None:
-            o = as_order(order)
-        if n == 0:
-            return 0
-        if each is not None:
-            orders = &each[0]
-        fresh = <uint64_t *>calloc((n + 63) >> 6, 8)
-        if fresh == NULL:
-            raise MemoryError("preserve_folios")
-        with nogil, self.memory.lock:
-            rc = self.add_blocks(&phys[0], orders, o, n, fresh, &nr_fresh, &at)
-        free(fresh)
-        if rc:
-            o = orders[at] if orders != NULL and at < n else o
-            if rc > 0:
-                self.refuse(f"preserve_folios {phys[at]:#x}/order {o}", phys[at],
-                            self.memory.page_size << o if o < 48 else 0, rc)
-            check(rc, f"preserve_folios {n} blocks")
-        return nr_fresh
+        keys = self.encode_blocks(phys, order, "preserve_folios", True)
+        with nogil:
+            rc = self.map.add(keys, phys.shape[0], &fresh)
+        free(keys)
+        check(rc, f"preserve_folios {phys.shape[0]} blocks")
+        return fresh
 
     def unpreserve_folios(self, const uint64_t[::1] phys not None, order):
         """Take back the preservation of many blocks, all or none.
 
-        Args:
-            phys: shape (n,), uint64, byte addresses; must not change during the call.
-            order: one for all, or an array of n.
-
         Raises:
-            ValueError: the arrays differ in length, or an order is not in 0..63.
             KhoError: ENOENT names the first that is not preserved.
 
         Context: releases the GIL.
         """
-        cdef uint64_t n = phys.shape[0], at = 0
-        cdef const uint8_t[::1] each
-        cdef const uint8_t *orders = NULL
-        cdef int rc, o = 0
+        cdef uint64_t at = 0
+        cdef uint64_t *keys
+        cdef int rc
         self.use()
-        each = self.order_array(order, n, "unpreserve_folios")
-        if each is None:
-            o = as_order(order)
-        if n == 0:
-            return
-        if each is not None:
-            orders = &each[0]
-        with nogil, self.memory.lock:
-            rc = self.del_blocks(&phys[0], orders, o, n, &at)
+        keys = self.encode_blocks(phys, order, "unpreserve_folios", False)
+        with nogil:
+            rc = self.map.delete(keys, phys.shape[0], &at)
+        free(keys)
         if rc < 0:
-            o = orders[at] if orders != NULL else o
-            check(rc, f"unpreserve_folios {phys[at]:#x}/order {o}")
+            check(rc, f"unpreserve_folios {phys[at]:#x}")
 
     cdef uint64_t *split_run(self, uint64_t phys, uint64_t pages, uint64_t *n) except NULL:
         """Keys of the blocks that a run of pages is recorded as, malloc()ed (kho-abi 7).

@@ -8,6 +8,7 @@ are columns, and a :class:`Device` is made when somebody asks for one.
 from __future__ import annotations
 
 import errno
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, TypeVar
@@ -90,11 +91,17 @@ class LiveUpdateOps:
             value = getattr(self, name)
             if value is not None and not callable(value):
                 raise TypeError(f"LiveUpdateOps.{name}: {value!r} is not callable")
-        if isinstance(self.state_size, int):
-            if self.state_size < 0:
-                raise ValueError(f"LiveUpdateOps.state_size: {self.state_size} is negative")
-        elif not callable(self.state_size):
-            raise TypeError(f"LiveUpdateOps.state_size: {self.state_size!r}: int or callable")
+        if callable(self.state_size):
+            return
+        try:
+            nbytes = operator.index(self.state_size)
+        except TypeError:
+            raise TypeError(
+                f"LiveUpdateOps.state_size: {self.state_size!r}: int or callable"
+            ) from None
+        if nbytes < 0:
+            raise ValueError(f"LiveUpdateOps.state_size: {nbytes} is negative")
+        object.__setattr__(self, "state_size", nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -465,6 +472,7 @@ class Devices(Mortal):
             StateError: EINVAL outside NORMAL.
             KhoError: EINVAL if a mask or number names a device that is not eligible, ENOENT if
                 it names no device.
+            TypeError, ValueError: numbers are no integers, a mask has another length.
         """
         n = len(self.requested)
         with self.kernel.luo.read_state():
@@ -481,6 +489,8 @@ class Devices(Mortal):
                     mask = chosen
                 else:
                     mask = np.zeros(n, np.bool_)
+                    if chosen.size and chosen.dtype.kind not in "iu":
+                        raise TypeError(f"request: {chosen.dtype} instead of device numbers")
                     if chosen.size and (int(chosen.min()) < 0 or int(chosen.max()) >= n):
                         raise from_errno(errno.ENOENT, f"request: device number not in 0..{n - 1}")
                     mask[chosen.astype(np.intp)] = True
@@ -496,7 +506,7 @@ class Devices(Mortal):
         """Bind the driver called *name* to device number *index*."""
         what = f"bind {self.tree.path(index)}"
         with self.kernel.luo.read_state():
-            self._require_unpreserved(index, what)
+            self._require_unbindable(index, what)
             if name not in self._driver_number:
                 raise from_errno(errno.ENODEV, f"{what}: this kernel has no driver {name}")
             if self.driver_ids[index] >= 0:
@@ -507,13 +517,16 @@ class Devices(Mortal):
     def unbind(self, index: int) -> None:
         """Unbind the driver of device number *index*."""
         with self.kernel.luo.read_state():
-            self._require_unpreserved(index, f"unbind {self.tree.path(index)}")
+            self._require_unbindable(index, f"unbind {self.tree.path(index)}")
             self.driver_ids[index] = -1
 
-    def _require_unpreserved(self, index: int, what: str) -> None:
+    def _require_unbindable(self, index: int, what: str) -> None:
         # RFC v1 quirk 12: a driver that goes while the device is preserved leaves nothing saved.
         if self.preserved[index]:
             raise StateError(errno.EBUSY, f"{what}: the device is preserved")
+        state = self.kernel.luo.state
+        if state is not State.NORMAL:
+            raise StateError(errno.EBUSY, f"{what}: needs NORMAL, the state is {state.name}")
 
     # ---- what the device layer keeps ----
 

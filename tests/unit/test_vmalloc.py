@@ -79,7 +79,7 @@ def test_vmalloc_descriptor_and_chunks_say_what_was_given(memory):
     first, *numbers = struct.unpack("=QIHH", kho.preserve_vmalloc(pages))
 
     assert [1200, 1, 0] == numbers
-    assert pages.tolist() == sum(read_chunks(memory, first), [])
+    assert pages.tolist() == [phys for chunk in read_chunks(memory, first) for phys in chunk]
 
 
 def test_unpreserve_vmalloc_is_the_reverse(memory):

@@ -26,9 +26,10 @@ LINT := $(VENV)/.group-lint
 CORE := $(wildcard luo/*.pyx luo/*.pxd luo/core/*.pxi)
 SOURCES := $(shell find luo -name '*.py' -o -name '*.pyi' -o -name '*.toml' -o -name py.typed)
 
-# A runtime of gcc's that must be there before Python is.
-RUN := $(if $(filter 1,$(LUO_SANITIZE)),LD_PRELOAD=$(shell gcc -print-file-name=libasan.so) \
-  ASAN_OPTIONS=detect_leaks=0) $(BIN)/python -P
+# The source tree is on nobody's path, that of started processes included: what runs is what was
+# installed. A sanitizer's runtime must be there before Python is.
+RUN := PYTHONSAFEPATH=1 $(if $(filter 1,$(LUO_SANITIZE)),LD_PRELOAD=$(shell gcc -print-file-name=libasan.so) \
+  ASAN_OPTIONS=detect_leaks=0) $(BIN)/python
 
 .DEFAULT_GOAL := help
 .PHONY: help run build test debug lint format bench bench-quick dist clean
@@ -42,7 +43,6 @@ run: $(INSTALLED)  ## a live update of this machine's devices (ARGS="--preset cl
 
 build: $(INSTALLED)  ## virtual environment with luo built and installed in it
 
-# -P and the installed package: the source tree is not on the path of the tests.
 test: $(INSTALLED) $(TEST)  ## the whole suite against the installed package
 	LUO_TEST_INSTALLED=1 $(RUN) -m pytest $(ARGS)
 

@@ -82,7 +82,7 @@ def main() -> None:
     "--devices",
     type=click.IntRange(1, 16_000_000),
     metavar="N",
-    help="Number of devices of a generated preset.",
+    help="N generated devices in place of the host's.",
 )
 @click.option(
     "--sysfs",
@@ -190,8 +190,8 @@ def run(
     ]
     if len(sources) > 1:
         raise click.UsageError(f"{' and '.join(sources)}: name one host")
-    if devices is not None and preset in (None, "host"):
-        raise click.UsageError("--devices: goes with a generated preset, as --preset cloud")
+    if devices is not None and (sysfs is not None or hwloc_file is not None):
+        raise click.UsageError(f"--devices: {sources[0]} says which devices there are")
     # The document has standard output for itself.
     console = Console(stderr=json_file == "-", highlight=False)
     with _progress() as doing, _wrong_input():

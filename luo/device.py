@@ -8,6 +8,7 @@ are columns, and a :class:`Device` is made when somebody asks for one.
 from __future__ import annotations
 
 import errno
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, TypeVar
@@ -90,11 +91,17 @@ class LiveUpdateOps:
             value = getattr(self, name)
             if value is not None and not callable(value):
                 raise TypeError(f"LiveUpdateOps.{name}: {value!r} is not callable")
-        if isinstance(self.state_size, int):
-            if self.state_size < 0:
-                raise ValueError(f"LiveUpdateOps.state_size: {self.state_size} is negative")
-        elif not callable(self.state_size):
-            raise TypeError(f"LiveUpdateOps.state_size: {self.state_size!r}: int or callable")
+        if callable(self.state_size):
+            return
+        try:
+            nbytes = operator.index(self.state_size)
+        except TypeError:
+            raise TypeError(
+                f"LiveUpdateOps.state_size: {self.state_size!r}: int or callable"
+            ) from None
+        if nbytes < 0:
+            raise ValueError(f"LiveUpdateOps.state_size: {nbytes} is negative")
+        object.__setattr__(self, "state_size", nbytes)
 
 
 @dataclass(frozen=True, slots=True)

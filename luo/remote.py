@@ -19,7 +19,7 @@ import struct
 import subprocess
 import sys
 import time
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -37,8 +37,7 @@ from luo.errors import (
     SuccessorError,
     from_errno,
 )
-from luo.kexec import Departure, jump
-from luo.kho import Handover
+from luo.kexec import Departure, handover_of, jump
 from luo.liveupdate import CancelResult, FinishResult, State
 
 if TYPE_CHECKING:
@@ -243,8 +242,7 @@ class RemoteKernel:
         With *step*, which is for what precedes the commit point, every failure is a
         :class:`SuccessorError` that names it.
         """
-        if self._closed:
-            raise StateError(errno.ESHUTDOWN, f"{command}: {self} is gone")
+        self._require(command)
         self._count += 1
         try:
             self._channel.send({"id": self._count, "command": command, **arguments})
@@ -268,6 +266,10 @@ class RemoteKernel:
         result: dict[str, Any] = answer["result"]
         return result
 
+    def _require(self, what: str) -> None:
+        if self._closed:
+            raise StateError(errno.ESHUTDOWN, f"{what}: {self} is gone")
+
     def _wait(self) -> str:
         try:
             status = self._process.wait(5)
@@ -289,7 +291,7 @@ class RemoteKernel:
 
     # ---- as the next kernel ----
 
-    def validate(self, handover: Handover | None, timeout: float) -> None:
+    def validate(self, record: str | None, timeout: float) -> None:
         """Let it map the memory read-only and check what it is given; no write on its side.
 
         Raises:
@@ -297,9 +299,9 @@ class RemoteKernel:
         """
         if self._process.poll() is not None:
             raise SuccessorError(errno.ESRCH, f"validate: {self} is not there: {self._wait()}")
-        self._ask("validate", timeout, "validate", handover=_numbers(handover))
+        self._ask("validate", timeout, "validate", record=record)
 
-    def start(self, handover: Handover | None, preflight: bool, verify: bool) -> RemoteKernel:
+    def start(self, record: str | None, preflight: bool, verify: bool) -> RemoteKernel:
         """Pass the commit point: it may write from here on. Returns when it has restored.
 
         Raises:
@@ -309,9 +311,7 @@ class RemoteKernel:
         self._committed = True
         self.machine.memory.detach()
         self.machine.running = self
-        self.result = self._ask(
-            "start", handover=_numbers(handover), preflight=preflight, verify=verify
-        )
+        self.result = self._ask("start", record=record, preflight=preflight, verify=verify)
         return self
 
     # ---- as the kernel that goes ----
@@ -335,9 +335,11 @@ class RemoteKernel:
 
         if not isinstance(next, KernelImage):
             raise TypeError("kexec_load: a kernel in another process is followed by a KernelImage")
+        self._require("kexec_load")
+        successor = RemoteKernel(self.machine, next, timeout)
         if self._next is not None:
             self._next.close()
-        self._next = RemoteKernel(self.machine, next, timeout)
+        self._next = successor
         self._ask("prefault")
 
     def kexec(
@@ -395,10 +397,6 @@ class RemoteKernel:
         process = getattr(self, "_process", None)
         if process is not None and process.poll() is None:
             self.close()
-
-
-def _numbers(handover: Handover | None) -> list[int] | None:
-    return None if handover is None else list(astuple(handover))
 
 
 class RemoteOrchestrator:
@@ -525,19 +523,19 @@ class _Server:
         self._kernel = KernelImage(image["name"], image["cmdline"], image["args"]).build(machine)
         return {}
 
-    def do_validate(self, handover: list[int] | None) -> dict[str, Any]:
+    def do_validate(self, record: str | None) -> dict[str, Any]:
         """Check what the old kernel left; reads only."""
-        self._plan = self.kernel.validate(_handover(handover))
+        self._plan = self.kernel.validate(handover_of(self.kernel.arch, record))
         return {}
 
-    def do_start(self, handover: list[int] | None, preflight: bool, verify: bool) -> dict[str, Any]:
+    def do_start(self, record: str | None, preflight: bool, verify: bool) -> dict[str, Any]:
         """Boot, restore, and report."""
         kernel = self.kernel
         kernel.machine.memory.writable()
         if preflight:
             kernel.take_over(self._plan, verify)
         else:
-            kernel.boot(_handover(handover))
+            kernel.boot_from(record)
         return kernel.boot_result()
 
     def do_event(self, event: str) -> dict[str, Any]:
@@ -583,10 +581,6 @@ class _Server:
     def do_profile(self) -> dict[str, Any]:
         """Tell what callbacks and phases cost."""
         return {"calls": self.kernel.profile.dump(), "phases": self.kernel.phases}
-
-
-def _handover(numbers: list[int] | None) -> Handover | None:
-    return None if numbers is None else Handover(*numbers)
 
 
 def serve() -> None:

@@ -100,7 +100,9 @@ class Log:
             elif event == "REBOOT" and len(slot):
                 slot[0] = 0xEE
             elif event == "RESTORE":
-                expected = bytearray(content(kind, device.path, len(slot)))
+                expected = bytearray(len(slot))
+                if "prepare" in events:
+                    expected[:] = content(kind, device.path, len(slot))
                 if expected and "reboot" in events:
                     expected[0] = 0xEE
                 if bytes(slot) != bytes(expected):
@@ -189,6 +191,19 @@ def snapshot(kernel: Kernel) -> dict[str, Any]:
         "kept": list(zip(kept.tolist(), kept_orders.tolist(), strict=True)),
         "subtrees": subtrees(kernel.kho),
     }
+
+
+def settled(kernel: Kernel) -> dict[str, Any]:
+    """Return :func:`snapshot` after a cancelled update.
+
+    Pages of the map may stay, as in Linux, and the segment in scratch that the image will need.
+    """
+    kernel.kho.handover()
+    pages = kernel.memory.nr_free_pages() + kernel.kho.tree_pages
+    kernel.luo.prepare()
+    kernel.luo.cancel()
+    assert kernel.memory.nr_free_pages() + kernel.kho.tree_pages == pages
+    return snapshot(kernel)
 
 
 def slots_exist(kernel: Kernel) -> bool:

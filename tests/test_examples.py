@@ -20,7 +20,7 @@ def program(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[st
         text=True,
         capture_output=True,
         timeout=120,
-        env={name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"},
+        env={name: value for name, value in os.environ.items() if not name.startswith("PYTHON")},
     )
 
 

@@ -1221,6 +1221,8 @@ cdef class IncomingMemory:
         cdef page_state *old = NULL
         cdef bint done
         cdef size_t i
+        if memory is None:
+            raise from_errno(EINVAL, "incoming: not initialised")
         if memory.detached:
             memory.use()
         with memory.lock:

@@ -64,7 +64,9 @@ def kernel(
             handed.
         modules: the user's drivers and subsystems, as :func:`load` takes them; a driver or bus
             of a built-in name replaces it.
-        kho_abi, cmdline, observer: as of :class:`~luo.kernel.Kernel`.
+        kho_abi: as of :class:`~luo.kernel.Kernel`.
+        cmdline: likewise.
+        observer: likewise.
     """
     tree = machine.devices
     drivers = {driver.name: driver for driver in _drivers(tree)}

@@ -496,7 +496,7 @@ def test_shutdown_in_updated_skips_preserved_devices(machine):
 
 
 def test_shutdown_after_cancelled_reboot_reaches_every_device(machine):
-    """After REBOOT and CANCEL the flag is 0 again, and an ordinary reboot skips nobody (quirk 6)."""
+    """After REBOOT and CANCEL the flags are 0: an ordinary reboot skips nobody (quirk 6)."""
     calls = []
     make = lifecycle(calls)
     kernel = make(machine).boot()

@@ -54,7 +54,7 @@ class Coverage:
         self._pairs = np.frombuffer(pairs, np.uint64).reshape(PAIRS, 2)
         self._nr_pairs = ctypes.c_uint64.in_dll(library, "luo_fuzz_nr_pairs")
         self._seen = np.zeros(EDGES, np.uint8)
-        # how often an edge was taken counts as 1, 2, 3, 4–7, 8–15, …: a bit each
+        # how often an edge was taken counts as 1, 2, 3, 4 to 7, 8 to 15, …: a bit each
         counts = np.arange(256)
         self._class = np.array(
             [0, 1, 2, 4] + [1 << min(int(n).bit_length(), 7) for n in counts[4:]], np.uint8

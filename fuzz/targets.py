@@ -4,6 +4,7 @@ Each target is a function of bytes that returns, or raises what is a finding. Se
 itself at each start. ``python fuzz/targets.py NAME --replay FILE`` runs one input again.
 """
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -17,8 +18,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 import engine
-
-logging.disable()
 
 from luo.device import Bus, Driver, LiveUpdateOps
 from luo.errors import FdtError, HandoverError, KernelPanic
@@ -97,10 +96,8 @@ def fdt(data: bytes) -> None:
             read_tree(Fdt(data, check=check), check)
         except FdtError:
             continue
-    try:
+    with contextlib.suppress(FdtError):
         edit_tree(data)
-    except FdtError:
-        pass
 
 
 def read_tree(tree: Fdt, checked: bool) -> None:
@@ -380,4 +377,5 @@ TARGETS = {
 }
 
 if __name__ == "__main__":
+    logging.disable()  # a line for each run is too much
     sys.exit(engine.main(__file__, TARGETS, Path(__file__).parent / "found"))

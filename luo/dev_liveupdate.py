@@ -775,7 +775,10 @@ class DeviceRecords:
             HandoverError: a chain, a shard or a record breaks a rule.
         """
         heads = {name: found.devices.get(name, 0) for name in ("records", "slabs")}
-        shards, slabs = (_read_chain(incoming, heads[name], name) for name in ("records", "slabs"))
+        taken: set[int] = set()
+        shards, slabs = (
+            _read_chain(incoming, heads[name], name, taken) for name in ("records", "slabs")
+        )
         parts: dict[str, list[Any]] = {name: [] for name in ("path", "state", "bus", "driver")}
         matched = [np.zeros(0, np.int32)]
         tree = devices.tree
@@ -877,17 +880,27 @@ class DeviceRecords:
             incoming.restore_free(phys)
 
 
-def _read_chain(incoming: Incoming, head: int, name: str) -> NDArray[np.uint64]:
+def _read_chain(incoming: Incoming, head: int, name: str, taken: set[int]) -> NDArray[np.uint64]:
+    """Entries of a chain; *taken* has the blocks that were listed so far.
+
+    Each is a block of its own: one listed many times would be read as often, and freed twice.
+    """
     if not head:
         return np.zeros((0, 4), np.uint64)
     entries = np.ascontiguousarray(incoming.read_blocks(head, abi.LUO_EXTENT_BYTES)).view(np.uint64)
     for phys, nbytes, _first, _count in entries.tolist():
-        if not incoming.is_preserved(phys, nbytes):
-            raise HandoverError(f"{name}: {nbytes} bytes are not preserved", phys)
+        order = incoming.order_of(phys)
+        if order is None or nbytes > incoming.memory.page_size << order:
+            raise HandoverError(f"{name}: {nbytes} bytes are not a preserved block", phys)
+        if phys in taken:
+            raise HandoverError(f"{name}: the block is listed twice", phys)
+        taken.add(phys)
     return entries
 
 
 def _read_shard(incoming: Incoming, phys: int, nbytes: int, count: int) -> dict[str, Column]:
+    if not incoming.memory.is_populated(phys, max(nbytes, 1)):  # reading a hole would fill it
+        raise HandoverError("device records: never written", phys)
     try:
         tree = Fdt(incoming.memory.view(phys, nbytes))
         compatible = bytes(tree.root["compatible"]) if "compatible" in tree.root else b""

@@ -180,6 +180,8 @@ class LuoIncoming:
         if abi.LUO_NODE not in incoming.subtrees():
             return None
         phys, nbytes = incoming.retrieve_subtree(abi.LUO_NODE)
+        if not incoming.memory.is_populated(phys, max(nbytes, 1)):  # reading a hole would fill it
+            raise HandoverError(f"{abi.LUO_NODE}: never written", phys)
         try:
             tree = Fdt(incoming.load_subtree(abi.LUO_NODE))
             root = tree.root

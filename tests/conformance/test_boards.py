@@ -16,6 +16,13 @@ HERE = Path(os.environ.get("LUO_DTB_DIR") or Path(__file__).parents[2] / "build"
 BOARDS = sorted(HERE.rglob("*.dtb"))
 MISSING = pytest.mark.skip(reason=f"no .dtb files in {HERE}: make boards, or set LUO_DTB_DIR")
 
+
+def boards(step=1):
+    """Run the test for every step-th board."""
+    paths = BOARDS[::step] or [pytest.param(None, marks=MISSING)]
+    return pytest.mark.parametrize("board", paths, ids=lambda path: path and path.stem)
+
+
 #: (depth, name, [(property, value), …]) of every node, in file order.
 Nodes = list[tuple[int, str, list[tuple[str, bytes]]]]
 
@@ -65,9 +72,7 @@ def written(nodes: Nodes, reserve_map: list[tuple[int, int]]) -> bytes:
     return bytes(writer.finish())
 
 
-@pytest.mark.parametrize(
-    "board", BOARDS or [pytest.param(None, marks=MISSING)], ids=lambda path: path and path.stem
-)
+@boards()
 def test_tree_of_a_board_is_what_libfdt_reads_and_survives_writing(board):
     """All nodes, names, properties, their order, and the reserve map; also after an edit in it."""
     blob = board.read_bytes()
@@ -90,9 +95,7 @@ def test_tree_of_a_board_is_what_libfdt_reads_and_survives_writing(board):
     assert expected == ours(room)
 
 
-@pytest.mark.parametrize(
-    "board", BOARDS[::20] or [pytest.param(None, marks=MISSING)], ids=lambda path: path and path.stem
-)
+@boards(step=20)
 def test_bulk_reading_of_a_board_is_reading_node_by_node(board):
     """Columns, paths and source text hold what the nodes hold."""
     tree = Fdt(board.read_bytes())

@@ -6,10 +6,13 @@ itself at each start. ``python fuzz/targets.py NAME --replay FILE`` runs one inp
 
 import contextlib
 import fcntl
+import importlib.util
 import logging
 import os
 import struct
 import sys
+import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -369,12 +372,77 @@ def devices(data: bytes) -> None:
     os.close(tree.to_memfd())
 
 
+# ---- images ----
+
+
+def image_seeds() -> list[bytes]:
+    """The handovers above, each behind the number of its generation."""
+    from luo.abi import GENERATIONS
+
+    seeds = [bytes([list(GENERATIONS).index("kho-v4")]) + seed for seed in handover_seeds()]
+    return seeds + [bytes([i]) + seeds[1][1:] for i in range(len(GENERATIONS))]
+
+
+def image(data: bytes) -> None:
+    """A broken handover becomes an image whose every violation is listed, and nothing raises."""
+    from luo.abi import GENERATIONS
+    from luo.image import Image
+    from luo.image.document import describe
+
+    memory, numbers = unpack(data[1:])
+    names = list(GENERATIONS)
+    name = names[(data or b"\0")[0] % len(names)]
+    found = Image.from_memory(memory, numbers, abi=name)
+    violations = found.verify()
+    describe(found)
+    before = os.fstat(memory.fd).st_blocks
+    try:
+        Kho.validate(memory, numbers, abi=name)
+    except (HandoverError, FdtError):
+        expect(bool(violations), "verify finds nothing in what validate refuses")
+    expect(before == os.fstat(memory.fd).st_blocks, "a hole was filled")
+
+
+def imagefile_seeds() -> list[bytes]:
+    """Head and tables of image files."""
+    from luo.image import Image
+
+    seeds = []
+    for seed in handover_seeds()[:2]:
+        memory, numbers = unpack(seed)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "image")
+            Image.from_memory(memory, numbers).save(path)
+            seeds.append(path.read_bytes()[:4096].rstrip(b"\0"))
+    return seeds
+
+
+def imagefile(data: bytes) -> None:
+    """A file with any head and tables, the check sum right: HandoverError, or an image."""
+    from luo.image import Image
+    from luo.image.document import describe
+
+    file = bytearray(data[:4096].ljust(128 << 10, b"\0"))
+    ranges, extents = struct.unpack_from("<2Q", file, 88)
+    tables = memoryview(file)[128 : 128 + min(24 * (ranges + extents), len(file))]
+    struct.pack_into("<I", file, 12, 0)
+    struct.pack_into("<I", file, 12, zlib.crc32(tables, zlib.crc32(file[:128])))
+    try:
+        found = Image.from_bytes(file)
+    except HandoverError:
+        return
+    found.verify()
+    describe(found)
+
+
 TARGETS = {
     "fdt": (fdt, tree_seeds),
     "handover": (handover, handover_seeds),
     "records": (records, records_seeds),
     "devices": (devices, devices_seeds),
 }
+if importlib.util.find_spec("luo.image") is not None:
+    TARGETS |= {"image": (image, image_seeds), "imagefile": (imagefile, imagefile_seeds)}
 
 if __name__ == "__main__":
     logging.disable()  # a line for each run is too much

@@ -674,8 +674,8 @@ cdef bytes fdt_reserve_map(object entries):
     for address, nbytes in entries:
         words.append(as_u64(address).to_bytes(8, "big"))
         words.append(as_u64(nbytes).to_bytes(8, "big"))
-        if address == 0 and nbytes == 0:
-            raise ValueError("reserve_map: an entry of 0 bytes at 0 would end it")
+        if nbytes == 0:
+            raise ValueError("reserve_map: an entry of 0 bytes would end it")
     words.append(bytes(16))
     return b"".join(words)
 
@@ -731,7 +731,8 @@ cdef class FdtWriter:
     Args:
         size_hint: bytes that will be needed, to have them from the start; it may be wrong.
         into: writable buffer to write to, as a view of simulated memory; it does not grow.
-        reserve_map: ``[(address, bytes), ...]``, the memory reserve map; (0, 0) would end it.
+        reserve_map: ``[(address, bytes), ...]``, the memory reserve map; an entry of 0 bytes
+            would end it.
 
     Raises:
         ValueError: a call breaks a rule: a property after a child, names with "/" or NUL, a second

@@ -114,10 +114,9 @@ $(VENV)/.group-%: pyproject.toml $(MADE)
 	@$(PIP) install --group $*
 	@touch $@
 
-# setuptools keeps what it copied: stale files must go first. Objects stay, by flavour.
+# setuptools ships what it copied once, also what is no longer in the tree: that must go first.
 $(INSTALLED): $(SOURCES) $(CORE) setup.py pyproject.toml $(BUILD)
-	@rm -f $(VENV)/.installed-*
-	@rm -rf build/$(FLAVOUR)/bdist.* $(wildcard build/$(FLAVOUR)/lib*/luo/[!_]*)
-	@echo "building luo ($(FLAVOUR)); the compiled core takes about a minute"
+	@rm -rf $(VENV)/.installed-* $(wildcard build/$(FLAVOUR)/bdist.* build/$(FLAVOUR)/lib*/luo/[!_]*)
+	@echo "building luo ($(FLAVOUR)): a minute or two if the compiled core has changed"
 	@$(PIP) install --no-build-isolation .
 	@touch $@

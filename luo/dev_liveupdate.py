@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import errno
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -30,6 +30,7 @@ from luo._kho import CallTable, call_devices, digest_slots, match_strings, pack_
 from luo.device import Batch, Device, DeviceBatch, Devices
 from luo.errors import CallbackError, FdtError, HandoverError, from_errno
 from luo.fdt import Column, Fdt, FdtWriter
+from luo.kho import KhoNode
 from luo.notifier import (
     BACKWARDS,
     RESTORE,
@@ -49,6 +50,9 @@ if TYPE_CHECKING:
 __all__ = ["DeviceParticipant", "DeviceRecords"]
 
 Index = NDArray[np.int32]
+#: Records that stand together: where, the number of the first, their columns.
+_Source = tuple[int, int, dict[str, Column]]
+_COLUMNS: Final = ["path", "bus", "driver", "state", "index"]
 Address = NDArray[np.uint64]
 
 #: Driver before bus for everything but the way back.
@@ -94,6 +98,7 @@ class _Saved:
     shards: list[int] = field(default_factory=list)
     chains: dict[str, int] = field(default_factory=dict)
     slab_entries: NDArray[np.uint64] = field(default_factory=lambda: np.zeros((0, 4), np.uint64))
+    node: KhoNode | None = None  # of an inline tree, instead of shards and chains
     nr_records: int = 0
     shard_bytes: int = 0
 
@@ -404,6 +409,7 @@ class DeviceParticipant:
         """Order the devices, allocate slots, write records: all that can fail for memory."""
         devices = self.devices
         tree = devices.tree
+        devices.rescan()
         requested = devices.requested & tree.alive
         lost = np.flatnonzero(requested & ~devices.eligible())
         if lost.size:  # RFC v1 quirk 12: somebody bound another driver since the request
@@ -422,7 +428,7 @@ class DeviceParticipant:
             nbytes = {side: by_device[side][order] for side in SIDES}
         phys = self._allocate_slots(order, nbytes)
         self._write_records(order, phys, nbytes)
-        self._done[:] = 0
+        self._done = np.zeros(len(devices.requested), np.uint8)
         self._walk = _Walk(order, phys, nbytes)
         devices.set_slots(order, phys, nbytes)
         for event in (Event.PREPARE, Event.REBOOT, Event.CANCEL):
@@ -526,9 +532,10 @@ class DeviceParticipant:
         entries[:, 2] = np.searchsorted(slab, np.arange(len(used)))
         entries[:, 3] = np.bincount(slab[slab < len(used)], minlength=len(used))[: len(used)]
         self._saved.slab_entries = entries
-        self._saved.chains["slabs"] = (
-            kho.write_blocks(entries.tobytes(), abi.LUO_EXTENT_BYTES) if len(used) else 0
-        )
+        if not kho.generation.inline:
+            self._saved.chains["slabs"] = (
+                kho.write_blocks(entries.tobytes(), abi.LUO_EXTENT_BYTES) if len(used) else 0
+            )
         # A slot of no bytes after the last full slab has no slab; its address is never used.
         start = np.array([*self._saved.slabs, 0], np.uint64)[np.minimum(slab, len(used))] + offset
         return {
@@ -543,6 +550,10 @@ class DeviceParticipant:
         kernel, tree = self.devices.kernel, self.devices.tree
         kho: Kho = kernel.kho
         self._saved.nr_records = len(order)
+        if kho.generation.inline:
+            self._saved.node = KhoNode()
+            self._saved.node.properties["count"] = np.uint64(len(order)).tobytes()
+            self._saved.node.properties["slabs"] = self._saved.slab_entries.tobytes()
         if not len(order):
             return
         properties: dict[str, Any] = {
@@ -559,6 +570,16 @@ class DeviceParticipant:
         names = ("device", 0, len(order))
         limit = kernel.memory.page_size << kernel.memory.max_order
         ends = np.cumsum(FdtWriter.nodes_size(names, properties))
+        if self._saved.node is not None:
+            self._saved.shard_bytes = int(ends[-1])
+            if self._saved.shard_bytes > kho.fdt_max:
+                raise from_errno(
+                    errno.E2BIG,
+                    f"PREPARE: records of {self._saved.shard_bytes} bytes, fdt_max is"
+                    f" {kho.fdt_max}",
+                )
+            self._saved.node.rows.append((names, properties))
+            return
         entries = []
         start = 0
         while start < len(order):
@@ -647,9 +668,18 @@ class DeviceParticipant:
             "slabs": self._saved.chains.get("slabs", 0),
         }
 
+    def luo_node(self) -> KhoNode:
+        """Return the ``devices`` node of an inline tree: the records themselves."""
+        if self._saved.node is not None:
+            return self._saved.node
+        node = KhoNode()  # PREPARE found no device
+        node.properties["count"] = bytes(8)
+        node.properties["slabs"] = b""
+        return node
+
     @property
     def record_bytes(self) -> int:
-        """Bytes of all record shards."""
+        """Bytes of all records."""
         return self._saved.shard_bytes
 
     def digests(self) -> dict[tuple[str, str], tuple[int, int]]:
@@ -775,18 +805,22 @@ class DeviceRecords:
             HandoverError: a chain, a shard or a record breaks a rule.
         """
         heads = {name: found.devices.get(name, 0) for name in ("records", "slabs")}
-        taken: set[int] = set()
-        shards, slabs = (
-            _read_chain(incoming, heads[name], name, taken) for name in ("records", "slabs")
-        )
+        if incoming.generation.inline:
+            shards, slabs, sources = _read_inline(incoming, found)
+        else:
+            taken: set[int] = set()
+            shards, slabs = (_read_chain(incoming, heads[name], name, taken) for name in heads)
+            sources = (
+                (phys, first, _read_shard(incoming, phys, nbytes, count))
+                for phys, nbytes, first, count in shards.tolist()
+            )
         parts: dict[str, list[Any]] = {name: [] for name in ("path", "state", "bus", "driver")}
         matched = [np.zeros(0, np.int32)]
         tree = devices.tree
         drivers = dict.fromkeys([*tree.driver_names, *(driver.name for driver in devices.drivers)])
         names = {"driver": list(drivers), "bus": list(tree.bus_names)}
         known = {side: [name.encode() for name in names[side]] for side in SIDES}
-        for phys, nbytes, first, count in shards.tolist():
-            columns = _read_shard(incoming, phys, nbytes, count)
+        for phys, first, columns in sources:
             path = columns["path"]
             hints = np.ascontiguousarray(columns["index"].fixed()).view(np.uint64).ravel()
             ends = path.offsets[1:] - np.uint64(1)
@@ -881,13 +915,20 @@ class DeviceRecords:
 
 
 def _read_chain(incoming: Incoming, head: int, name: str, taken: set[int]) -> NDArray[np.uint64]:
-    """Entries of a chain; *taken* has the blocks that were listed so far.
-
-    Each is a block of its own: one listed many times would be read as often, and freed twice.
-    """
     if not head:
         return np.zeros((0, 4), np.uint64)
     entries = np.ascontiguousarray(incoming.read_blocks(head, abi.LUO_EXTENT_BYTES)).view(np.uint64)
+    _check_extents(incoming, entries, name, taken)
+    return entries
+
+
+def _check_extents(
+    incoming: Incoming, entries: NDArray[np.uint64], name: str, taken: set[int]
+) -> None:
+    """Raise unless each is in a preserved block of its own; *taken* has those listed so far.
+
+    One listed many times would be read as often, and freed twice.
+    """
     for phys, nbytes, _first, _count in entries.tolist():
         order = incoming.order_of(phys)
         if order is None or nbytes > incoming.memory.page_size << order:
@@ -895,7 +936,36 @@ def _read_chain(incoming: Incoming, head: int, name: str, taken: set[int]) -> ND
         if phys in taken:
             raise HandoverError(f"{name}: the block is listed twice", phys)
         taken.add(phys)
-    return entries
+
+
+def _read_inline(
+    incoming: Incoming, found: LuoIncoming
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64], Iterable[_Source]]:
+    """Return no shards, the slabs, and the one source of records: LUO's node in the root tree."""
+    none = np.zeros((0, 4), np.uint64)
+    where, count = found.phys, found.devices.get("count", 0)
+    if not count:
+        return none, none, []
+    path = f"/{abi.LUO_NODE}/devices"
+    try:
+        raw = bytes(incoming.root.node(path).get("slabs") or b"")
+        if len(raw) % abi.LUO_EXTENT_BYTES:
+            raise HandoverError(f"{path}: slabs of {len(raw)} bytes are not whole entries", where)
+        columns = _checked(incoming.root.read_nodes(path, _COLUMNS), count, where)
+    except (FdtError, ValueError, KeyError) as error:
+        if isinstance(error, HandoverError):
+            raise
+        raise HandoverError(f"device records: {error}", where) from error
+    slabs = np.frombuffer(raw, np.uint64).reshape(-1, 4)
+    _check_extents(incoming, slabs, "slabs", set())
+    return none, slabs, [(where, 0, columns)]
+
+
+def _checked(columns: dict[str, Column], count: int, phys: int) -> dict[str, Column]:
+    for name, size in (("state", 32), ("index", 8)):
+        if columns[name].fixed().shape != (count, size):
+            raise HandoverError(f"device records: {name} is not {count} times {size}", phys)
+    return columns
 
 
 def _read_shard(incoming: Incoming, phys: int, nbytes: int, count: int) -> dict[str, Column]:
@@ -906,10 +976,7 @@ def _read_shard(incoming: Incoming, phys: int, nbytes: int, count: int) -> dict[
         compatible = bytes(tree.root["compatible"]) if "compatible" in tree.root else b""
         if compatible != abi.LUO_DEVICES_COMPATIBLE.encode() + b"\0":
             raise HandoverError(f"device records: compatible is {compatible!r}", phys)
-        columns = tree.read_nodes("/", ["path", "bus", "driver", "state", "index"])
-        for name, size in (("state", 32), ("index", 8)):
-            if columns[name].fixed().shape != (count, size):
-                raise HandoverError(f"device records: {name} is not {count} times {size}", phys)
+        columns = _checked(tree.read_nodes("/", _COLUMNS), count, phys)
     except (FdtError, ValueError) as error:
         if isinstance(error, HandoverError):
             raise

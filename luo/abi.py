@@ -7,15 +7,21 @@ are in the project's KHO ABI specification, whose sections are cited as "kho-abi
 """
 
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
 __all__ = [
+    "BUG_V2_DEPTH",
+    "BUG_V5_SPLIT",
     "CHOSEN_FDT",
     "CHOSEN_SCRATCH",
     "GENERATIONS",
     "KHO_BLOCKS_MAX",
     "KHO_BLOCK_SER",
+    "KHO_CHUNK_ENTRY_SER",
+    "KHO_CHUNK_SER",
+    "KHO_FDT_MAX",
     "KHO_SCRATCH_SER",
     "KHO_SUBTREE_METADATA",
     "LUO_DEVICES_COMPATIBLE",
@@ -32,6 +38,7 @@ __all__ = [
     "KexecMetadata",
     "RadixGeometry",
     "block_capacity",
+    "chunk_capacity",
     "generation",
 ]
 
@@ -64,48 +71,154 @@ class RadixGeometry:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One generation of the format.
+    """One generation of the format (kho-abi 14).
 
     Attributes:
         name: as users give it (``abi="kho-v4"``).
         compatible: string of the root tree.
-        map_property: property of the root that names the preserved map.
-        data_property: property of a child that names the user's blob.
-        size_property: property of a child with the blob's size in bytes, or None.
-        marker_in_depth: whether the tree's depth leaves room for the marker bit of order 0.
+        check_compatible: whether a reader compares it.
+        map_node: child of the root that has the map property; None: the root itself.
+        map_property: property that names the preserved map.
+        map_may_be_null: whether 0 there means "nothing preserved" instead of an error.
+        data_property: property of a child that names the user's blob; None: data is inline.
+        size_property: property of a child with the blob's size in bytes; None: blobs are trees,
+            which know their size.
+        bitmap_bytes: the map is a list of chunks with bitmaps of this size; 0: of one page each;
+            None: the map is a radix tree.
+        finalize: when LUO has KHO write its map: None: never, it is live; ``"prepare"``: at the end
+            of PREPARE, and the map is closed from then on; ``"reboot"``: in REBOOT, any number of
+            times; ``"jump"``: after REBOOT.
+        undo: what takes finalizing back: None, ``"abort"`` (every preservation is forgotten) or
+            ``"unfreeze"`` (they stay).
+        notifiers: whether subsystems can register for finalizing and its undoing.
+        phys_calls: whether ranges are preserved by address and bytes (``kho_preserve_phys()``).
+        numa_split: whether a range is cut where NUMA nodes meet.
+        restore_order_cap: whether blocks above the allocator's largest order cannot be restored.
         metadata: whether a kernel leaves the ``kexec-metadata`` blob.
+        bugs: mistakes of its kernels that change bytes, by the name that asks for them.
     """
 
     name: str
     compatible: str
-    map_property: str
-    data_property: str
-    size_property: str | None
-    marker_in_depth: bool
-    metadata: bool
+    check_compatible: bool = True
+    map_node: str | None = None
+    map_property: str = "preserved-memory-map"
+    map_may_be_null: bool = False
+    data_property: str | None = "preserved-data"
+    size_property: str | None = None
+    bitmap_bytes: int | None = None
+    finalize: str | None = None
+    undo: str | None = None
+    notifiers: bool = False
+    phys_calls: bool = False
+    numa_split: bool = False
+    restore_order_cap: bool = False
+    metadata: bool = False
+    bugs: tuple[str, ...] = ()
 
-    def radix_geometry(self, page_size: int) -> RadixGeometry:
+    @property
+    def inline(self) -> bool:
+        """Whether users' data stands in the root tree itself, as nodes and properties."""
+        return self.data_property is None
+
+    def check_bugs(self, bugs: Iterable[str]) -> frozenset[str]:
+        """Return *bugs* as a set; ValueError if a kernel of this generation had not all of them."""
+        wanted = frozenset((bugs,) if isinstance(bugs, str) else bugs)
+        for bug in sorted(wanted - set(self.bugs)):
+            known = ", ".join(self.bugs) or "none"
+            raise ValueError(f"bug {bug!r}: {self.name} has {known}")
+        return wanted
+
+    def radix_geometry(self, page_size: int, bugs: Iterable[str] = ()) -> RadixGeometry:
         """Return the shape of the map's tree for pages of *page_size* bytes (kho-abi 4)."""
         if page_size not in MAX_PAGE_ORDER:
             raise ValueError(f"page_size {page_size}: not 4096, 16384 or 65536")
         shift = page_size.bit_length() - 1
         slot_bits, leaf_bits = shift - 3, shift + 3
-        key_bits = 64 - shift + self.marker_in_depth
+        key_bits = 64 - shift + (BUG_V2_DEPTH not in self.check_bugs(bugs))
         return RadixGeometry(
             slot_bits, leaf_bits, 1 + -(-(key_bits - leaf_bits) // slot_bits), 64 - shift
         )
 
+    def bitmap_size(self, page_size: int) -> int:
+        """Return the bytes of a bitmap of the map's chunks; 0: it has none."""
+        return 0 if self.bitmap_bytes is None else self.bitmap_bytes or page_size
+
+
+BUG_V5_SPLIT: Final = "kho-v5-split"
+"""The series cut a range into blocks without a look at its alignment, so that an unaligned range
+was recorded as other pages than its own (kho-abi 2.4)."""
+
+BUG_V2_DEPTH: Final = "kho-v2-depth"
+"""The tree had a level too few for the marker bit of order 0 on pages of 16 KiB (kho-abi 4)."""
 
 GENERATIONS: Final = {
     g.name: g
     for g in (
         Generation(
+            name="kho-v5-series",  # the patches of March 2025 that LUO RFC v1 stands on
+            compatible="kho-v1",
+            check_compatible=False,
+            map_node="preserved-memory",
+            map_property="metadata",
+            map_may_be_null=True,
+            data_property=None,
+            bitmap_bytes=512,
+            finalize="jump",
+            undo="unfreeze",
+            notifiers=True,
+            phys_calls=True,
+            bugs=(BUG_V5_SPLIT,),
+        ),
+        Generation(
+            name="kho-v1-512",  # Linux 6.16, 6.17 up to 6.17.8
+            compatible="kho-v1",
+            map_may_be_null=True,
+            data_property="fdt",
+            bitmap_bytes=512,
+            finalize="prepare",
+            undo="abort",
+            notifiers=True,
+            phys_calls=True,
+            restore_order_cap=True,
+        ),
+        Generation(
+            name="kho-v1-notifier",  # Linux 6.17.9, 6.18
+            compatible="kho-v1",
+            map_may_be_null=True,
+            data_property="fdt",
+            bitmap_bytes=0,
+            finalize="prepare",
+            undo="abort",
+            notifiers=True,
+            restore_order_cap=True,
+        ),
+        Generation(
+            name="kho-v1",  # Linux 6.19, 7.0
+            compatible="kho-v1",
+            data_property="fdt",
+            bitmap_bytes=0,
+            finalize="reboot",
+            restore_order_cap=True,
+        ),
+        Generation(
+            name="kho-v2",  # on the way to 7.1
+            compatible="kho-v2",
+            restore_order_cap=True,
+            bugs=(BUG_V2_DEPTH,),
+        ),
+        Generation(
+            name="kho-v3",  # Linux 7.1
+            compatible="kho-v3",
+            size_property="blob-size",
+            numa_split=True,
+            metadata=True,
+        ),
+        Generation(
             name="kho-v4",  # Linux 7.2, 7.3
             compatible="kho-v4",
-            map_property="preserved-memory-map",
-            data_property="preserved-data",
             size_property="blob-size",
-            marker_in_depth=True,
+            numa_split=True,
             metadata=True,
         ),
     )
@@ -118,6 +231,26 @@ def generation(name: str) -> Generation:
         return GENERATIONS[name]
     except KeyError:
         raise ValueError(f'abi "{name}": not one of {", ".join(GENERATIONS)}') from None
+
+
+# ---- chunks of the map (kho-abi 3.2) ----
+
+KHO_CHUNK_SER: Final = struct.Struct("=QII")
+"""Head of a chunk, which is one page. 0: u64 phys of the next chunk, 0 for none. 8: u32 order of
+its blocks. 12: u32 number of bitmaps. 16: the bitmaps."""
+
+KHO_CHUNK_ENTRY_SER: Final = struct.Struct("=QQ")
+"""A bitmap in a chunk. 0: u64 phys of the first block that it can name. 8: u64 phys of the
+bitmap."""
+
+
+def chunk_capacity(page_size: int = 4096) -> int:
+    """Return how many bitmaps a chunk lists."""
+    return (page_size - KHO_CHUNK_SER.size) // KHO_CHUNK_ENTRY_SER.size
+
+
+KHO_FDT_MAX: Final = 10 << 20
+"""Bytes that the inline tree of kho-v5-series may have, unless told otherwise."""
 
 
 # ---- how the next kernel finds the data (kho-abi 8, 9) ----

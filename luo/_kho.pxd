@@ -149,18 +149,24 @@ cdef struct kho_walk:
     uint64_t conflict  # pfn
 
 
-@cython.final
-cdef class RadixTree:
+cdef class PreservedMap:  # keys of blocks, in whatever shape a generation has for them
     cdef PhysicalMemory memory
-    cdef kho_radix_tree tree
 
     cdef int use(self) except -1
-    cdef int begin(self) noexcept nogil
     cdef int add(self, const uint64_t *keys, uint64_t n, uint64_t *nr_fresh) noexcept nogil
     cdef int delete(self, const uint64_t *keys, uint64_t n, uint64_t *at) noexcept nogil
     cdef int has(self, uint64_t key) noexcept nogil
     cdef int collect(self, uint64_t *keys, uint64_t room, uint64_t *start,
                      uint64_t *n) noexcept nogil
+    cdef uint64_t count(self, int what) noexcept nogil
+    cdef int drop(self) except -1
+
+
+@cython.final
+cdef class RadixTree(PreservedMap):
+    cdef kho_radix_tree tree
+
+    cdef int begin(self) noexcept nogil
 
 
 cdef class PreservedMemory:  # luo.kho.Kho extends it
@@ -168,11 +174,15 @@ cdef class PreservedMemory:  # luo.kho.Kho extends it
     cdef readonly PhysicalMemory memory
     cdef readonly bint debug
     cdef readonly bint closed
-    cdef RadixTree map
+    cdef readonly bint frozen
+    cdef PreservedMap map
+    cdef bint split_by_node  # a range is cut where NUMA nodes meet
+    cdef bint split_unaligned  # the mistake of kho-v5-series
     cdef memory_range *scratch_areas
     cdef size_t nr_scratch
 
     cdef int use(self) except -1
+    cdef int use_unfrozen(self) except -1
     cdef int check_run(self, uint64_t phys, uint64_t pages) noexcept nogil
     cdef int check_block(self, uint64_t phys, int order) noexcept nogil
     cdef int refuse(self, object what, uint64_t phys, uint64_t nbytes, int why) except -1
@@ -190,13 +200,58 @@ cdef class IncomingMemory:  # luo.kho.Incoming extends it
     cdef readonly uint64_t nr_preserved
     cdef readonly uint64_t preserved_pages
     cdef list areas  # scratch
+    cdef int order_cap  # larger blocks cannot be restored
     cdef page_state *state  # NULL from install() on
     cdef uint64_t *nodes
     cdef size_t nr_nodes
 
     cdef int use(self) except -1
     cdef int walk_error(self, kho_walk *walk) except -1
+    cdef object cap_note(self)
     cdef page_state *pages(self) noexcept nogil
+
+
+# ---- chunks ----
+
+cdef struct kho_chunk_order:  # the bitmaps of one order
+    uint64_t *bitmaps  # phys by index - first; 0: none
+    uint64_t first
+    uint64_t nr_indices
+    uint64_t nr
+    bitmap64 used  # which there are
+
+cdef struct kho_chunk_map:
+    uint64_t zero  # as PhysicalMemory.zero, renewed by every call
+    page_state *state  # likewise
+    int page_shift
+    int bitmap_shift  # log2 of a bitmap's bits
+    bint forgot  # after an abort nobody can tell what was preserved
+    uint64_t nr_keys
+    uint64_t nr_pages  # of the blocks
+    uint64_t nr_bitmaps
+    uint64_t *slabs  # pages that hold the bitmaps
+    size_t nr_slabs
+    size_t slabs_room
+    uint64_t slab_used  # bytes of the last one
+    uint64_t *made  # (order, index) of each bitmap made by the present call, for its undoing
+    size_t nr_made
+    size_t made_room
+    uint64_t *chunks  # pages of the list that is published
+    size_t nr_chunks
+    kho_chunk_order orders[MAX_ORDERS]
+
+cdef struct kho_chunk_entry:
+    uint64_t start  # phys
+    uint64_t bitmap  # phys
+    int order
+
+
+@cython.final
+cdef class ChunkMap(PreservedMap):
+    cdef kho_chunk_map chunks
+
+    cdef int begin(self) noexcept nogil
+
 
 # ---- core/devices.pxi ----
 

@@ -9,8 +9,8 @@ from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.long cimport PyLong_AsLongLong, PyLong_AsUnsignedLongLong
 from cpython.number cimport PyNumber_Index
 from libc cimport errno as c_errno
-from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint8_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc, qsort, realloc
 from libc.string cimport memcmp, memcpy, memset, strerror
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
@@ -33,6 +33,8 @@ include "core/bits.pxi"
 include "core/memory.pxi"
 # L3 the preserved map, outgoing and incoming
 include "core/radix.pxi"
+# L3 the preserved map in its older shape
+include "core/chunks.pxi"
 # L1' flattened tree, read
 include "core/fdt_ro.pxi"
 # L1' flattened tree, sequential write

@@ -1,8 +1,14 @@
 """Kexec HandOver: what one kernel leaves for the next, byte for byte as Linux does.
 
-Mirrors ``kernel/liveupdate/kexec_handover.c`` and ``kho_block.c`` of Linux 7.3 ("kho-v4"); the
+Mirrors ``kernel/liveupdate/kexec_handover.c`` and ``kho_block.c`` of Linux 7.3 ("kho-v4") and what
+they were in the six generations before; :data:`luo.abi.GENERATIONS` says how these differ. The
 facts are in the project's KHO ABI specification ("kho-abi"). Left out: what only a kernel has
 (memblock, CMA, deferred page initialisation, debugfs).
+
+Life cycles: from kho-v2 on the map is live, and handed over as it is. Before, it is written by
+:meth:`Kho.finalize`: any number of times in kho-v1; in kho-v1-notifier and kho-v1-512 once, after
+which nothing may change until :meth:`Kho.abort`, which forgets every preservation; in kho-v5-series
+at the jump at the latest, and :meth:`Kho.unfreeze` takes it back.
 
 Outgoing, the happy path: ``Kho(memory)`` reserves scratch, makes the map and the root tree;
 subsystems preserve memory and add subtrees; :meth:`Kho.handover` names the four numbers. Incoming:
@@ -15,11 +21,12 @@ leaves everything as before. After :meth:`Kho.close`, the commit point, every ca
 ``StateError``.
 """
 
+import enum
 import errno
 import logging
 import operator
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self, SupportsIndex
 
@@ -27,13 +34,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luo import abi as _abi
-from luo._kho import IncomingMemory, PreservedMemory, RadixTree, radix_decode, radix_key
+from luo._kho import ChunkMap, IncomingMemory, PreservedMemory, RadixTree, radix_decode, radix_key
 from luo.errors import FdtError, HandoverError, KhoError, StateError, from_errno
 from luo.fdt import Fdt, FdtEditor, FdtWriter
-from luo.memory import PhysicalMemory
+from luo.kho_tree import KhoInNode, KhoNode, flatten, same_value
+from luo.memory import PhysicalMemory, parse_size
 
 if TYPE_CHECKING:
     import sys
+
+    from luo.fdt import Node
 
     if sys.version_info >= (3, 12):
         from collections.abc import Buffer
@@ -41,9 +51,13 @@ if TYPE_CHECKING:
         from typing_extensions import Buffer
 
 __all__ = [
+    "ChunkMap",
     "Handover",
     "Incoming",
     "Kho",
+    "KhoEvent",
+    "KhoInNode",
+    "KhoNode",
     "RadixTree",
     "ScratchParam",
     "parse_kho_scratch",
@@ -57,6 +71,17 @@ _log = logging.getLogger(__name__)
 _LOW_LIMIT: Final = 1 << 32  # ARCH_LOW_ADDRESS_LIMIT of x86
 _KEXEC_ALIGN: Final = 1 << 16  # of the segment that holds the scratch array
 _SCRATCH_AREAS_MAX: Final = 1024 + 2  # a node each (MAX_NUMNODES), low and global
+
+
+class KhoEvent(enum.IntEnum):
+    """What a notifier of :meth:`Kho.register_notifier` is told (kho-abi 2.2, 3.3)."""
+
+    FINALIZE = 0
+    ABORT = 1
+    UNFREEZE = 1  # what the same number means in kho-v5-series
+
+
+Notifier = Callable[[KhoEvent, "Kho"], int | None]
 
 
 # ---- the four numbers ----
@@ -345,36 +370,48 @@ class Incoming(IncomingMemory):
     Attributes:
         handover: the four numbers.
         abi: name of the generation.
+        bugs: mistakes of its kernels that the reader shares.
+        generation: the generation itself.
         scratch: ``[(phys, nbytes), ...]`` as the previous kernel listed it, empty areas included.
         metadata: who handed over and how often that happened, or None.
     """
 
     handover: Handover
     abi: str
+    bugs: frozenset[str]
+    generation: _abi.Generation
     scratch: list[tuple[int, int]]
     _subtrees: dict[str, tuple[int, int]]
     metadata: _abi.KexecMetadata | None
 
-    def __init__(self, memory: PhysicalMemory, handover: Handover, *, abi: str = "kho-v4") -> None:
+    def __init__(
+        self,
+        memory: PhysicalMemory,
+        handover: Handover,
+        *,
+        abi: str = "kho-v4",
+        bugs: Iterable[str] = (),
+    ) -> None:
         generation = _abi.generation(abi)
         self.handover = handover
         self.abi = abi
-        fdt = _open_root(memory, handover)
+        self.bugs = generation.check_bugs(bugs)
+        self.generation = generation
+        fdt = _open_root(memory, handover, generation.inline)
+        self._fdt_len = fdt.totalsize if generation.inline else handover.fdt_len
         root = fdt.root
         strings = bytes(root.get("compatible") or b"").split(b"\0")
-        if generation.compatible.encode() not in strings[:-1]:
+        if generation.check_compatible and generation.compatible.encode() not in strings[:-1]:
             raise HandoverError(
                 f"root tree is compatible with {b' '.join(strings).decode(errors='replace')!r}, "
                 f"not with {generation.compatible}",
                 handover.fdt_phys,
             )
-        map_phys = _native_u64(root.get(generation.map_property))
-        if not map_phys:
-            raise HandoverError(
-                f"root tree's {generation.map_property} is not 8 bytes, or 0", handover.fdt_phys
-            )
+        map_phys = self._map_phys(fdt)
         self.scratch = _read_scratch(memory, handover)
-        array = [(handover.scratch_phys, handover.scratch_len)] if handover.scratch_len else []
+        reserved = [(handover.scratch_phys, handover.scratch_len)] if handover.scratch_len else []
+        if generation.inline:  # a segment in scratch, and not preserved
+            reserved.append((handover.fdt_phys, self._fdt_len))
         try:
             areas = memory.check_scratch(self.scratch)
         except ValueError as error:
@@ -384,27 +421,65 @@ class Incoming(IncomingMemory):
             map_phys,
             areas,
             fdt=handover.fdt_phys,
-            reserved=array,
-            levels=generation.radix_geometry(memory.page_size).levels,
+            reserved=reserved,
+            levels=generation.radix_geometry(memory.page_size, self.bugs).levels,
+            bitmap_bytes=generation.bitmap_size(memory.page_size),
+            order_cap=memory.max_order if generation.restore_order_cap else None,
         )
+        self._subtrees = {}
+        self.metadata = None
+        if generation.inline:
+            return
         if self.order_of(handover.fdt_phys) != 0:
             raise HandoverError("root tree is not preserved as a page", handover.fdt_phys)
         if fdt.totalsize > memory.page_size:
             raise HandoverError("root tree is larger than its preserved page", handover.fdt_phys)
-        self._subtrees = {}
         for node in root.children:
             if not node.name or node.name in self._subtrees:
                 raise HandoverError(
                     f"subtree {node.name!r} has no name, or stands twice", handover.fdt_phys
                 )
+            phys = _native_u64(node.get(generation.data_property or ""))
             self._subtrees[node.name] = self._check_subtree(
                 node.name,
-                _native_u64(node.get(generation.data_property)),
+                phys,
                 _native_u64(node.get(generation.size_property))
                 if generation.size_property
-                else memory.page_size,
+                else self._blob_bytes(phys),
             )
-        self.metadata = self._read_metadata()
+        if generation.metadata:
+            self.metadata = self._read_metadata()
+
+    def _map_phys(self, fdt: Fdt) -> int:
+        generation, where = self.generation, self.handover.fdt_phys
+        holder = fdt.root
+        if generation.map_node is not None:
+            found = next((n for n in holder.children if n.name == generation.map_node), None)
+            if found is None:
+                raise HandoverError(f"root tree has no node {generation.map_node}", where)
+            holder = found
+        phys = _native_u64(holder.get(generation.map_property))
+        if phys is None:
+            raise HandoverError(f"root tree's {generation.map_property} is not 8 bytes", where)
+        if phys == 0 and not generation.map_may_be_null:
+            raise HandoverError(
+                f"root tree's {generation.map_property} is 0: there is no preserved map, or it was"
+                " never finalized",
+                where,
+            )
+        return phys
+
+    def _blob_bytes(self, phys: int | None) -> int:
+        """Return the size of a blob that nobody noted: a tree's own, else to its block's end."""
+        page = self.memory.page_size
+        if phys is None or not self.memory.contains(phys, 8):
+            return page
+        if self.memory.is_populated(phys, 8):
+            head = bytes(self.memory.view(phys, 8))
+            if head[:4] == b"\xd0\x0d\xfe\xed":
+                return int.from_bytes(head[4:], "big")
+        order = self.order_of(phys)
+        return page - phys % page if order is None else page << order
 
     def _check_subtree(self, name: str, phys: int | None, nbytes: int | None) -> tuple[int, int]:
         where = self.handover.fdt_phys
@@ -436,7 +511,7 @@ class Incoming(IncomingMemory):
     def root(self) -> Fdt:
         """The root tree; a new reader at each use, as a commit cuts older ones off."""
         self._check_open()
-        return Fdt(self.memory.view(self.handover.fdt_phys, self.handover.fdt_len), check=False)
+        return Fdt(self.memory.view(self.handover.fdt_phys, self._fdt_len), check=False)
 
     def subtrees(self) -> dict[str, tuple[int, int]]:
         """Return ``{name: (phys, nbytes)}`` of all blobs, in the order of the root tree."""
@@ -464,6 +539,80 @@ class Incoming(IncomingMemory):
         """
         phys, nbytes = self.retrieve_subtree(name)
         return self.memory.view(phys, nbytes)
+
+    # ---- nodes of the one tree (kho-v5-series) ----
+
+    def _inline(self, what: str) -> None:
+        self._check_open()
+        _require(self.generation.inline, what, self.generation)
+
+    def get_node(self, parent: KhoInNode | None, name: str) -> KhoInNode:
+        """Return the child of *parent* (None: the root) called *name*, as ``kho_get_node()``.
+
+        Raises:
+            KhoError: ENOENT if there is none; EOPNOTSUPP in other generations.
+        """
+        self._inline("get_node")
+        path = f"{'' if parent is None else parent.path.rstrip('/')}/{name}"
+        if not name or "/" in name or self._find(path) is None:
+            raise from_errno(errno.ENOENT, f"get_node {path}: the previous kernel left none")
+        return KhoInNode(path)
+
+    def get_nodes(self, parent: KhoInNode | None) -> list[tuple[str, KhoInNode]]:
+        """Return ``(name, node)`` of every child of *parent*, as ``kho_get_nodes()``.
+
+        Raises:
+            KhoError: ENOENT if *parent* is not there; EOPNOTSUPP in other generations.
+        """
+        self._inline("get_nodes")
+        path = "/" if parent is None else parent.path
+        node = self._find(path)
+        if node is None:
+            raise from_errno(errno.ENOENT, f"get_nodes {path}: the previous kernel left none")
+        return [(n.name, KhoInNode(f"{path.rstrip('/')}/{n.name}")) for n in node.children]
+
+    def get_prop(self, node: KhoInNode | None, name: str) -> memoryview | None:
+        """Return a property's bytes where they lie, as ``kho_get_prop()``; None if it has none.
+
+        Raises:
+            KhoError: EOPNOTSUPP in other generations.
+        """
+        self._inline("get_prop")
+        found = self._find("/" if node is None else node.path)
+        value: memoryview | None = None if found is None else found.get(name)
+        return value
+
+    def node_check_compatible(self, node: KhoInNode | None, compatible: str) -> None:
+        """Check a node's ``compatible``, as ``kho_node_check_compatible()``.
+
+        Raises:
+            KhoError: ENOENT if it has none; EINVAL if *compatible* is not in it; EOPNOTSUPP.
+        """
+        value = self.get_prop(node, "compatible")
+        if value is None:
+            raise from_errno(errno.ENOENT, f"{compatible}: the node says nothing of it")
+        if compatible.encode() not in bytes(value).split(b"\0")[:-1]:
+            raise from_errno(errno.EINVAL, f"{compatible}: the node is {bytes(value)!r}")
+
+    def _find(self, path: str) -> "Node | None":
+        try:
+            return self.root.node(path)
+        except (FdtError, KeyError):
+            return None
+
+    # ---- blocks, and how they end ----
+
+    def restore_phys(self, phys: SupportsIndex, nbytes: SupportsIndex) -> int:
+        """Take over a range, as ``kho_restore_phys()``; see :meth:`restore_pages`.
+
+        Raises:
+            KhoError: EINVAL if it is no whole pages, or as :meth:`restore_pages`; EOPNOTSUPP
+                where ranges are given in pages.
+        """
+        self._check_open()
+        _require(self.generation.phys_calls, "restore_phys", self.generation)
+        at, count = _whole_pages(self.memory, "restore_phys", phys, nbytes)
+        return self.restore_pages(at, count)
 
     def read_blocks(self, head: int, entry_size: int) -> NDArray[np.uint8]:
         """Return a copy of all entries of a chain of blocks (kho-abi 10.1).
@@ -509,8 +658,25 @@ def _native_u64(value: memoryview | None) -> int | None:
     return int(np.frombuffer(bytes(value), np.uint64)[0])
 
 
-def _open_root(memory: PhysicalMemory, handover: Handover) -> Fdt:
+def _require(there: bool, what: str, generation: _abi.Generation) -> None:
+    if not there:
+        raise from_errno(errno.EOPNOTSUPP, f"{what}: {generation.name} has no such call")
+
+
+def _whole_pages(
+    memory: PhysicalMemory, what: str, phys: SupportsIndex, nbytes: SupportsIndex
+) -> tuple[int, int]:
+    at, size = operator.index(phys), operator.index(nbytes)
+    if at % memory.page_size or size % memory.page_size or size < 0:
+        raise from_errno(errno.EINVAL, f"{what} {at:#x}+{size:#x}: not whole pages")
+    return at, size // memory.page_size
+
+
+def _open_root(memory: PhysicalMemory, handover: Handover, inline: bool) -> Fdt:
     phys, nbytes = handover.fdt_phys, handover.fdt_len
+    if inline and phys > 0 and memory.contains(phys, 40) and memory.is_populated(phys, 40):
+        # the reader of kho-v5-series takes the tree's own word for its size
+        nbytes = max(40, int.from_bytes(memory.view(phys + 4, 4), "big"))
     if phys <= 0 or phys % memory.page_size or nbytes <= 0 or not memory.contains(phys, nbytes):
         raise HandoverError(f"root tree of {nbytes} bytes is misaligned or not in RAM", phys)
     if not memory.is_populated(phys, nbytes):
@@ -544,33 +710,43 @@ class Kho(PreservedMemory):
 
     Args:
         memory: of the machine; its page state must be this kernel's.
-        abi: generation of the format: ``"kho-v4"``.
+        abi: generation of the format, a name in :data:`luo.abi.GENERATIONS`.
         scratch: None: sized by the kernel's rules (:func:`scratch_layout`). Text: a
             ``kho_scratch=`` parameter, ``"16M,512M,256M"`` or ``"200%"``. A list
             ``[(phys, nbytes), ...]``: these areas; ``[]``: none.
+        fdt_max: bytes that the inline tree of kho-v5-series may have; int or ``"10MiB"``.
         debug: refuse to preserve what is not allocated.
         release: the kernel's release, left for the next one in ``kexec-metadata``; up to 64 bytes.
+        bugs: mistakes of the generation's kernels to reproduce, by the names in
+            :attr:`luo.abi.Generation.bugs`; without them it does what was meant.
 
     Attributes:
         memory, debug: as given.
         abi: name of the generation.
+        generation: the generation itself.
+        bugs: as given.
         scratch: ``[(phys, nbytes), ...]`` in the ABI's order, areas of size 0 included.
         incoming: what the previous kernel left (:class:`Incoming`); None after a cold boot.
-        fdt_phys: physical address of the root tree, one page.
+        fdt_phys: physical address of the root tree, one page; in kho-v5-series 0 until the jump.
+        fdt_max: as given.
         closed: whether :meth:`close` was called.
 
     Raises:
-        ValueError: an unknown generation, areas that are not whole pages in RAM, a long release.
+        ValueError: an unknown generation or bug, areas that are not whole pages in RAM, a long
+            release.
         KhoError: ENOMEM if scratch or the first pages find no place; EBUSY if scratch is not free;
             EINVAL for a wrong ``kho_scratch=``; EROFS.
 
-    Source: ``kho_init()``; kho-abi 5 and 8.
+    Source: ``kho_init()``; kho-abi 2 to 5 and 8.
     """
 
     abi: str
+    generation: _abi.Generation
+    bugs: frozenset[str]
     scratch: list[tuple[int, int]]
     incoming: Incoming | None
     fdt_phys: int
+    fdt_max: int
 
     def __init__(
         self,
@@ -578,17 +754,19 @@ class Kho(PreservedMemory):
         *,
         abi: str = "kho-v4",
         scratch: str | Iterable[tuple[int, int]] | None = None,
+        fdt_max: int | str = _abi.KHO_FDT_MAX,
         debug: bool = False,
         release: str = "luo",
+        bugs: Iterable[str] = (),
     ) -> None:
-        _abi.generation(abi)
+        wanted = _abi.generation(abi).check_bugs(bugs)
         if scratch is None or isinstance(scratch, str):
             param = None if scratch is None else parse_kho_scratch(scratch)
             areas = scratch_layout(memory, param)
         else:
             areas = [(operator.index(phys), operator.index(nbytes)) for phys, nbytes in scratch]
         memory.reserve_scratch(areas)
-        self._start(memory, abi, areas, None, debug, release)
+        self._start(memory, abi, areas, None, debug, release, fdt_max, wanted)
 
     def _start(
         self,
@@ -598,24 +776,43 @@ class Kho(PreservedMemory):
         incoming: Incoming | None,
         debug: bool,
         release: str,
+        fdt_max: int | str,
+        bugs: frozenset[str],
     ) -> None:
         generation = _abi.generation(abi)
         before = incoming.metadata.kexec_count if incoming and incoming.metadata else 0
         metadata = _abi.KexecMetadata(release, before + 1).pack()
         self.abi = abi
-        self._generation = generation
+        self.generation = generation
+        self.bugs = bugs
         self.scratch = scratch
         self.incoming = incoming
         self.fdt_phys = 0
-        self._scratch_copy = 0
-        self._setup(memory, levels=generation.radix_geometry(memory.page_size).levels, debug=debug)
+        self.fdt_max = parse_size(fdt_max)
+        self._segments: dict[str, tuple[int, int]] = {}  # in scratch: name to (phys, bytes)
+        self._finalized = False
+        self._notifiers: list[tuple[int, Notifier]] = []  # (priority, callback), in calling order
+        self._queue: dict[str, tuple[int, int]] = {}  # subtrees that wait for finalizing
+        self._joining: dict[str, tuple[int, int]] | None = None  # the ones being finalized
+        self._tree = KhoNode()  # inline data
+        self._flat = b""  # the same, finalized
+        self._setup(
+            memory,
+            levels=generation.radix_geometry(memory.page_size, bugs).levels,
+            bitmap_bytes=generation.bitmap_size(memory.page_size),
+            debug=debug,
+            split_by_node=generation.numa_split,
+            split_unaligned=_abi.BUG_V5_SPLIT in bugs,
+        )
+        if generation.inline:
+            return
         try:
+            if generation.undo == "abort":  # preserved and written by finalizing
+                self.fdt_phys = memory.alloc_folio(0)
+                memory.view(self.fdt_phys, memory.page_size)[:] = bytes(memory.page_size)
+                return
             self.fdt_phys = self.alloc_preserve(memory.page_size)
-            writer = FdtWriter(into=memory.view(self.fdt_phys, memory.page_size))
-            with writer.node(""):
-                writer.property_string("compatible", generation.compatible)
-                writer.property_native_u64(generation.map_property, self.root_phys)
-            writer.finish()
+            self._write_root(self.root_phys, {})
             if generation.metadata:
                 self.save_subtree(_abi.KHO_SUBTREE_METADATA, metadata)
         except BaseException:
@@ -624,8 +821,25 @@ class Kho(PreservedMemory):
             self.free_map()
             raise
 
+    def _write_root(self, map_phys: int, children: Mapping[str, tuple[int, int]]) -> None:
+        generation = self.generation
+        writer = FdtWriter(into=self.memory.view(self.fdt_phys, self.memory.page_size))
+        with writer.node(""):
+            writer.property_string("compatible", generation.compatible)
+            writer.property_native_u64(generation.map_property, map_phys)
+            for name, (phys, _) in children.items():
+                with writer.node(name):
+                    writer.property_native_u64(generation.data_property or "", phys)
+        writer.finish()
+
     @staticmethod
-    def validate(memory: PhysicalMemory, handover: Handover, *, abi: str = "kho-v4") -> Incoming:
+    def validate(
+        memory: PhysicalMemory,
+        handover: Handover,
+        *,
+        abi: str = "kho-v4",
+        bugs: Iterable[str] = (),
+    ) -> Incoming:
         """Check what the previous kernel left, without a single write.
 
         Memory may be mapped read-only, and the kernel that owns its page state may still run: the
@@ -634,9 +848,9 @@ class Kho(PreservedMemory):
         Raises:
             HandoverError: a rule of the format is broken (kho-abi 9.3, 12.18): it names the address
                 and the rule.
-            ValueError: an unknown generation.
+            ValueError: an unknown generation or bug.
         """
-        return Incoming(memory, handover, abi=abi)
+        return Incoming(memory, handover, abi=abi, bugs=bugs)
 
     @classmethod
     def boot(
@@ -645,8 +859,10 @@ class Kho(PreservedMemory):
         handover: Handover | Incoming,
         *,
         abi: str = "kho-v4",
+        fdt_max: int | str = _abi.KHO_FDT_MAX,
         debug: bool = False,
         release: str = "luo",
+        bugs: Iterable[str] = (),
     ) -> Self:
         """Boot on what the previous kernel left: forget its page state, reserve what it preserved.
 
@@ -654,8 +870,10 @@ class Kho(PreservedMemory):
             memory: of the machine, writable by now.
             handover: the four numbers, or what :meth:`validate` made of them.
             abi: generation of the format; only looked at with the four numbers.
+            fdt_max: as for a cold boot.
             debug: as for a cold boot.
             release: as for a cold boot.
+            bugs: as for a cold boot; only looked at with the four numbers.
 
         Returns:
             Kho: whose :attr:`incoming` has what was left, and whose outgoing side is fresh.
@@ -671,10 +889,19 @@ class Kho(PreservedMemory):
             if incoming.memory is not memory:
                 raise ValueError("boot: validated on another memory")
         else:
-            incoming = cls.validate(memory, handover, abi=abi)
+            incoming = cls.validate(memory, handover, abi=abi, bugs=bugs)
         incoming.install()
         kho = cls.__new__(cls)
-        kho._start(memory, incoming.abi, incoming.scratch, incoming, debug, release)
+        kho._start(
+            memory,
+            incoming.abi,
+            incoming.scratch,
+            incoming,
+            debug,
+            release,
+            fdt_max,
+            incoming.bugs,
+        )
         return kho
 
     def close(self) -> None:
@@ -687,27 +914,311 @@ class Kho(PreservedMemory):
         if self.closed:
             raise StateError(errno.ESHUTDOWN, "KHO: this kernel is gone")
 
+    def _has(self, there: bool, what: str) -> None:
+        self._check_open()
+        _require(there, what, self.generation)
+
+    # ---- ranges by address and bytes ----
+
+    def preserve_phys(self, phys: SupportsIndex, nbytes: SupportsIndex) -> None:
+        """Preserve a range, as ``kho_preserve_phys()``: all of it or nothing.
+
+        Raises:
+            KhoError: EINVAL if it is no whole pages, or as :meth:`preserve_pages`; EBUSY while
+                finalized; EOPNOTSUPP where ranges are given in pages.
+        """
+        self._has(self.generation.phys_calls, "preserve_phys")
+        self.preserve_pages(*_whole_pages(self.memory, "preserve_phys", phys, nbytes))
+
+    def unpreserve_phys(self, phys: SupportsIndex, nbytes: SupportsIndex) -> None:
+        """Take back :meth:`preserve_phys` of the very same range.
+
+        Raises:
+            KhoError: as :meth:`preserve_phys`; ENOENT if it is not preserved as it stands.
+        """
+        self._has(self.generation.phys_calls, "unpreserve_phys")
+        self.unpreserve_pages(*_whole_pages(self.memory, "unpreserve_phys", phys, nbytes))
+
+    # ---- finalizing ----
+
+    @property
+    def finalized(self) -> bool:
+        """Whether there is something to hand over: always where the map is live."""
+        return self.generation.finalize is None or self._finalized
+
+    def register_notifier(self, callback: Notifier, *, priority: int = 0) -> None:
+        """Have *callback* called at each finalizing and each undoing of it.
+
+        Args:
+            callback: called as ``callback(event, kho)``; None or 0 is success, a negative errno or
+                an exception makes finalizing fail.
+            priority: higher ones are called first; equal ones in order of registration.
+
+        Raises:
+            KhoError: EEXIST if it is registered; EOPNOTSUPP where there are no notifiers.
+        """
+        self._has(self.generation.notifiers, "register_notifier")
+        if any(known == callback for _, known in self._notifiers):
+            raise from_errno(errno.EEXIST, f"register_notifier {callback!r}: is registered")
+        self._notifiers.append((priority, callback))
+        self._notifiers.sort(key=lambda entry: -entry[0])  # stable
+
+    def unregister_notifier(self, callback: Notifier) -> None:
+        """Take back :meth:`register_notifier`.
+
+        Raises:
+            KhoError: ENOENT if it is not registered; EOPNOTSUPP where there are no notifiers.
+        """
+        self._has(self.generation.notifiers, "unregister_notifier")
+        left = [entry for entry in self._notifiers if entry[1] != callback]
+        if len(left) == len(self._notifiers):
+            raise from_errno(errno.ENOENT, f"unregister_notifier {callback!r}: is not registered")
+        self._notifiers = left
+
+    def _call_notifiers(self, event: KhoEvent) -> None:
+        for _, callback in list(self._notifiers):
+            result = callback(event, self)
+            if result:
+                who = getattr(callback, "__qualname__", callback)
+                code = -result if result < 0 else errno.EINVAL
+                raise from_errno(code, f"{event.name} {who}: returned {result}")
+
+    def _tell_undone(self) -> None:
+        # Nobody can stop the undoing: what fails is logged, and all others are called.
+        for _, callback in list(self._notifiers):
+            try:
+                callback(KhoEvent.ABORT, self)
+            except Exception:
+                _log.warning("KHO notifier %r failed in the undoing", callback, exc_info=True)
+
+    def finalize(self) -> None:
+        """Write what the next kernel will read, as ``kho_finalize()`` or the ``finalize`` file.
+
+        kho-v1: the map as it is now; it may be repeated, and what changes later is not in it.
+        kho-v1-notifier and kho-v1-512: notifiers join, then map and root tree are written, and
+        nothing may be preserved until :meth:`abort`. If anything fails it is an abort.
+        kho-v5-series: notifiers are called, then nothing may change until :meth:`unfreeze`, map
+        and tree are written. If anything fails it is an unfreeze.
+
+        Raises:
+            KhoError: EOPNOTSUPP where the map is live; EEXIST if it is finalized; ENOMEM if pages
+                are wanting, or the tree is larger than its page or ``fdt_max``; what a notifier
+                fails with.
+        """
+        how = self.generation.finalize
+        self._has(how is not None, "finalize")
+        if how == "reboot":
+            Fdt(self._root_bytes(), check=False).set_property_inplace(
+                "/", self.generation.map_property, _u64(self._publish())
+            )
+            self._finalized = True
+            return
+        if self._finalized:
+            raise from_errno(errno.EEXIST, "finalize: is finalized")
+        if self._joining is not None:
+            raise from_errno(errno.EBUSY, "finalize: called by its own notifier")
+        self._joining = dict(self._queue)
+        try:
+            if self.generation.inline:
+                self._finalize_tree()
+            else:
+                self._finalize_map()
+        except BaseException as error:
+            self._undo_finalize()
+            if isinstance(error, FdtError) and error.code == "FDT_ERR_NOSPACE":
+                raise from_errno(
+                    errno.ENOMEM, "finalize: the root tree is larger than its page"
+                ) from error
+            raise
+        finally:
+            self._joining = None
+        self._finalized = True
+
+    def _finalize_map(self) -> None:
+        assert self._joining is not None
+        self._remember()
+        self.preserve_folio(self.fdt_phys, 0)
+        self._call_notifiers(KhoEvent.FINALIZE)
+        self._freeze(True)
+        self._write_root(self._publish(), self._joining)
+
+    def _finalize_tree(self) -> None:
+        self._call_notifiers(KhoEvent.FINALIZE)
+        self._freeze(True)
+        generation = self.generation
+        phys = self._publish() if self.nr_preserved else 0
+        flat = flatten(
+            self._tree,
+            generation.compatible,
+            generation.map_node or "",
+            generation.map_property,
+            phys,
+        )
+        if len(flat) > self.fdt_max:
+            raise from_errno(
+                errno.ENOMEM, f"finalize: tree of {len(flat)} bytes, above fdt_max {self.fdt_max}"
+            )
+        self._flat = flat
+
+    def _undo_finalize(self) -> None:
+        self._freeze(False)
+        self._finalized = False
+        self._joining = None
+        if self.generation.undo == "abort":
+            self._queue.clear()
+            self._forget()
+        else:
+            self._flat = b""
+            self._unpublish()
+        self._tell_undone()
+
+    def abort(self) -> None:
+        """Take :meth:`finalize` back, and forget every preservation and subtree (kho-abi 3.3).
+
+        The memory itself stays allocated. Unpreserving it is no error from then on, and does
+        nothing: only the map could tell what somebody had preserved.
+
+        Raises:
+            KhoError: ENOENT if it is not finalized; EOPNOTSUPP where there is no abort.
+        """
+        self._has(self.generation.undo == "abort", "abort")
+        if not self._finalized:
+            raise from_errno(errno.ENOENT, "abort: is not finalized")
+        self._undo_finalize()
+
+    def unfreeze(self) -> None:
+        """Take :meth:`finalize` back; preservations and nodes stay (kho-abi 2.2).
+
+        Raises:
+            KhoError: ENOENT if it is not finalized; EOPNOTSUPP where there is no unfreezing.
+        """
+        self._has(self.generation.undo == "unfreeze", "unfreeze")
+        if not self._finalized:
+            raise from_errno(errno.ENOENT, "unfreeze: is not finalized")
+        self._undo_finalize()
+
+    def unfinalize(self) -> None:
+        """Take :meth:`finalize` back in the generation's own way, if it has one and must."""
+        if self.generation.undo is not None and self._finalized:
+            self._undo_finalize()
+
+    # ---- the one tree of kho-v5-series ----
+
+    def _change_tree(self, what: str) -> None:
+        self._has(self.generation.inline, what)
+        if self.frozen:
+            raise from_errno(errno.EBUSY, f"{what}: the tree is finalized")
+
+    def add_node(self, parent: KhoNode | None, name: str, node: KhoNode) -> int:
+        """Hang *node* below *parent*, None being the root, as ``kho_add_node()``.
+
+        Returns:
+            int: 0; 1 if this very node has that place already.
+
+        Raises:
+            ValueError: the name is no node name.
+            KhoError: EEXIST if another node has it; EINVAL if *node* hangs somewhere else; EBUSY
+                while finalized; EOPNOTSUPP in other generations.
+        """
+        self._change_tree(f"add_node {name}")
+        if not name or "/" in name or "\0" in name:
+            raise ValueError(f"add_node {name!r}: not a node name")
+        children = (self._tree if parent is None else parent).children
+        if name in children or (parent is None and name == self.generation.map_node):
+            if children.get(name) is node:
+                return 1
+            raise from_errno(errno.EEXIST, f"add_node {name}: the name is taken")
+        if node.attached or node is self._tree or any(below is parent for below in node.walk()):
+            raise from_errno(errno.EINVAL, f"add_node {name}: the node hangs somewhere else")
+        children[name] = node
+        node.attached = True
+        return 0
+
+    def remove_node(self, parent: KhoNode | None, name: str) -> KhoNode:
+        """Take the child *name* of *parent* out, as ``kho_remove_node()``, and return it.
+
+        Raises:
+            KhoError: ENOENT, EBUSY, EOPNOTSUPP.
+        """
+        self._change_tree(f"remove_node {name}")
+        node = (self._tree if parent is None else parent).children.pop(name, None)
+        if node is None:
+            raise from_errno(errno.ENOENT, f"remove_node {name}: there is none")
+        node.attached = False
+        return node
+
+    def add_prop(self, node: KhoNode | None, name: str, value: "Buffer") -> int:
+        """Give *node* a property, as ``kho_add_prop()``; the value is read when KHO finalizes.
+
+        Returns:
+            int: 0; 1 if it has that property with the very same bytes in memory.
+
+        Raises:
+            ValueError: the name is no property name.
+            KhoError: EEXIST if it has another of that name; EBUSY while finalized; EOPNOTSUPP.
+        """
+        self._change_tree(f"add_prop {name}")
+        if not name or "\0" in name:
+            raise ValueError(f"add_prop {name!r}: not a property name")
+        memoryview(value).release()  # TypeError for what is no buffer, now and not at the jump
+        properties = (self._tree if node is None else node).properties
+        if name in properties or (node is None and name == "compatible"):
+            if name in properties and same_value(properties[name], value):
+                return 1
+            raise from_errno(errno.EEXIST, f"add_prop {name}: the node has another value of it")
+        properties[name] = value
+        return 0
+
+    def add_string_prop(self, node: KhoNode | None, name: str, value: str) -> int:
+        """Give *node* a string, as ``kho_add_string_prop()``: :meth:`add_prop` with its NUL."""
+        return self.add_prop(node, name, value.encode() + b"\0")
+
+    def remove_prop(self, node: KhoNode | None, name: str) -> "Buffer":
+        """Take a property away, as ``kho_remove_prop()``, and return its value.
+
+        Raises:
+            KhoError: ENOENT, EBUSY, EOPNOTSUPP.
+        """
+        self._change_tree(f"remove_prop {name}")
+        properties = (self._tree if node is None else node).properties
+        if name not in properties:
+            raise from_errno(errno.ENOENT, f"remove_prop {name}: there is none")
+        value: Buffer = properties.pop(name)
+        return value
+
     # ---- root tree ----
 
     def _root_bytes(self) -> memoryview:
+        if self.generation.undo is not None and not self._finalized:
+            raise from_errno(errno.ENOENT, "root tree: is written by finalizing")
+        if self.generation.inline:
+            return memoryview(self._flat)
         return self.memory.view(self.fdt_phys, self.memory.page_size)
 
     @property
     def root(self) -> Fdt:
-        """The root tree as it is now; a reader that later changes do not reach is not promised."""
+        """The root tree as it is now; a reader that later changes do not reach is not promised.
+
+        Raises:
+            KhoError: ENOENT if it is written by finalizing, and that has not happened.
+        """
         self._check_open()
         return Fdt(self._root_bytes())
 
     @property
     def root_bytes(self) -> int:
-        """Bytes of the root tree's page that are in use."""
+        """Bytes of the root tree that are in use; 0 if it is yet to be finalized."""
         self._check_open()
+        if self.generation.undo is not None and not self._finalized:
+            return 0
         return Fdt(self._root_bytes(), check=False).totalsize
 
     def add_subtree(self, name: str, phys: SupportsIndex, nbytes: SupportsIndex) -> None:
         """Name a blob in the root tree, as ``kho_add_subtree()``.
 
-        The blob is neither copied nor preserved by this, and may change until the jump.
+        The blob is neither copied nor preserved by this, and may change until the jump. In
+        kho-v1-notifier and kho-v1-512 a notifier calls this in FINALIZE; called before, it joins
+        the next finalizing as if by a notifier of its own, ahead of the others, until an abort.
 
         Args:
             name: of the new child, any that a node may have.
@@ -717,21 +1228,25 @@ class Kho(PreservedMemory):
         Raises:
             ValueError: the name is no node name.
             KhoError: EINVAL if the blob is not in RAM; EEXIST if the name is taken; ENOMEM if the
-                page is full, and nothing changes.
+                page is full, and nothing changes; EBUSY after finalizing, where that closes the
+                map; EOPNOTSUPP in kho-v5-series, whose data is inline.
         """
-        self._check_open()
+        generation = self.generation
+        self._has(not generation.inline, f"add_subtree {name}")
         at, size = operator.index(phys), operator.index(nbytes)
         if not self.memory.contains(at, size):
             raise from_errno(errno.EINVAL, f"add_subtree {name}: {at:#x}+{size:#x} is not in RAM")
         if not name or "/" in name or "\0" in name:
             raise ValueError(f"add_subtree {name!r}: not a node name")
-        generation = self._generation
+        if generation.undo == "abort":
+            self._join(name, at, size)
+            return
         editor = FdtEditor(self._root_bytes())
         added = False
         try:
             editor.add_node("/", name)
             added = True
-            editor.set_property(f"/{name}", generation.data_property, _u64(at))
+            editor.set_property(f"/{name}", generation.data_property or "", _u64(at))
             if generation.size_property is not None:
                 editor.set_property(f"/{name}", generation.size_property, _u64(size))
             editor.pack()
@@ -743,21 +1258,33 @@ class Kho(PreservedMemory):
             why = "the name is taken" if code == errno.EEXIST else "the root tree's page is full"
             raise from_errno(code, f"add_subtree {name}: {why}") from error
 
+    def _join(self, name: str, phys: int, nbytes: int) -> None:
+        if self.frozen:
+            raise from_errno(errno.EBUSY, f"add_subtree {name}: the root tree is finalized")
+        subtrees = self._queue if self._joining is None else self._joining
+        if name in subtrees:
+            raise from_errno(errno.EEXIST, f"add_subtree {name}: the name is taken")
+        subtrees[name] = (phys, nbytes)
+
     def remove_subtree(self, phys: SupportsIndex) -> None:
         """Remove the child that names the blob at *phys*, as ``kho_remove_subtree()``.
 
         If several do, only the first in the tree goes (the one added last).
 
         Raises:
-            KhoError: ENOENT if none does.
+            KhoError: ENOENT if none does; EBUSY after finalizing, where that closes the map;
+                EOPNOTSUPP in kho-v5-series.
         """
-        self._check_open()
+        self._has(not self.generation.inline, "remove_subtree")
         at = operator.index(phys)
+        if self.generation.undo == "abort":
+            self._leave(at)
+            return
         name = next(
             (
                 node.name
                 for node in Fdt(self._root_bytes()).root.children
-                if _native_u64(node.get(self._generation.data_property)) == at
+                if _native_u64(node.get(self.generation.data_property or "")) == at
             ),
             None,
         )
@@ -766,6 +1293,16 @@ class Kho(PreservedMemory):
         editor = FdtEditor(self._root_bytes())
         editor.del_node(f"/{name}")
         editor.pack()
+
+    def _leave(self, phys: int) -> None:
+        if self.frozen:
+            raise from_errno(errno.EBUSY, f"remove_subtree {phys:#x}: the root tree is finalized")
+        subtrees = self._queue if self._joining is None else self._joining
+        for name, (at, _) in reversed(subtrees.items()):
+            if at == phys:
+                del subtrees[name]
+                return
+        raise from_errno(errno.ENOENT, f"remove_subtree {phys:#x}: no subtree names it")
 
     def save_subtree(self, name: str, buffer: "Buffer") -> int:
         """Copy *buffer* into preserved memory and name it in the root tree.
@@ -776,8 +1313,9 @@ class Kho(PreservedMemory):
         Raises:
             ValueError: as :meth:`add_subtree`.
             KhoError: EINVAL if it is empty; E2BIG above one block of ``memory.max_order``; EEXIST,
-                ENOMEM. Nothing changes then.
+                ENOMEM, EBUSY, EOPNOTSUPP. Nothing changes then.
         """
+        self._has(not self.generation.inline, f"save_subtree {name}")
         with memoryview(buffer) as view, view.cast("B") as data:
             phys = self.alloc_preserve(data.nbytes)
             try:
@@ -853,34 +1391,105 @@ class Kho(PreservedMemory):
 
         The scratch array is copied to a segment in scratch, 64 KiB aligned from the top down, the
         areas tried in order, as ``kexec_file_load()`` does; calling it again gives the same place.
+        kho-v5-series: finalizes if that has not happened, and copies the tree to another segment.
+        kho-v1: the map is as the last :meth:`finalize` left it; without one the next kernel refuses
+        the handover.
 
         Raises:
-            KhoError: EADDRNOTAVAIL if scratch has no room for the array.
+            KhoError: EADDRNOTAVAIL if scratch has no room for the segments; ENOENT if a generation
+                that must be finalized is not; what :meth:`finalize` raises.
         """
         self._check_open()
         page = self.memory.page_size
+        phys, length = self.fdt_phys, page
+        if self.generation.inline:
+            if not self._finalized:
+                self.finalize()
+            phys, length = self._tree_segment(len(self._flat))
+            self.memory.view(phys, len(self._flat))[:] = self._flat
+        elif self.generation.undo is not None and not self._finalized:
+            raise from_errno(errno.ENOENT, "handover: is not finalized")
         if not self.scratch:
-            return Handover(self.fdt_phys, page, 0, 0)
+            return Handover(phys, length, 0, 0)
         array = b"".join(_abi.KHO_SCRATCH_SER.pack(*area) for area in self.scratch)
-        if not self._scratch_copy:
-            self._scratch_copy = self._place_in_scratch(len(array))
-        self.memory.view(self._scratch_copy, len(array))[:] = array
-        return Handover(self.fdt_phys, page, self._scratch_copy, len(array))
+        at, _ = self._segment("scratch", len(array))
+        self.memory.view(at, len(array))[:] = array
+        return Handover(phys, length, at, len(array))
 
-    def _place_in_scratch(self, nbytes: int) -> int:
+    def place_segments(self) -> None:
+        """Reserve and touch the segment of the inline tree, as loading an image does.
+
+        Only kho-v5-series has one; otherwise nothing happens. Without this :meth:`handover` does
+        it, at the jump.
+
+        Raises:
+            KhoError: EADDRNOTAVAIL if scratch has no room even for a page.
+        """
+        self._check_open()
+        if self.generation.inline:
+            self.memory.prefault(*self._tree_segment(self.memory.page_size))
+
+    def _tree_segment(self, nbytes: int) -> tuple[int, int]:
+        # Linux refuses to load an image if scratch has no room for fdt_max; here it is enough that
+        # the tree itself fits, so that small machines work.
+        if "tree" in self._segments and self._segments["tree"][1] < nbytes:
+            self._drop_segment("tree")
+        if "tree" in self._segments:
+            return self._segments["tree"]
+        try:
+            return self._segment("tree", self.fdt_max)
+        except KhoError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+        return self._segment("tree", nbytes)
+
+    def _segment(self, name: str, nbytes: int) -> tuple[int, int]:
+        """Return (phys, bytes) of a segment in scratch, whole pages; placed at the first call."""
+        if name not in self._segments:
+            page = self.memory.page_size
+            nr_pages = -(-nbytes // page)
+            self._segments[name] = self._place_in_scratch(nr_pages), nr_pages * page
+        return self._segments[name]
+
+    def _drop_segment(self, name: str) -> None:
+        phys, nbytes = self._segments.pop(name)
+        for at, _ in _natural_blocks(phys, nbytes, self.memory.page_size):
+            self.memory.free(at)
+
+    def _place_in_scratch(self, nr_pages: int) -> int:
         page = self.memory.page_size
-        order = (-(-nbytes // page) - 1).bit_length()
-        for align in (_KEXEC_ALIGN, page << order):  # an area without such a spot: any page will do
+        nbytes = nr_pages * page
+        for align in (_KEXEC_ALIGN, page):  # an area without such a spot: any page will do
             for start, size in self.scratch:
-                at = (start + size - (page << order)) // align * align
+                at = (start + size - nbytes) // align * align
                 while at >= start and size:
-                    try:
-                        self.memory.claim(at, order)
-                    except KhoError:
-                        at -= align
-                    else:
+                    if self._claim_all(at, nbytes):
                         return at
+                    at -= align
         raise from_errno(errno.EADDRNOTAVAIL, f"handover: no room for {nbytes} bytes in scratch")
+
+    def _claim_all(self, phys: int, nbytes: int) -> bool:
+        claimed: list[int] = []
+        for at, order in _natural_blocks(phys, nbytes, self.memory.page_size):
+            try:
+                self.memory.claim(at, order)
+            except KhoError:
+                for taken in claimed:
+                    self.memory.free(taken)
+                return False
+            claimed.append(at)
+        return True
+
+
+def _natural_blocks(phys: int, nbytes: int, page_size: int) -> Iterator[tuple[int, int]]:
+    """Yield (phys, order) of the naturally aligned blocks that make up whole pages."""
+    pfn, end = phys // page_size, (phys + nbytes) // page_size
+    while pfn < end:
+        order = (end - pfn).bit_length() - 1
+        if pfn:
+            order = min(order, (pfn & -pfn).bit_length() - 1)
+        yield pfn * page_size, order
+        pfn += 1 << order
 
 
 def _u64(value: int) -> bytes:

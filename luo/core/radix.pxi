@@ -292,9 +292,51 @@ cdef int kho_radix_list_nodes(kho_radix_tree *tree, PhysicalMemory memory, uint6
     return 0
 
 
+cdef enum:  # what a map counts
+    MAP_KEYS
+    MAP_PAGES  # of the blocks
+    MAP_NODES  # pages of the map itself
+    MAP_ROOT  # phys of the root or the first chunk
+
+
+@cython.auto_pickle(False)
+cdef class PreservedMap:
+    """What a kernel preserves, as a set of keys; the shape in memory is the generation's.
+
+    Keys are those of the radix tree in every shape; they are walked in the order of the shape.
+    """
+
+    cdef int use(self) except -1:
+        raise TypeError("PreservedMap: has no shape")
+
+    cdef int add(self, const uint64_t *keys, uint64_t n, uint64_t *nr_fresh) noexcept nogil:
+        """Add keys, all or none, and count the new ones; 0 or -errno."""
+        return -EINVAL
+
+    cdef int delete(self, const uint64_t *keys, uint64_t n, uint64_t *at) noexcept nogil:
+        """Remove keys, all or none: -ENOENT if the one at index *at* is not there."""
+        return -EINVAL
+
+    cdef int has(self, uint64_t key) noexcept nogil:
+        """1 if the key is there, 0 if not, or -errno."""
+        return -EINVAL
+
+    cdef int collect(self, uint64_t *keys, uint64_t room, uint64_t *start,
+                     uint64_t *n) noexcept nogil:
+        """Up to *room* keys from *start* (at first 0) on; 1 if more follow, from the new one."""
+        return -EINVAL
+
+    cdef uint64_t count(self, int what) noexcept nogil:
+        return 0
+
+    cdef int drop(self) except -1:
+        """Free the map's pages, and forget every key."""
+        return 0
+
+
 @cython.final
 @cython.auto_pickle(False)
-cdef class RadixTree:
+cdef class RadixTree(PreservedMap):
     """A radix tree of integer keys in pages of simulated memory, as ``struct kho_radix_tree``.
 
     Args:
@@ -398,6 +440,17 @@ cdef class RadixTree:
         start[0] = cursor.start
         n[0] = cursor.n
         return rc
+
+    cdef uint64_t count(self, int what) noexcept nogil:
+        if what == MAP_KEYS:
+            return self.tree.nr_keys
+        if what == MAP_PAGES:
+            return self.tree.nr_pages
+        return self.tree.nr_nodes if what == MAP_NODES else self.tree.root
+
+    cdef int drop(self) except -1:
+        self.free()
+        return 0
 
     @property
     def root(self):
@@ -508,8 +561,10 @@ cdef class PreservedMemory:
         closed: whether :meth:`close` was called.
     """
 
-    def _setup(self, PhysicalMemory memory not None, *, levels=0, debug=False):
-        # The scratch of memory has been reserved by now. levels: see RadixTree.
+    def _setup(self, PhysicalMemory memory not None, *, levels=0, bitmap_bytes=0, debug=False,
+               split_by_node=True, split_unaligned=False):
+        # The scratch of memory has been reserved by now. levels: see RadixTree. bitmap_bytes: the
+        # map is a list of chunks with bitmaps of this size. split_*: how a range is cut.
         cdef Py_ssize_t i
         if self.map is not None:
             raise TypeError("PreservedMemory: initialised twice")
@@ -523,7 +578,12 @@ cdef class PreservedMemory:
                 >> memory.page_shift
         self.debug = bool(debug)
         self.memory = memory
-        self.map = RadixTree(memory, levels=levels)
+        self.split_by_node = bool(split_by_node)
+        self.split_unaligned = bool(split_unaligned)
+        if bitmap_bytes:
+            self.map = ChunkMap(memory, bitmap_bytes)
+        else:
+            self.map = RadixTree(memory, levels=levels)
 
     def __dealloc__(self):
         free(self.scratch_areas)
@@ -535,37 +595,72 @@ cdef class PreservedMemory:
             raise from_errno(EINVAL, "KHO: not initialised")
         return self.memory.use()
 
+    cdef int use_unfrozen(self) except -1:
+        self.use()
+        if self.frozen:
+            raise from_errno(EBUSY, "KHO: finalized; nothing may be preserved or given up now")
+        return 0
+
     def close(self):
         """End this kernel's KHO: every later call raises StateError (ESHUTDOWN)."""
         self.closed = True
 
     def free_map(self):
-        """Free the map's tree and with it every preservation; the blocks themselves stay allocated.
+        """Free the map's pages and with it every preservation; the blocks themselves stay
+        allocated.
 
-        Only for a kernel that gives up on KHO: nothing can be preserved afterwards.
+        Of a radix tree nothing is left then: only for a kernel that gives up on KHO.
         """
         self.use()
-        self.map.free()
+        self.map.drop()
+
+    def _freeze(self, on):
+        # Whether preserving and unpreserving are refused with EBUSY.
+        self.use()
+        self.frozen = bool(on)
+
+    def _publish(self):
+        # Write the list of chunks; returns the address of the first, 0 for none. The list that was
+        # published before is freed by _unpublish(old pages).
+        self.use()
+        return (<ChunkMap?>self.map).publish()
+
+    def _unpublish(self):
+        # Free the list of chunks; the bitmaps, and with them the preservations, stay.
+        self.use()
+        (<ChunkMap?>self.map).unpublish()
+
+    def _forget(self):
+        # Drop every preservation, as an abort does. From now on unpreserving what is not there is
+        # no error: only the map could tell what somebody had preserved.
+        self.use()
+        (<ChunkMap?>self.map).drop()
+        (<ChunkMap>self.map).chunks.forgot = True
+
+    def _remember(self):
+        # End that leniency.
+        self.use()
+        (<ChunkMap?>self.map).chunks.forgot = False
 
     @property
     def nr_preserved(self):
         """Blocks in the map."""
-        return 0 if self.map is None else self.map.tree.nr_keys
+        return 0 if self.map is None else self.map.count(MAP_KEYS)
 
     @property
     def preserved_pages(self):
         """Pages of the blocks in the map."""
-        return 0 if self.map is None else self.map.tree.nr_pages
+        return 0 if self.map is None else self.map.count(MAP_PAGES)
 
     @property
     def tree_pages(self):
-        """Pages of the map's tree."""
-        return 0 if self.map is None else self.map.tree.nr_nodes
+        """Pages of the map: nodes of the tree, or chunks and pages of bitmaps."""
+        return 0 if self.map is None else self.map.count(MAP_NODES)
 
     @property
     def root_phys(self):
-        """Physical address of the map's root page."""
-        return 0 if self.map is None else self.map.tree.root
+        """Physical address of the tree's root page, or of the first published chunk; 0: none."""
+        return 0 if self.map is None else self.map.count(MAP_ROOT)
 
     cdef int check_run(self, uint64_t phys, uint64_t pages) noexcept nogil:
         cdef uint64_t pfn = phys >> self.memory.page_shift
@@ -616,7 +711,7 @@ cdef class PreservedMemory:
         """
         cdef uint64_t at = as_u64(phys), key, fresh = 0
         cdef int o = as_order(order), why
-        self.use()
+        self.use_unfrozen()
         why = self.check_block(at, o)
         if why:
             self.refuse(f"preserve_folio {at:#x}/order {o}", at,
@@ -632,7 +727,7 @@ cdef class PreservedMemory:
         """
         cdef uint64_t at = as_u64(phys), key, where = 0
         cdef int o = as_order(order)
-        self.use()
+        self.use_unfrozen()
         if o > 63 - self.memory.page_shift or at & ((self.memory.page_size << o) - 1):
             check(-ENOENT, f"unpreserve_folio {at:#x}/order {o}")
         key = kho_radix_encode_key(at, o, self.memory.page_shift)
@@ -701,7 +796,7 @@ cdef class PreservedMemory:
         cdef uint64_t fresh = 0
         cdef uint64_t *keys
         cdef int rc
-        self.use()
+        self.use_unfrozen()
         keys = self.encode_blocks(phys, order, "preserve_folios", True)
         with nogil:
             rc = self.map.add(keys, phys.shape[0], &fresh)
@@ -720,7 +815,7 @@ cdef class PreservedMemory:
         cdef uint64_t at = 0
         cdef uint64_t *keys
         cdef int rc
-        self.use()
+        self.use_unfrozen()
         keys = self.encode_blocks(phys, order, "unpreserve_folios", False)
         with nogil:
             rc = self.map.delete(keys, phys.shape[0], &at)
@@ -731,8 +826,8 @@ cdef class PreservedMemory:
     cdef uint64_t *split_run(self, uint64_t phys, uint64_t pages, uint64_t *n) except NULL:
         """Keys of the blocks that a run of pages is recorded as, malloc()ed (kho-abi 7).
 
-        Each is as large as alignment and length allow, then halved while its two ends lie on
-        different nodes.
+        Each is as large as alignment and length allow, then (where the generation does so) halved
+        while its two ends lie on different nodes.
         """
         cdef PhysicalMemory memory = self.memory
         cdef uint64_t pfn = phys >> memory.page_shift, end = pfn + pages, room = 64
@@ -741,8 +836,10 @@ cdef class PreservedMemory:
         cdef int order
         n[0] = 0
         while pfn < end:
-            order = min(ctz64(pfn), log2_64(end - pfn))
-            while order and memory.node_at(pfn) != memory.node_at(
+            order = log2_64(end - pfn)
+            if not self.split_unaligned:
+                order = min(ctz64(pfn), order)
+            while self.split_by_node and order and memory.node_at(pfn) != memory.node_at(
                     pfn + (<uint64_t>1 << order) - 1):
                 order -= 1
             if n[0] == room:
@@ -760,8 +857,8 @@ cdef class PreservedMemory:
     def preserve_pages(self, phys, nr_pages):
         """Preserve a run of pages, as ``kho_preserve_pages()``: all of it or nothing.
 
-        It is recorded as naturally aligned blocks that do not reach from one NUMA node to another;
-        the new kernel restores it with ``restore_pages``.
+        It is recorded as naturally aligned blocks, which from kho-v3 on do not reach from one NUMA
+        node to another; the new kernel restores it with ``restore_pages``.
 
         Raises:
             KhoError: EINVAL if it is misaligned, not in RAM, overlaps scratch, or
@@ -770,7 +867,7 @@ cdef class PreservedMemory:
         cdef uint64_t at = as_u64(phys), pages = as_u64(nr_pages), n = 0, fresh = 0
         cdef uint64_t *keys
         cdef int rc, why
-        self.use()
+        self.use_unfrozen()
         why = self.check_run(at, pages) if pages else BLOCK_OK
         if why:
             self.refuse(f"preserve_pages {at:#x}, {pages} pages", at,
@@ -790,7 +887,7 @@ cdef class PreservedMemory:
         cdef uint64_t at = as_u64(phys), pages = as_u64(nr_pages), n = 0, where = 0
         cdef uint64_t *keys
         cdef int rc, why
-        self.use()
+        self.use_unfrozen()
         why = self.check_run(at, pages) if pages else BLOCK_OK
         if why == BLOCK_MISALIGNED or why == BLOCK_OUTSIDE:
             check(-ENOENT, f"unpreserve_pages {at:#x}, {pages} pages")
@@ -816,7 +913,7 @@ cdef class PreservedMemory:
         cdef uint64_t count = as_u64(nbytes), pfn = 0, phys = 0, key, fresh = 0
         cdef int nid = as_node(node, self.memory.nr_nodes if self.memory else 0), order, rc
         cdef PhysicalMemory memory
-        self.use()
+        self.use_unfrozen()
         memory = self.memory
         if count == 0:
             raise from_errno(EINVAL, "alloc_preserve 0: nothing to allocate")
@@ -846,7 +943,7 @@ cdef class PreservedMemory:
         """
         cdef uint64_t at = as_u64(phys), key, where = 0
         cdef int order = -1, rc
-        self.use()
+        self.use_unfrozen()
         if at & (self.memory.page_size - 1) == 0:
             with self.memory.lock:
                 order = page_head_order(self.memory.state, at >> self.memory.page_shift)
@@ -859,7 +956,9 @@ cdef class PreservedMemory:
         check(rc if rc < 0 else 0, f"unpreserve_free {at:#x}")
 
     def preserved(self, out=None):
-        """Return all preserved blocks in the ABI's walk order: larger orders first, by address.
+        """Return all preserved blocks in the ABI's walk order, by address within an order.
+
+        A radix tree has larger orders first, a list of chunks smaller ones.
 
         Args:
             out: ``(phys, orders)``, arrays of uint64 and uint8 with room for :attr:`nr_preserved`
@@ -886,7 +985,7 @@ cdef class PreservedMemory:
 
     cdef uint64_t fill(self, uint64_t[::1] phys, uint8_t[::1] orders, uint64_t room,
                        uint64_t *start) except? 0xFFFFFFFFFFFFFFFF:
-        """Blocks from key *start* on, up to *room*; *start* moves on, to NO_BIT at the end."""
+        """Blocks from *start* on, up to *room*; *start* moves on, to NO_BIT at the end."""
         cdef uint64_t n = 0, i
         cdef int rc, shift = self.memory.page_shift, order
         with nogil:
@@ -928,6 +1027,10 @@ cdef enum:  # what a map can be wrong in
     WALK_NODE_HOLE
     WALK_NODE_TAKEN
     WALK_NODE_FDT
+    WALK_BITMAP_TWICE
+    WALK_CHUNK_ORDER
+    WALK_CHUNK_COUNT
+    WALK_BITMAP_START
     WALK_KEY
     WALK_BLOCK_OUTSIDE
     WALK_BLOCK_SCRATCH
@@ -1013,14 +1116,12 @@ cdef int kho_walk_leaf(kho_walk *walk, const uint64_t *words, uint64_t base) noe
     return 0
 
 
-cdef int kho_walk_node(kho_walk *walk, PhysicalMemory memory, uint64_t node, int level,
-                       uint64_t base) noexcept nogil:
-    """Claim one page of the tree and all that hangs below it; -1 with the reason in *walk*."""
-    cdef uint64_t page = <uint64_t>1 << walk.page_shift, conflict = 0, i
-    cdef uint64_t *slots
+cdef int kho_walk_take_page(kho_walk *walk, PhysicalMemory memory, uint64_t node) noexcept nogil:
+    """Claim one page of the map, which may be read from then on."""
+    cdef uint64_t page = <uint64_t>1 << walk.page_shift, conflict = 0
     cdef uint64_t *grown
-    cdef int rc, shift
-    if node & (page - 1) or not memory.has(node, page):
+    cdef int rc
+    if node == 0 or node & (page - 1) or not memory.has(node, page):
         return kho_walk_fail(walk, WALK_NODE_OUTSIDE, node, 0, 0)
     if node == walk.fdt:
         return kho_walk_fail(walk, WALK_NODE_FDT, node, 0, 0)
@@ -1039,6 +1140,17 @@ cdef int kho_walk_node(kho_walk *walk, PhysicalMemory memory, uint64_t node, int
     # a page that nobody ever wrote cannot be a node, and reading it would fill a hole of the file
     if not memory.populated(node, page):
         return kho_walk_fail(walk, WALK_NODE_HOLE, node, 0, 0)
+    return 0
+
+
+cdef int kho_walk_node(kho_walk *walk, PhysicalMemory memory, uint64_t node, int level,
+                       uint64_t base) noexcept nogil:
+    """Claim one page of the tree and all that hangs below it; -1 with the reason in *walk*."""
+    cdef uint64_t i
+    cdef uint64_t *slots
+    cdef int shift
+    if kho_walk_take_page(walk, memory, node) < 0:
+        return -1
     slots = <uint64_t *>(memory.zero + node)
     if level == 0:
         return kho_walk_leaf(walk, slots, base)
@@ -1068,14 +1180,16 @@ cdef class IncomingMemory:
         preserved_pages: pages of them.
     """
 
-    def _walk(self, PhysicalMemory memory not None, root, scratch, *, fdt=0, reserved=(), levels=0):
+    def _walk(self, PhysicalMemory memory not None, root, scratch, *, fdt=0, reserved=(), levels=0,
+              bitmap_bytes=0, order_cap=None):
         # Claim all that the map at root says is preserved; HandoverError names the address and the
         # rule of kho-abi 12.18 that it breaks. scratch: where nothing preserved may lie. fdt: the
         # root tree, which is no node. reserved: [(phys, nbytes)] to be claimed beside. levels: see
-        # RadixTree.
+        # RadixTree. bitmap_bytes: root is a list of chunks with bitmaps of this size; 0: nothing is
+        # preserved. order_cap: larger blocks cannot be restored.
         cdef kho_walk walk
         cdef list areas = memory.check_scratch(scratch)
-        cdef uint64_t at = as_u64(root), conflict = 0, pfn, count
+        cdef uint64_t at = as_u64(root), conflict = 0, pfn, count, bitmap = as_u64(bitmap_bytes)
         cdef int rc = 0, shift = memory.page_shift, depth = PyNumber_Index(levels)
         if self.memory is not None:
             raise TypeError("IncomingMemory: initialised twice")
@@ -1083,6 +1197,7 @@ cdef class IncomingMemory:
         self.areas = areas
         self.state = memory.new_state(areas)
         self.state.restricted = True
+        self.order_cap = MAX_ORDERS - 1 if order_cap is None else PyNumber_Index(order_cap)
         memset(&walk, 0, sizeof(walk))
         walk.state = self.state
         walk.fdt = as_u64(fdt)
@@ -1096,7 +1211,10 @@ cdef class IncomingMemory:
             if page_claim_run(self.state, pfn, 0, count, False, True, &conflict) < 0:
                 raise HandoverError(f"{nbytes} reserved bytes are not in one piece of RAM", phys)
         with nogil, memory.lock:
-            rc = kho_walk_node(&walk, memory, at, depth - 1, 0)
+            if bitmap:
+                rc = kho_walk_chunks(&walk, memory, at, bitmap)
+            else:
+                rc = kho_walk_node(&walk, memory, at, depth - 1, 0)
             if rc == 0:
                 rc = kho_walk_flush(&walk)
         self.nodes = walk.nodes
@@ -1117,8 +1235,17 @@ cdef class IncomingMemory:
             raise MemoryError("walk of the preserved map")
         if walk.why == WALK_KEY:
             raise HandoverError(f"preserved map: key {walk.at:#x} stands for no block")
-        if walk.why <= WALK_NODE_FDT:
+        if walk.why in (WALK_CHUNK_ORDER, WALK_CHUNK_COUNT, WALK_BITMAP_START):
             rule = {
+                WALK_CHUNK_ORDER: f"is of order {walk.order}, which no block in RAM has",
+                WALK_CHUNK_COUNT: f"lists {walk.conflict} bitmaps, more than fit",
+                WALK_BITMAP_START: f"has a bitmap that starts at {walk.conflict:#x}, where none of "
+                                   f"order {walk.order} does",
+            }[walk.why]
+            raise HandoverError(f"chunk of the preserved map {rule}", walk.at)
+        if walk.why <= WALK_BITMAP_TWICE:
+            rule = {
+                WALK_BITMAP_TWICE: "is listed as a bitmap twice",
                 WALK_NODE_OUTSIDE: "is misaligned or not in RAM",
                 WALK_NODE_SCRATCH: "lies in scratch",
                 WALK_NODE_HOLE: "was never written",
@@ -1158,6 +1285,9 @@ cdef class IncomingMemory:
     def nr_restored(self):
         """Blocks that were restored."""
         return self.nr_preserved - self.nr_unrestored
+
+    cdef object cap_note(self):
+        return "" if self.order_cap >= MAX_ORDERS - 1 else f" of order 0..{self.order_cap}"
 
     cdef page_state *pages(self) noexcept nogil:
         """The page state that holds the claims: its own before install(), then the memory's."""
@@ -1236,17 +1366,19 @@ cdef class IncomingMemory:
             int: its order.
 
         Raises:
-            KhoError: EINVAL if no preserved block starts there, or it was restored before.
+            KhoError: EINVAL if no preserved block starts there, it was restored before, or it is
+                larger than a kernel of this generation restores (kho-abi 12.8).
         """
         cdef uint64_t at = as_u64(phys)
         cdef int order = -EINVAL
         self.use()
         if at & (self.memory.page_size - 1) == 0:
             with self.memory.lock:
-                order = page_restore(self.memory.state, at >> self.memory.page_shift)
+                order = page_restore(self.memory.state, at >> self.memory.page_shift,
+                                     self.order_cap)
         if order < 0:
-            raise from_errno(EINVAL, f"restore_folio {at:#x}: not the head of a preserved block, "
-                                     "or restored before")
+            raise from_errno(EINVAL, f"restore_folio {at:#x}: not the head of a preserved block"
+                                     f"{self.cap_note()}, or restored before")
         return order
 
     def restore_folios(self, const uint64_t[::1] phys not None):
@@ -1275,7 +1407,7 @@ cdef class IncomingMemory:
             for i in range(n):
                 order = -EINVAL
                 if phys[i] & mask == 0:
-                    order = page_restore(st, phys[i] >> self.memory.page_shift)
+                    order = page_restore(st, phys[i] >> self.memory.page_shift, self.order_cap)
                 if order < 0:
                     break
                 orders[i] = order
@@ -1285,7 +1417,7 @@ cdef class IncomingMemory:
                     page_unrestore(st, phys[i] >> self.memory.page_shift)
         if order < 0:
             raise from_errno(EINVAL, f"restore_folios {phys[n]:#x}: not the head of a preserved "
-                                     "block, or restored before")
+                                     f"block{self.cap_note()}, or restored before")
         return result
 
     def restore_pages(self, phys, nr_pages):
@@ -1312,15 +1444,16 @@ cdef class IncomingMemory:
                 order = -1
             while order >= 0 and pfn < end:
                 order = page_claim_order(st, pfn)
+                order = -1 if order > self.order_cap else order
                 pfn += <uint64_t>1 << order if order >= 0 else 0
             if order >= 0 and pfn == end:
                 pfn = at >> self.memory.page_shift
                 while pfn < end:
-                    pfn += <uint64_t>1 << page_restore(st, pfn)
+                    pfn += <uint64_t>1 << page_restore(st, pfn, self.order_cap)
                     n += 1
                 return n
         raise from_errno(EINVAL, f"restore_pages {at:#x}, {count} pages: not exactly preserved "
-                                 "blocks, or restored before")
+                                 f"blocks{self.cap_note()}, or restored before")
 
     def restore_free(self, phys):
         """Take over the block at *phys* and free it, as ``kho_restore_free()``.
@@ -1333,15 +1466,16 @@ cdef class IncomingMemory:
         self.use()
         if at & (self.memory.page_size - 1) == 0:
             with self.memory.lock:
-                order = page_restore(self.memory.state, at >> self.memory.page_shift)
+                order = page_restore(self.memory.state, at >> self.memory.page_shift,
+                                     self.order_cap)
                 if order >= 0:
                     page_free_head(self.memory.state, at >> self.memory.page_shift)
         if order < 0:
-            raise from_errno(EINVAL, f"restore_free {at:#x}: not the head of a preserved block, or "
-                                     "restored before")
+            raise from_errno(EINVAL, f"restore_free {at:#x}: not the head of a preserved block"
+                                     f"{self.cap_note()}, or restored before")
 
     def unrestored(self):
-        """Return what nobody has restored yet as ``(phys, orders)``, in the ABI's walk order."""
+        """Return what nobody has restored yet as ``(phys, orders)``, larger orders first."""
         cdef int order
         cdef page_state *st
         phys, orders = [np.empty(0, np.uint64)], [np.empty(0, np.uint8)]
@@ -1355,10 +1489,10 @@ cdef class IncomingMemory:
         return np.concatenate(phys), np.concatenate(orders)
 
 
-cdef int page_restore(page_state *st, uint64_t pfn) noexcept nogil:
+cdef int page_restore(page_state *st, uint64_t pfn, int order_cap) noexcept nogil:
     """Turn the claim at *pfn* into an allocated block; its order, or -EINVAL."""
     cdef int order = page_claim_order(st, pfn)
-    if order < 0:
+    if order < 0 or order > order_cap:
         return -EINVAL
     flat_clear(st.claims[order], page_index(st, pfn, order))
     st.nr_claims[order] -= 1

@@ -1,0 +1,656 @@
+# L3: the preserved map of kho-v5-series and kho-v1: bitmaps by order, listed in a chain of chunks.
+#
+# Bit n of bitmap i of order o stands for the block of 2**o pages at pfn (i * bits + n) << o. A
+# bitmap has 4096 bits in kho-v5-series and kho-v1-512, a page of them later. What the next kernel
+# reads is a list of chunks, each a page: next, order, count, then (first phys, bitmap) pairs, orders
+# and indices ascending (kho-abi 3.2). It is written when a kernel finalizes, and names the very
+# bitmaps that are in use: they live in simulated memory and are not copied.
+#
+# Bitmaps are found by index in tables beside simulated memory, so that nobody who writes there can
+# lead this kernel astray.
+
+cdef enum:
+    CHUNK_HEAD_BYTES = 16  # u64 next, u32 order, u32 number of bitmaps
+    CHUNK_ENTRY_BYTES = 16  # u64 phys of the first block, u64 phys of the bitmap
+
+cdef struct kho_chunk_head:
+    uint64_t next
+    uint32_t order
+    uint32_t nr
+
+
+# ---- the map: workers ----
+
+cdef inline uint64_t *kho_chunks_words(const kho_chunk_map *map, uint64_t phys) noexcept nogil:
+    return <uint64_t *>(map.zero + phys)
+
+
+cdef inline int kho_chunks_place(const kho_chunk_map *map, uint64_t key, uint64_t *index,
+                                 uint64_t *bit) noexcept nogil:
+    """Order of the block that *key* stands for, and where its bit is; -1: nowhere in RAM."""
+    cdef int marker = log2_64(key), order = 64 - map.page_shift - marker
+    cdef uint64_t block
+    if marker < 1 or order < 0 or order >= MAX_ORDERS:
+        return -1
+    block = key ^ (<uint64_t>1 << marker)
+    index[0] = block >> map.bitmap_shift
+    bit[0] = block & low_mask(map.bitmap_shift)
+    return order
+
+
+cdef int kho_chunks_open_order(kho_chunk_map *map, int order) noexcept nogil:
+    """Make the table of an order's bitmaps; it is touched only where there are some."""
+    cdef kho_chunk_order *each = &map.orders[order]
+    cdef uint64_t first, last, words
+    if each.bitmaps != NULL:
+        return 0
+    first = (map.state.base_pfn >> order) >> map.bitmap_shift
+    last = ((map.state.end_pfn - 1) >> order) >> map.bitmap_shift
+    each.first = first
+    each.nr_indices = last - first + 1
+    words = bitmap_layout(&each.used, each.nr_indices, NULL)
+    each.bitmaps = <uint64_t *>calloc(each.nr_indices + words, 8)
+    if each.bitmaps == NULL:
+        return -ENOMEM
+    bitmap_layout(&each.used, each.nr_indices, each.bitmaps + each.nr_indices)
+    return 0
+
+
+cdef int kho_chunks_new_bitmap(kho_chunk_map *map, uint64_t *phys) noexcept nogil:
+    """A zeroed bitmap: a whole page, or the next part of one."""
+    cdef uint64_t nbytes = (<uint64_t>1 << map.bitmap_shift) >> 3, pfn = 0
+    cdef uint64_t page = <uint64_t>1 << map.page_shift
+    cdef uint64_t *grown
+    if map.nr_slabs == 0 or map.slab_used == page:
+        if map.nr_slabs == map.slabs_room:
+            grown = <uint64_t *>realloc(map.slabs, (2 * map.slabs_room + 64) * 8)
+            if grown == NULL:
+                return -ENOMEM
+            map.slabs = grown
+            map.slabs_room = 2 * map.slabs_room + 64
+        if page_alloc_run(map.state, 0, 1, NO_NODE, &pfn) == 0:
+            return -ENOMEM
+        memset(kho_chunks_words(map, pfn << map.page_shift), 0, page)
+        map.slabs[map.nr_slabs] = pfn << map.page_shift
+        map.nr_slabs += 1
+        map.slab_used = 0
+    phys[0] = map.slabs[map.nr_slabs - 1] + map.slab_used
+    map.slab_used += nbytes
+    return 0
+
+
+cdef int kho_chunks_bitmap(kho_chunk_map *map, int order, uint64_t index, bint make,
+                           uint64_t **words) noexcept nogil:
+    """The bitmap of *index*; -ENOENT: it is missing and not to be made."""
+    cdef kho_chunk_order *each = &map.orders[order]
+    cdef uint64_t *grown
+    cdef int rc
+    if each.bitmaps == NULL:
+        if not make:
+            return -ENOENT
+        rc = kho_chunks_open_order(map, order)
+        if rc < 0:
+            return rc
+    if index < each.first or index - each.first >= each.nr_indices:
+        return -ERANGE if make else -ENOENT
+    index -= each.first
+    if each.bitmaps[index] == 0:
+        if not make:
+            return -ENOENT
+        if map.nr_made == map.made_room:
+            grown = <uint64_t *>realloc(map.made, (2 * map.made_room + 64) * 16)
+            if grown == NULL:
+                return -ENOMEM
+            map.made = grown
+            map.made_room = 2 * map.made_room + 64
+        rc = kho_chunks_new_bitmap(map, &each.bitmaps[index])
+        if rc < 0:
+            return rc
+        bitmap_set(&each.used, index)
+        each.nr += 1
+        map.nr_bitmaps += 1
+        map.made[2 * map.nr_made] = order
+        map.made[2 * map.nr_made + 1] = index
+        map.nr_made += 1
+    words[0] = kho_chunks_words(map, each.bitmaps[index])
+    return 0
+
+
+cdef void kho_chunks_unmake(kho_chunk_map *map) noexcept nogil:
+    """Take back the bitmaps made since nr_made was last 0, newest first."""
+    cdef uint64_t nbytes = (<uint64_t>1 << map.bitmap_shift) >> 3, index
+    cdef kho_chunk_order *each
+    while map.nr_made:
+        map.nr_made -= 1
+        each = &map.orders[map.made[2 * map.nr_made]]
+        index = map.made[2 * map.nr_made + 1]
+        bitmap_clear(&each.used, index)
+        each.bitmaps[index] = 0
+        each.nr -= 1
+        map.nr_bitmaps -= 1
+        map.slab_used -= nbytes
+        if map.slab_used == 0:
+            map.nr_slabs -= 1
+            page_free_head(map.state, map.slabs[map.nr_slabs] >> map.page_shift)
+            map.slab_used = <uint64_t>1 << map.page_shift if map.nr_slabs else 0
+
+
+cdef int kho_chunks_add_keys(kho_chunk_map *map, const uint64_t *keys, uint64_t n,
+                             uint64_t *fresh, uint64_t *nr_fresh) noexcept nogil:
+    """Set the bits of *n* keys, all or none. *fresh*: room for a bit a key, cleared."""
+    cdef uint64_t i, index = 0, bit = 0, pages = 0, last = NO_BIT
+    cdef uint64_t *words = NULL
+    cdef int rc = 0, order, last_order = -1
+    map.nr_made = 0
+    for i in range(n):
+        order = kho_chunks_place(map, keys[i], &index, &bit)
+        if order < 0:
+            rc = -ERANGE
+            break
+        if order != last_order or index != last:  # neighbours in a bulk call share their bitmap
+            rc = kho_chunks_bitmap(map, order, index, True, &words)
+            if rc < 0:
+                break
+            last = index
+            last_order = order
+        if not flat_test(words, bit):
+            flat_set(words, bit)
+            flat_set(fresh, i)
+            nr_fresh[0] += 1
+            pages += <uint64_t>1 << order
+    if rc == 0:
+        map.nr_keys += nr_fresh[0]
+        map.nr_pages += pages
+        map.nr_made = 0
+        return 0
+    while i:
+        i -= 1
+        if flat_test(fresh, i):
+            order = kho_chunks_place(map, keys[i], &index, &bit)
+            if kho_chunks_bitmap(map, order, index, False, &words) == 0:
+                flat_clear(words, bit)
+    kho_chunks_unmake(map)
+    return rc
+
+
+cdef int kho_chunks_has_key(kho_chunk_map *map, uint64_t key) noexcept nogil:
+    cdef uint64_t index = 0, bit = 0
+    cdef uint64_t *words = NULL
+    cdef int order = kho_chunks_place(map, key, &index, &bit)
+    if order < 0 or kho_chunks_bitmap(map, order, index, False, &words) < 0:
+        return 0
+    return flat_test(words, bit)
+
+
+cdef int kho_chunks_del_keys(kho_chunk_map *map, const uint64_t *keys, uint64_t n,
+                             uint64_t *at) noexcept nogil:
+    """Clear the bits of *n* keys, all or none: -ENOENT if the one at index *at* is not set.
+
+    After an abort the ones that are not set are passed over.
+    """
+    cdef uint64_t i, index = 0, bit = 0
+    cdef uint64_t *words = NULL
+    cdef int order
+    if not map.forgot:
+        for i in range(n):
+            if not kho_chunks_has_key(map, keys[i]):
+                at[0] = i
+                return -ENOENT
+    for i in range(n):
+        order = kho_chunks_place(map, keys[i], &index, &bit)
+        if order < 0 or kho_chunks_bitmap(map, order, index, False, &words) < 0:
+            continue
+        if flat_test(words, bit):  # a key may be named twice
+            flat_clear(words, bit)
+            map.nr_keys -= 1
+            map.nr_pages -= <uint64_t>1 << order
+    return 0
+
+
+cdef uint64_t kho_chunks_key(const kho_chunk_map *map, int order, uint64_t block) noexcept nogil:
+    return (<uint64_t>1 << (64 - map.page_shift - order)) | block
+
+
+cdef int kho_chunks_collect(kho_chunk_map *map, uint64_t *keys, uint64_t room, uint64_t *start,
+                            uint64_t *n) noexcept nogil:
+    """Append up to *room* keys in the list's order; 1 if more follow.
+
+    *start* is order << 52 | block: what a block's number leaves of 64 bits holds any order.
+    """
+    cdef int order = start[0] >> 52, shift = map.bitmap_shift
+    cdef uint64_t block = start[0] & low_mask(52), index, bit
+    cdef kho_chunk_order *each
+    cdef uint64_t *words
+    n[0] = 0
+    while order < MAX_ORDERS:
+        each = &map.orders[order]
+        index = 0
+        if each.bitmaps != NULL:
+            if block >> shift > each.first:
+                index = (block >> shift) - each.first
+            while True:
+                index = bitmap_next(&each.used, index)
+                if index == NO_BIT:
+                    break
+                words = kho_chunks_words(map, each.bitmaps[index])
+                bit = block & low_mask(shift) if index + each.first == block >> shift else 0
+                while True:
+                    bit = flat_next(words, bit, <uint64_t>1 << shift)
+                    if bit == NO_BIT:
+                        break
+                    if n[0] == room:
+                        start[0] = <uint64_t>order << 52 | (index + each.first) << shift | bit
+                        return 1
+                    keys[n[0]] = kho_chunks_key(map, order, (index + each.first) << shift | bit)
+                    n[0] += 1
+                    bit += 1
+                index += 1
+        order += 1
+        block = 0
+    return 0
+
+
+cdef void kho_chunks_free_pages(kho_chunk_map *map, uint64_t *pages, size_t n) noexcept nogil:
+    cdef size_t i
+    for i in range(n):
+        page_free_head(map.state, pages[i] >> map.page_shift)
+
+
+cdef int kho_chunks_publish(kho_chunk_map *map) noexcept nogil:
+    """Write a new list of chunks, then free the one before; -ENOMEM leaves that as it was."""
+    cdef uint64_t page = <uint64_t>1 << map.page_shift
+    cdef uint64_t capacity = (page - CHUNK_HEAD_BYTES) // CHUNK_ENTRY_BYTES
+    cdef uint64_t wanted = 0, index, in_chunk
+    cdef uint64_t *pages
+    cdef uint64_t *entry
+    cdef kho_chunk_head *head = NULL
+    cdef kho_chunk_order *each
+    cdef size_t next_page = 0
+    cdef int order
+    for order in range(MAX_ORDERS):
+        wanted += (map.orders[order].nr + capacity - 1) // capacity
+    pages = <uint64_t *>malloc((wanted + 1) * 8)
+    if pages == NULL:
+        return -ENOMEM
+    if page_alloc_array(map.state, pages, wanted, 0, NO_NODE, map.page_shift) < 0:
+        free(pages)
+        return -ENOMEM
+    for order in range(MAX_ORDERS):
+        each = &map.orders[order]
+        if each.nr == 0:
+            continue
+        in_chunk = capacity  # a chunk has bitmaps of one order
+        index = bitmap_next(&each.used, 0)
+        while index != NO_BIT:
+            if in_chunk == capacity:
+                if head != NULL:
+                    head.next = pages[next_page]
+                head = <kho_chunk_head *>kho_chunks_words(map, pages[next_page])
+                memset(head, 0, page)
+                head.order = order
+                next_page += 1
+                in_chunk = 0
+            entry = <uint64_t *>head + 2 + 2 * in_chunk
+            entry[0] = (index + each.first) << (map.bitmap_shift + order + map.page_shift)
+            entry[1] = each.bitmaps[index]
+            in_chunk += 1
+            head.nr = in_chunk
+            index = bitmap_next(&each.used, index + 1)
+    kho_chunks_free_pages(map, map.chunks, map.nr_chunks)
+    free(map.chunks)
+    map.chunks = pages
+    map.nr_chunks = wanted
+    return 0
+
+
+cdef void kho_chunks_unpublish(kho_chunk_map *map) noexcept nogil:
+    kho_chunks_free_pages(map, map.chunks, map.nr_chunks)
+    free(map.chunks)
+    map.chunks = NULL
+    map.nr_chunks = 0
+
+
+cdef void kho_chunks_clear(kho_chunk_map *map) noexcept nogil:
+    """Drop every bitmap and the list."""
+    cdef int order
+    kho_chunks_unpublish(map)
+    kho_chunks_free_pages(map, map.slabs, map.nr_slabs)
+    map.nr_slabs = 0
+    map.slab_used = 0
+    map.nr_keys = 0
+    map.nr_pages = 0
+    map.nr_bitmaps = 0
+    for order in range(MAX_ORDERS):
+        free(map.orders[order].bitmaps)
+        memset(&map.orders[order], 0, sizeof(kho_chunk_order))
+
+
+@cython.final
+@cython.auto_pickle(False)
+cdef class ChunkMap(PreservedMap):
+    """Bitmaps by order in simulated memory, and the list of chunks that names them.
+
+    Args:
+        memory: where bitmaps and chunks are allocated, outside scratch.
+        bitmap_bytes: of one bitmap: a power of two from 64 to the page size. Smaller ones than a
+            page share pages.
+
+    Attributes:
+        nr_keys: blocks in it.
+        nr_bitmaps: bitmaps; like the tree's pages they stay when their last block goes.
+        first_chunk: physical address of the published list, 0 for none.
+
+    Raises:
+        ValueError: a size that is none of these.
+        KhoError: EROFS if memory is read-only.
+
+    Context: calls hold the memory's lock.
+    Source: kernel/kexec_handover.c of Linux 6.16 to 7.0; kho-abi 3.2.
+    """
+
+    def __cinit__(self, PhysicalMemory memory not None, bitmap_bytes):
+        cdef uint64_t nbytes = as_u64(bitmap_bytes)
+        if nbytes < 64 or nbytes > memory.page_size or nbytes & (nbytes - 1):
+            raise ValueError(f"bitmap_bytes {bitmap_bytes}: not a power of two from 64 to a page")
+        memory.check_writable("ChunkMap")
+        memory.use()
+        self.memory = memory
+        self.chunks.page_shift = memory.page_shift
+        self.chunks.bitmap_shift = ctz64(nbytes) + 3
+
+    def __dealloc__(self):
+        cdef int order
+        for order in range(MAX_ORDERS):
+            free(self.chunks.orders[order].bitmaps)
+        free(self.chunks.slabs)
+        free(self.chunks.made)
+        free(self.chunks.chunks)
+
+    cdef int begin(self) noexcept nogil:
+        """Point the workers at today's mapping and page state; the lock is held."""
+        if self.memory.state == NULL:
+            return -EINVAL
+        self.chunks.zero = self.memory.zero
+        self.chunks.state = self.memory.state
+        return 0
+
+    cdef int use(self) except -1:
+        return self.memory.use()
+
+    cdef int add(self, const uint64_t *keys, uint64_t n, uint64_t *nr_fresh) noexcept nogil:
+        cdef uint64_t one = 0
+        cdef uint64_t *fresh = &one
+        cdef int rc
+        nr_fresh[0] = 0
+        if n > 64:
+            fresh = <uint64_t *>calloc((n + 63) >> 6, 8)
+            if fresh == NULL:
+                return -ENOMEM
+        with self.memory.lock:
+            rc = self.begin()
+            if rc == 0:
+                rc = kho_chunks_add_keys(&self.chunks, keys, n, fresh, nr_fresh)
+        if n > 64:
+            free(fresh)
+        return rc
+
+    cdef int delete(self, const uint64_t *keys, uint64_t n, uint64_t *at) noexcept nogil:
+        cdef int rc
+        with self.memory.lock:
+            rc = self.begin()
+            if rc == 0:
+                rc = kho_chunks_del_keys(&self.chunks, keys, n, at)
+        return rc
+
+    cdef int has(self, uint64_t key) noexcept nogil:
+        cdef int rc
+        with self.memory.lock:
+            rc = self.begin()
+            if rc == 0:
+                rc = kho_chunks_has_key(&self.chunks, key)
+        return rc
+
+    cdef int collect(self, uint64_t *keys, uint64_t room, uint64_t *start,
+                     uint64_t *n) noexcept nogil:
+        cdef int rc
+        n[0] = 0
+        with self.memory.lock:
+            rc = self.begin()
+            if rc == 0:
+                rc = kho_chunks_collect(&self.chunks, keys, room, start, n)
+        return rc
+
+    cdef uint64_t count(self, int what) noexcept nogil:
+        if what == MAP_KEYS:
+            return self.chunks.nr_keys
+        if what == MAP_PAGES:
+            return self.chunks.nr_pages
+        if what == MAP_NODES:
+            return self.chunks.nr_slabs + self.chunks.nr_chunks
+        return self.chunks.chunks[0] if self.chunks.nr_chunks else 0
+
+    cdef int drop(self) except -1:
+        cdef int rc
+        with self.memory.lock:
+            rc = self.begin()
+            if rc == 0:
+                kho_chunks_clear(&self.chunks)
+        return check(rc, "drop the preserved map")
+
+    @property
+    def nr_keys(self):
+        """Blocks in the map."""
+        return self.chunks.nr_keys
+
+    @property
+    def nr_bitmaps(self):
+        """Bitmaps of the map."""
+        return self.chunks.nr_bitmaps
+
+    @property
+    def nr_chunks(self):
+        """Chunks of the published list."""
+        return self.chunks.nr_chunks
+
+    @property
+    def first_chunk(self):
+        """Physical address of the published list, 0 for none."""
+        return self.count(MAP_ROOT)
+
+    def add_keys(self, const uint64_t[::1] keys not None):
+        """Add keys as of :func:`radix_key`, all or none.
+
+        Returns:
+            int: how many were not there before.
+
+        Raises:
+            KhoError: ERANGE if a key stands for no block in RAM; ENOMEM.
+        """
+        cdef uint64_t fresh = 0
+        self.use()
+        if keys.shape[0]:
+            check(self.add(&keys[0], keys.shape[0], &fresh), "add_keys")
+        return fresh
+
+    def del_keys(self, const uint64_t[::1] keys not None):
+        """Remove keys, all or none.
+
+        Raises:
+            KhoError: ENOENT if one is not there.
+        """
+        cdef uint64_t at = 0
+        self.use()
+        if keys.shape[0]:
+            check(self.delete(&keys[0], keys.shape[0], &at), "del_keys")
+
+    def has_key(self, key):
+        """Whether *key* is in the map."""
+        self.use()
+        return bool(check(self.has(as_u64(key)), f"has_key {key:#x}"))
+
+    def keys(self):
+        """Return all keys in the list's order: shape (n,), uint64."""
+        cdef uint64_t start = 0, n = 0
+        cdef uint64_t[::1] room
+        self.use()
+        result = np.empty(self.chunks.nr_keys + 1, np.uint64)
+        room = result
+        check(self.collect(&room[0], self.chunks.nr_keys, &start, &n), "keys")
+        return result[:n]
+
+    def publish(self):
+        """Write the list of chunks anew, and free the one before.
+
+        Returns:
+            int: physical address of the first chunk; 0 if there is no bitmap.
+
+        Raises:
+            KhoError: ENOMEM, and the list is as before.
+        """
+        cdef int rc
+        self.use()
+        with nogil, self.memory.lock:
+            rc = self.begin()
+            if rc == 0:
+                rc = kho_chunks_publish(&self.chunks)
+        check(rc, "publish the preserved map")
+        return self.count(MAP_ROOT)
+
+    def unpublish(self):
+        """Free the list of chunks; the bitmaps stay."""
+        cdef int rc
+        self.use()
+        with self.memory.lock:
+            rc = self.begin()
+            if rc == 0:
+                kho_chunks_unpublish(&self.chunks)
+        check(rc, "unpublish the preserved map")
+
+    def free(self):
+        """Free the list and all bitmaps: nothing is in the map then."""
+        self.use()
+        self.drop()
+
+
+# ---- incoming ----
+
+cdef int kho_compare_u64(const void *one, const void *other) noexcept nogil:
+    cdef uint64_t a = (<const uint64_t *>one)[0], b = (<const uint64_t *>other)[0]
+    return (a > b) - (a < b)
+
+
+cdef int kho_walk_list(kho_walk *walk, PhysicalMemory memory, uint64_t head,
+                       kho_chunk_entry **entries, uint64_t *n) noexcept nogil:
+    """Claim the chunks and copy what they list; a chunk that is met again is taken already."""
+    cdef uint64_t capacity = ((<uint64_t>1 << walk.page_shift) - CHUNK_HEAD_BYTES)
+    cdef uint64_t room = 0, i, at = head
+    cdef kho_chunk_head *chunk
+    cdef kho_chunk_entry *grown
+    cdef uint64_t *pairs
+    cdef uint32_t order, count
+    capacity //= CHUNK_ENTRY_BYTES
+    while at:
+        if kho_walk_take_page(walk, memory, at) < 0:
+            return -1
+        chunk = <kho_chunk_head *>(memory.zero + at)
+        # each field is read once: what was checked is what is used
+        order = chunk.order
+        count = chunk.nr
+        if order > <uint32_t>walk.state.top:
+            return kho_walk_fail(walk, WALK_CHUNK_ORDER, at, order, 0)
+        if count > capacity:
+            return kho_walk_fail(walk, WALK_CHUNK_COUNT, at, order, count)
+        if n[0] + count > room:
+            room = 2 * room + capacity
+            grown = <kho_chunk_entry *>realloc(entries[0], room * sizeof(kho_chunk_entry))
+            if grown == NULL:
+                return kho_walk_fail(walk, WALK_NO_MEMORY, 0, 0, 0)
+            entries[0] = grown
+        pairs = <uint64_t *>chunk + 2
+        for i in range(count):
+            entries[0][n[0]].start = pairs[2 * i]
+            entries[0][n[0]].bitmap = pairs[2 * i + 1]
+            entries[0][n[0]].order = order
+            n[0] += 1
+        at = chunk.next
+    return 0
+
+
+cdef int kho_walk_bitmaps(kho_walk *walk, PhysicalMemory memory, const kho_chunk_entry *entries,
+                          uint64_t n, uint64_t nbytes, uint64_t *sorted) noexcept nogil:
+    """Claim the pages of the bitmaps; each bitmap is named once, and smaller ones share pages."""
+    cdef uint64_t i, page = <uint64_t>1 << walk.page_shift, last = 0, here
+    for i in range(n):
+        sorted[i] = entries[i].bitmap
+    qsort(sorted, n, 8, kho_compare_u64)
+    for i in range(n):
+        here = sorted[i] & ~(page - 1)
+        if sorted[i] & (nbytes - 1):
+            return kho_walk_fail(walk, WALK_NODE_OUTSIDE, sorted[i], 0, 0)
+        if i and sorted[i] == sorted[i - 1]:
+            return kho_walk_fail(walk, WALK_BITMAP_TWICE, sorted[i], 0, 0)
+        if here != last or i == 0:
+            if kho_walk_take_page(walk, memory, here) < 0:
+                return -1
+            last = here
+    return 0
+
+
+cdef int kho_walk_bits(kho_walk *walk, const uint64_t *words, uint64_t nr_words,
+                       uint64_t first_pfn, int order) noexcept nogil:
+    """Note the blocks of a bitmap, runs of set bits at a time."""
+    cdef uint64_t i, word, length
+    cdef int at, bit
+    for i in range(nr_words):
+        word = words[i]
+        at = 0
+        while word:
+            bit = ctz64(word)
+            word >>= bit
+            at += bit
+            length = ctz64(~word)
+            if kho_walk_blocks(walk, first_pfn + (((i << 6) + at) << order), order, length) < 0:
+                return -1
+            if length == 64:
+                break
+            word >>= length
+            at += length
+    return 0
+
+
+cdef int kho_walk_entries(kho_walk *walk, PhysicalMemory memory, const kho_chunk_entry *entries,
+                          uint64_t n, uint64_t nbytes) noexcept nogil:
+    cdef uint64_t i, span
+    cdef int bits = ctz64(nbytes) + 3, order
+    for i in range(n):
+        order = entries[i].order
+        # a span of 2**64 bytes or more starts at 0
+        span = <uint64_t>1 << (bits + order + walk.page_shift) \
+            if bits + order + walk.page_shift < 64 else 0
+        if entries[i].start & (span - 1):
+            return kho_walk_fail(walk, WALK_BITMAP_START, entries[i].bitmap, order,
+                                 entries[i].start)
+        if kho_walk_bits(walk, <uint64_t *>(memory.zero + entries[i].bitmap), nbytes >> 3,
+                         entries[i].start >> walk.page_shift, order) < 0:
+            return -1
+    return 0
+
+
+cdef int kho_walk_chunks(kho_walk *walk, PhysicalMemory memory, uint64_t head,
+                         uint64_t bitmap_bytes) noexcept nogil:
+    """Claim the list at *head* and all that its bitmaps name; -1 with the reason in *walk*."""
+    cdef kho_chunk_entry *entries = NULL
+    cdef uint64_t *sorted = NULL
+    cdef uint64_t n = 0
+    cdef int rc = kho_walk_list(walk, memory, head, &entries, &n)
+    if rc == 0 and n:
+        sorted = <uint64_t *>malloc(n * 8)
+        if sorted == NULL:
+            rc = kho_walk_fail(walk, WALK_NO_MEMORY, 0, 0, 0)
+        else:
+            rc = kho_walk_bitmaps(walk, memory, entries, n, bitmap_bytes, sorted)
+        if rc == 0:
+            rc = kho_walk_entries(walk, memory, entries, n, bitmap_bytes)
+    free(sorted)
+    free(entries)
+    return rc

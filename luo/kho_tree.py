@@ -1,0 +1,104 @@
+"""The state tree of kho-v5-series: nodes by reference until they are flattened into one tree.
+
+Mirrors ``struct kho_node`` of the KHO v5 patch series (kho-abi 2): values are not copied when they
+are added but when KHO finalizes, and stand in the handed-over tree themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from luo.fdt import FdtWriter
+
+__all__ = ["KhoInNode", "KhoNode", "flatten"]
+
+
+class KhoNode:
+    """A node that may hang in the state tree; :meth:`luo.kho.Kho.add_node` hangs it there.
+
+    Attributes:
+        properties: name to value, any buffer; read when KHO finalizes.
+        children: name to node.
+    """
+
+    __slots__ = ("attached", "children", "properties", "rows")
+
+    def __init__(self) -> None:
+        self.properties: dict[str, Any] = {}
+        self.children: dict[str, KhoNode] = {}
+        self.rows: list[tuple[Any, dict[str, Any]]] = []  # many children at once, as of add_nodes()
+        self.attached = False
+
+    def walk(self) -> Iterator[KhoNode]:
+        """Yield this node and all below it."""
+        waiting = [self]
+        while waiting:
+            node = waiting.pop()
+            yield node
+            waiting += node.children.values()
+
+
+@dataclass(frozen=True, slots=True)
+class KhoInNode:
+    """A node of the tree that the previous kernel left.
+
+    Attributes:
+        path: its full path; ``"/"`` is the root.
+    """
+
+    path: str
+
+
+def same_value(one: Any, other: Any) -> bool:
+    """Whether two values are the same bytes in memory, not only equal ones."""
+    if one is other:
+        return True
+    a, b = (np.frombuffer(value, np.uint8) for value in (one, other))
+    return bool(a.ctypes.data == b.ctypes.data and a.size == b.size)
+
+
+def flatten(root: KhoNode, compatible: str, map_node: str, map_property: str, phys: int) -> bytes:
+    """Return the whole tree as one FDT.
+
+    Args:
+        root: the users' nodes hang below it.
+        compatible: of the root.
+        map_node: name of the node that gets the address of the map.
+        map_property: name of its property.
+        phys: that address.
+    """
+    writer = FdtWriter()
+    with writer.node(""):
+        writer.property_string("compatible", compatible)
+        _properties(writer, root)
+        with writer.node(map_node):
+            writer.property_native_u64(map_property, phys)
+        _children(writer, root)
+    return bytes(writer.finish())
+
+
+def _properties(writer: FdtWriter, node: KhoNode) -> None:
+    for name, value in node.properties.items():
+        writer.property(name, value)
+    for names, properties in node.rows:
+        writer.add_nodes(names, properties)
+
+
+def _children(writer: FdtWriter, root: KhoNode) -> None:
+    # A stack of iterators: users may nest as deep as they like.
+    stack = [iter(root.children.items())]
+    while stack:
+        entry = next(stack[-1], None)
+        if entry is None:
+            stack.pop()
+            if stack:
+                writer.end_node()
+            continue
+        name, node = entry
+        writer.begin_node(name)
+        _properties(writer, node)
+        stack.append(iter(node.children.items()))

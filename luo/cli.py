@@ -279,7 +279,7 @@ def _save(kernel: Kernel, path: Path, handover: Handover) -> None:
     """Write what *kernel* is about to hand over."""
     assert kernel.kho is not None
     memory = kernel.machine.memory
-    Image.from_memory(memory, handover, abi=kernel.kho.abi).save(path)
+    Image.from_memory(memory, handover, abi=kernel.kho.abi, bugs=kernel.kho.bugs).save(path)
 
 
 def _host(

@@ -21,8 +21,10 @@ from luo.cli_errors import FAILED, Wrong, wrong_input
 from luo.errors import FdtError
 from luo.fdt import Fdt
 from luo.image import Image, Subtree, Violation
+from luo.image.convert import convert as convert_image
 from luo.image.diff import compare
 from luo.image.document import describe, map_summary, subtree_bytes, violation_rows
+from luo.image.encode import encode as encode_image
 
 __all__ = ["image"]
 
@@ -117,9 +119,50 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
                 continue
             for sign, value in sides:
                 if value is not None:
-                    click.echo(_printable(f"{sign} {d.part}: {d.what}: {json.dumps(value)}"))
+                    text = json.dumps(value)
+                    text = text if len(text) < 200 else f"{text[:200]}…"
+                    click.echo(_printable(f"{sign} {d.part}: {d.what}: {text}"))
     if differences:
         raise SystemExit(FAILED)
+
+
+@image.command()
+@click.option(
+    "--to", "target", type=click.Choice(list(abi.GENERATIONS)), required=True, help="Generation."
+)
+@click.option("--drop", multiple=True, metavar="NAME", help="Leave this subtree out.")
+@_path("in_path")
+@_path("out_path")
+@_abi_option
+def convert(
+    target: str, drop: tuple[str, ...], in_path: Path, out_path: Path, name: str | None
+) -> None:
+    """Write IN_PATH as an image of another generation, with the same pages preserved."""
+    with wrong_input():
+        result = convert_image(Image.load(in_path, abi=name), target, drop=drop)
+        nbytes = result.save(out_path)
+    click.echo(f"{out_path}: {result.abi}, {_size(nbytes)}")
+
+
+@image.command()
+@click.option(
+    "--source",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Where the pages are that do not stand in IN_JSON. [default: what it names]",
+)
+@_path("in_json")
+@_path("out_path")
+def encode(source: Path | None, in_json: Path, out_path: Path) -> None:
+    """Write the image that IN_JSON describes, an edited 'inspect --json'; right or wrong."""
+    with wrong_input():
+        try:
+            document = json.loads(in_json.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{in_json}: {error}") from error
+        pages = None if source is None else Image.load(source)
+        nbytes = encode_image(document, source=pages).save(out_path)
+    click.echo(f"{out_path}: {document['abi']}, {_size(nbytes)}")
 
 
 # ---- text ----

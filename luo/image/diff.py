@@ -50,6 +50,8 @@ def compare(a: Image, b: Image) -> list[Difference]:
 
     note("generation", "name", a.abi, b.abi)
     note("generation", "bugs", sorted(a.bugs), sorted(b.bugs))
+    if a.abi == b.abi:
+        note("root", "compatible", a.survey.compatible, b.survey.compatible)
     note("page_size", "bytes", a.page_size, b.page_size)
     note("memory", "ranges", _ranges(a.ram.ranges), _ranges(b.ram.ranges))
     note("scratch", "areas", _ranges(a.survey.scratch), _ranges(b.survey.scratch))
@@ -66,8 +68,7 @@ def _ranges(ranges: Any) -> list[list[Any]]:
 
 
 def _preserved(image: Image) -> list[Span]:
-    starts, last = image.survey._coverage
-    return list(zip(starts.tolist(), [end + 1 for end in last.tolist()], strict=True))
+    return image.survey.preserved_runs()
 
 
 def _minus(spans: list[Span], other: list[Span]) -> Iterator[Span]:

@@ -25,7 +25,7 @@ from luo.fdt import Fdt, Node
 if TYPE_CHECKING:
     from luo.image.survey import Subtree, Survey
 
-__all__ = ["STRUCTS", "decode", "tree_rows", "value_of"]
+__all__ = ["STRUCTS", "below", "decode", "tree_rows", "value_of"]
 
 _BLOB_MAX: Final = 256 << 20
 _ROWS_MAX: Final = 100_000  # nodes of a tree that are shown
@@ -95,7 +95,7 @@ def _decode_inline(survey: Survey, subtree: Subtree) -> None:
         subtree.decoded = _memblock_node(reader, where, node)
     else:
         subtree.decoded = {
-            "nodes": len(list(_below(survey.fdt, node))),
+            "nodes": len(list(below(survey.fdt, node))),
             "children": len(node.children),
         }
 
@@ -116,7 +116,7 @@ def value_of(raw: bytes) -> dict[str, Any]:
     return {"hex": raw.hex()}
 
 
-def _below(tree: Fdt, top: Node) -> Iterator[tuple[int, Node]]:
+def below(tree: Fdt, top: Node) -> Iterator[tuple[int, Node]]:
     """Yield (depth, node) of *top* and what is below it."""
     base = None
     for depth, node in tree.walk():
@@ -133,7 +133,7 @@ def _below(tree: Fdt, top: Node) -> Iterator[tuple[int, Node]]:
 def tree_rows(top: Node, tree: Fdt, limit: int = _ROWS_MAX) -> list[dict[str, Any]]:
     """Return a tree as flat rows ``{depth, name, properties: [[name, value], ...]}``."""
     rows: list[dict[str, Any]] = []
-    for depth, node in _below(tree, top):
+    for depth, node in below(tree, top):
         if len(rows) == limit:
             rows.append({"depth": 0, "more": True})
             break

@@ -350,7 +350,7 @@ class Image:
         if not found:
             own = (part for span in self.survey.own_spans() for part in self.pieces(*span))
             try:
-                Kho.validate(self._memory(own), self.handover, abi=self.abi)
+                Kho.validate(self._memory(own), self.handover, abi=self.abi, bugs=self.bugs)
             except HandoverError as error:
                 found.append(Violation("handover", error.phys, error.rule))
         return found
@@ -374,7 +374,7 @@ class Image:
         Raises:
             HandoverError: the next kernel would not take it over.
         """
-        return Kho.validate(self.memory(), self.handover, abi=self.abi)
+        return Kho.validate(self.memory(), self.handover, abi=self.abi, bugs=self.bugs)
 
     @classmethod
     def from_memory(
@@ -418,7 +418,11 @@ class Image:
         if kernel.kho is None:
             raise ValueError(f"{kernel!r}: KHO is off, it hands over nothing")
         return cls.from_memory(
-            kernel.machine.memory, kernel.kho.handover(), abi=kernel.kho.abi, source=source
+            kernel.machine.memory,
+            kernel.kho.handover(),
+            abi=kernel.kho.abi,
+            bugs=kernel.kho.bugs,
+            source=source,
         )
 
     # ---- files ----

@@ -226,9 +226,11 @@ class Survey:
         if phys == 0 or phys % page or not self.ram.contains(phys, _FDT_HEAD):
             self.wrong("handover", phys, "root tree is misaligned or not in RAM")
             return
-        if not self.ram.contains(phys, room):
+        if self.generation.inline:
+            room = _ROOT_TREE_MAX  # its reader takes the tree's own word
+        elif not self.ram.contains(phys, room):
             self.wrong("handover", phys, f"root tree's {room:#x} bytes are not all in RAM")
-        if not self.generation.inline and room != page:
+        elif room != page:
             self.wrong("handover", phys, f"root tree has {room:#x} bytes, not a page")
         head = self.read("root", phys, _FDT_HEAD, "root tree")
         if head is None:
@@ -334,8 +336,10 @@ class Survey:
         magic, total = struct.unpack(">II", head)
         if magic == 0xD00DFEED:
             return int(total)
-        # Not a tree: nobody says how long it is. A page is what every reader can rely on.
-        return self.ram.page_size - phys % self.ram.page_size
+        # Not a tree: nobody says how long it is. It ends with its block.
+        order = self.order_at(phys)
+        page = self.ram.page_size
+        return page - phys % page if order is None else page << order
 
     def _check_blob(self, subtree: Subtree) -> None:
         phys, nbytes = subtree.phys, subtree.nbytes
@@ -666,12 +670,16 @@ class Survey:
         spans.append(pages(handover.fdt_phys, total))
         spans.append(pages(handover.scratch_phys, min(handover.scratch_len, 1 << 20)))
         if preserved:
-            starts, last = self._coverage
-            spans += zip(starts.tolist(), [end + 1 for end in last.tolist()], strict=True)
+            spans += self.preserved_runs()
             for subtree in self.subtrees:
                 if subtree.phys is not None and subtree.nbytes is not None:
                     spans.append(pages(subtree.phys, subtree.nbytes))
         return list(clip_spans(merge_spans(spans), self.ram))
+
+    def preserved_runs(self) -> list[tuple[int, int]]:
+        """Return [start, end) of preserved memory, sorted and disjoint."""
+        starts, last = self._coverage
+        return list(zip(starts.tolist(), [end + 1 for end in last.tolist()], strict=True))
 
     def own_spans(self) -> list[tuple[int, int]]:
         """Return [start, end) of the pages that were read to learn all this."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Final
 
 import numpy as np
@@ -22,7 +22,6 @@ import numpy as np
 from luo import abi as _abi
 from luo.errors import FdtError, HandoverError
 from luo.fdt import Fdt, FdtEditor, FdtWriter, Node
-from luo.image.formats import below
 from luo.image.store import Extent, Image
 from luo.image.survey import Subtree, Survey
 from luo.kho import Kho
@@ -110,11 +109,6 @@ def convert(image: Image, abi: str, *, drop: Collection[str] = ()) -> Image:
 def _refuse(image: Image, subtree: Subtree, target: _abi.Generation) -> str | None:
     """Say why *target* cannot have this subtree, if so."""
     if image.survey.generation.inline:
-        if (
-            image.survey.fdt is not None
-            and sum(node.name == subtree.name for node in image.survey.fdt.root.children) > 1
-        ):
-            return f"{subtree.name} (stands twice)"
         return None
     assert subtree.phys is not None
     assert subtree.nbytes is not None
@@ -149,9 +143,8 @@ def _own_places(survey: Survey, target: _abi.Generation) -> Iterator[int]:
     if survey.fdt is None or survey.generation.inline:
         return
     yield survey.pages.handover.fdt_phys
-    nodes = {node.name: node for node in survey.fdt.root.children}
     for subtree in survey.subtrees:
-        made = WAS_INLINE in nodes[subtree.name] and target.inline
+        made = WAS_INLINE in subtree.rows[0][1] and target.inline
         if subtree.phys is not None and (subtree.name == _abi.KHO_SUBTREE_METADATA or made):
             yield subtree.phys
 
@@ -202,28 +195,21 @@ def _add_blob(kho: Kho, subtree: Subtree, survey: Survey) -> bool:
         assert subtree.nbytes is not None
         kho.add_subtree(subtree.name, subtree.phys, subtree.nbytes)
         return False
-    node = _child(survey, subtree.name)
-    raw = node.get(BLOB_AT)
+    raw = subtree.rows[0][1].get(BLOB_AT)
     if raw is not None and raw.nbytes == _BLOB_AT.size:
         phys, nbytes = _BLOB_AT.unpack(raw)
         if survey.covered(phys, nbytes) and survey.pages.written(phys, nbytes):
             kho.add_subtree(subtree.name, phys, nbytes)
             return False
-    assert survey.fdt is not None
-    kho.save_subtree(subtree.name, _flatten(survey.fdt, node))
+    kho.save_subtree(subtree.name, _flatten(subtree.rows))
     return True
 
 
-def _child(survey: Survey, name: str) -> Node:
-    assert survey.fdt is not None
-    return next(node for node in survey.fdt.root.children if node.name == name)
-
-
-def _flatten(tree: Fdt, top: Node) -> bytes:
+def _flatten(rows: Iterable[tuple[int, Node]]) -> bytes:
     """Return a node and all below it as a tree of its own."""
     writer = FdtWriter()
     depth = -1
-    for here, node in below(tree, top):
+    for here, node in rows:
         for _ in range(depth - here + 1):
             writer.end_node()
         writer.begin_node(node.name if here else "")
@@ -239,23 +225,20 @@ def _flatten(tree: Fdt, top: Node) -> bytes:
 def _add_nodes(kho: Kho, subtree: Subtree, image: Image) -> None:
     survey = image.survey
     if survey.generation.inline:
-        assert survey.fdt is not None
-        kho.add_node(None, subtree.name, _kho_node(survey.fdt, _child(survey, subtree.name)))
+        kho.add_node(None, subtree.name, _kho_node(subtree.rows))
         return
     assert subtree.phys is not None
     assert subtree.nbytes is not None
-    assert survey.fdt is not None
-    tree = Fdt(image.read(subtree.phys, subtree.nbytes))
-    node = _kho_node(tree, tree.root)
-    if WAS_INLINE not in _child(survey, subtree.name):
+    node = _kho_node(Fdt(image.read(subtree.phys, subtree.nbytes)).walk())
+    if WAS_INLINE not in subtree.rows[0][1]:
         node.properties[BLOB_AT] = _BLOB_AT.pack(subtree.phys, subtree.nbytes)
     kho.add_node(None, subtree.name, node)
 
 
-def _kho_node(tree: Fdt, top: Node) -> KhoNode:
+def _kho_node(rows: Iterable[tuple[int, Node]]) -> KhoNode:
     """Return a node and all below it as nodes of the state tree."""
     stack: list[KhoNode] = []
-    for depth, node in below(tree, top):
+    for depth, node in rows:
         made = KhoNode()
         made.properties = {name: bytes(value) for name, value in node.properties.items()}
         del stack[depth:]

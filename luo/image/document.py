@@ -163,7 +163,7 @@ def describe(image: Image, *, contents: bool = True) -> dict[str, Any]:
             "phys": hex(handover.fdt_phys),
             "totalsize": survey.fdt.totalsize,
             "compatible": survey.compatible,
-            "nodes": tree_rows(survey.fdt.root, survey.fdt),
+            "nodes": tree_rows(survey.fdt),
         }
     if contents:
         document["contents"] = [

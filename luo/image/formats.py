@@ -25,7 +25,7 @@ from luo.fdt import Fdt, Node
 if TYPE_CHECKING:
     from luo.image.survey import Subtree, Survey
 
-__all__ = ["STRUCTS", "below", "decode", "tree_rows", "value_of"]
+__all__ = ["STRUCTS", "decode", "tree_rows", "value_of"]
 
 _BLOB_MAX: Final = 256 << 20
 _ROWS_MAX: Final = 100_000  # nodes of a tree that are shown
@@ -79,14 +79,11 @@ def decode(survey: Survey, subtree: Subtree) -> None:
         tree = reader.tree(phys, blob)
         if tree is not None:
             subtree.format = "fdt"
-            subtree.decoded = {"tree": tree_rows(tree.root, tree)}
+            subtree.decoded = {"tree": tree_rows(tree)}
 
 
 def _decode_inline(survey: Survey, subtree: Subtree) -> None:
-    assert survey.fdt is not None
-    node = next((n for n in survey.fdt.root.children if n.name == subtree.name), None)
-    if node is None:
-        return
+    _, node = subtree.rows[0]
     reader = _Reader(survey, subtree.name)
     subtree.format = "inline"
     where = survey.pages.handover.fdt_phys
@@ -94,10 +91,8 @@ def _decode_inline(survey: Survey, subtree: Subtree) -> None:
         subtree.format = "memblock"
         subtree.decoded = _memblock_node(reader, where, node)
     else:
-        subtree.decoded = {
-            "nodes": len(list(below(survey.fdt, node))),
-            "children": len(node.children),
-        }
+        children = sum(depth == 1 for depth, _ in subtree.rows)
+        subtree.decoded = {"nodes": len(subtree.rows), "children": children}
 
 
 # ---- trees as rows ----
@@ -116,24 +111,10 @@ def value_of(raw: bytes) -> dict[str, Any]:
     return {"hex": raw.hex()}
 
 
-def below(tree: Fdt, top: Node) -> Iterator[tuple[int, Node]]:
-    """Yield (depth, node) of *top* and what is below it."""
-    base = None
-    for depth, node in tree.walk():
-        if base is None:
-            if node.offset == top.offset:
-                base = depth
-                yield 0, node
-        elif depth <= base:
-            return
-        else:
-            yield depth - base, node
-
-
-def tree_rows(top: Node, tree: Fdt, limit: int = _ROWS_MAX) -> list[dict[str, Any]]:
+def tree_rows(tree: Fdt, limit: int = _ROWS_MAX) -> list[dict[str, Any]]:
     """Return a tree as flat rows ``{depth, name, properties: [[name, value], ...]}``."""
     rows: list[dict[str, Any]] = []
-    for depth, node in below(tree, top):
+    for depth, node in tree.walk():
         if len(rows) == limit:
             rows.append({"depth": 0, "more": True})
             break
@@ -265,13 +246,15 @@ class _Reader:
         """Read the first bytes of what a vmalloc descriptor names."""
         size = self.survey.ram.page_size << order
         parts: list[bytes] = []
+        left = nbytes
         if nbytes > size * len(found["pages"]):
             self.wrong(at, f"{what}: {nbytes} bytes are more than its pages hold")
             return None
         for entry in found["pages"]:
-            here = min(size, nbytes - sum(map(len, parts)))
-            if here <= 0:
+            here = min(size, left)
+            if not here:
                 break
+            left -= here
             part = self.read(entry, here, what)
             if part is None:
                 return None
@@ -303,7 +286,7 @@ def _memblock(reader: _Reader, phys: int, blob: bytes) -> dict[str, Any] | None:
     tree = reader.tree(phys, blob)
     if tree is None:
         return None
-    return {**_memblock_node(reader, phys, tree.root), "tree": tree_rows(tree.root, tree)}
+    return {**_memblock_node(reader, phys, tree.root), "tree": tree_rows(tree)}
 
 
 def _memblock_node(reader: _Reader, phys: int, top: Node) -> dict[str, Any]:
@@ -316,7 +299,7 @@ def _memblock_node(reader: _Reader, phys: int, top: Node) -> dict[str, Any]:
     names: set[str] = set()
     for node in children[:1024]:
         reader.compatible(phys, node, "reserve-mem-v1")
-        if not 1 <= len(node.name.encode()) <= 15 or node.name in names:
+        if not 1 <= len(node.name.encode(errors="surrogateescape")) <= 15 or node.name in names:
             reader.wrong(phys, f"region {node.name[:64]!r}: not 1..15 characters, or stands twice")
         names.add(node.name)
         start = reader.number(phys, node, "start")
@@ -342,7 +325,7 @@ def _kho_test(reader: _Reader, phys: int, blob: bytes) -> dict[str, Any] | None:
     tree = reader.tree(phys, blob)
     if tree is None:
         return None
-    result: dict[str, Any] = {"tree": tree_rows(tree.root, tree)}
+    result: dict[str, Any] = {"tree": tree_rows(tree)}
     reader.compatible(phys, tree.root, "kho-test-v1")
     magic = reader.number(phys, tree.root, "magic", 4)
     if magic not in (None, _MAGIC_TEST):
@@ -380,7 +363,11 @@ def _kho_test(reader: _Reader, phys: int, blob: bytes) -> dict[str, Any] | None:
         folios.append([at, folio_order])
         if not reader.survey.has_block(at, folio_order):
             reader.wrong(at, f"folio of order {folio_order} is not preserved as such")
-        elif total is not None and reader.survey.pages.written(at, page << folio_order):
+        elif (
+            total is not None
+            and reader.survey.pages.written(at, page << folio_order)
+            and reader.survey.spend(reader.part, at, page << folio_order)
+        ):
             contents = reader.survey.pages.read(at, page << folio_order)
             total += int(np.frombuffer(contents, "<u2").sum(dtype=np.uint64))
         else:
@@ -563,7 +550,7 @@ def _orchestrator(reader: _Reader, phys: int, blob: bytes) -> dict[str, Any] | N
     tree = reader.tree(phys, blob)
     if tree is None:
         return None
-    result: dict[str, Any] = {"tree": tree_rows(tree.root, tree)}
+    result: dict[str, Any] = {"tree": tree_rows(tree)}
     raw = bytes(tree.root.get("version") or b"")
     if len(raw) != 8:
         reader.wrong(phys, f"version has {len(raw)} bytes, not 8")

@@ -31,6 +31,7 @@ _BLOCKS_MAX: Final = 1 << 26
 _ROOT_TREE_MAX: Final = 64 << 20
 _SCRATCH_AREAS_MAX: Final = 1026
 _FDT_HEAD: Final = 40
+_READ_MIN: Final = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,7 @@ class Subtree:
         phys, nbytes: of its blob; None if the root tree does not say so, or the data is inline.
         format: name of the format, None if it is not known.
         decoded: its contents as JSON values, None without a format.
+        rows: inline data: (depth, node) of it and all below it.
     """
 
     name: str
@@ -91,6 +93,7 @@ class Subtree:
     nbytes: int | None = None
     format: str | None = None
     decoded: dict[str, Any] | None = None
+    rows: list[tuple[int, Node]] = field(default_factory=list, compare=False, repr=False)
 
 
 @dataclass(slots=True)
@@ -146,6 +149,8 @@ class Survey:
         self.map_pages: list[MapPage] = []
         self.subtrees: list[Subtree] = []
         self.touched: list[tuple[int, int]] = []
+        # Honest data is read about once; what overlaps itself must not cost its square.
+        self._budget = _READ_MIN + 4 * getattr(pages, "nbytes", 1 << 60)
         self._found = _Found()
         self._read_root()
         self._read_scratch()
@@ -201,8 +206,18 @@ class Survey:
 
     # ---- reading ----
 
+    def spend(self, part: str, phys: int, nbytes: int) -> bool:
+        """Whether so much more may be read."""
+        if nbytes > self._budget:
+            self.wrong(part, phys, "is not read: the image's data overlaps itself many times")
+            return False
+        self._budget -= nbytes
+        return True
+
     def read(self, part: str, phys: int, nbytes: int, what: str) -> bytes | None:
         """Return bytes that were written, or note why there are none."""
+        if not self.spend(part, phys, nbytes):
+            return None
         try:
             if self.pages.written(phys, nbytes):
                 self.touched.append((phys, phys + nbytes))
@@ -295,8 +310,14 @@ class Survey:
             return
         where, generation = self.pages.handover.fdt_phys, self.generation
         names: set[str] = set()
-        for node in self.fdt.root.children:
-            if node.name == generation.map_node:
+        in_map = False
+        for depth, node in self.fdt.walk():
+            if depth != 1:
+                if depth > 1 and generation.inline and self.subtrees and not in_map:
+                    self.subtrees[-1].rows.append((depth - 1, node))
+                continue
+            in_map = node.name == generation.map_node
+            if in_map:
                 if node.name in names:
                     self.wrong("root", where, f"node {node.name} stands twice")
                 names.add(node.name)
@@ -306,7 +327,7 @@ class Survey:
             elif node.name in names:
                 self.wrong("root", where, f"subtree {node.name!r} stands twice", kind="twice")
             names.add(node.name)
-            subtree = Subtree(node.name)
+            subtree = Subtree(node.name, rows=[(0, node)])
             self.subtrees.append(subtree)
             if generation.data_property is None:
                 continue

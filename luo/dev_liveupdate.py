@@ -16,7 +16,7 @@ in reverse, bus before driver; then slots and records are freed and the flags ar
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -29,6 +29,7 @@ from luo._kho import CallTable, call_devices, digest_slots, match_strings, pack_
 from luo.device import Batch, Device, DeviceBatch, Devices
 from luo.errors import CallbackError, FdtError, HandoverError, from_errno
 from luo.fdt import Column, Fdt, FdtWriter
+from luo.kho import KhoNode
 from luo.notifier import (
     BACKWARDS,
     RESTORE,
@@ -48,6 +49,9 @@ if TYPE_CHECKING:
 __all__ = ["DeviceParticipant", "DeviceRecords"]
 
 Index = NDArray[np.int32]
+#: Records that stand together: where, the number of the first, their columns.
+_Source = tuple[int, int, dict[str, Column]]
+_COLUMNS: Final = ["path", "bus", "driver", "state", "index"]
 Address = NDArray[np.uint64]
 
 #: Driver before bus for everything but the way back.
@@ -93,6 +97,7 @@ class _Saved:
     shards: list[int] = field(default_factory=list)
     chains: dict[str, int] = field(default_factory=dict)
     slab_entries: NDArray[np.uint64] = field(default_factory=lambda: np.zeros((0, 4), np.uint64))
+    node: KhoNode | None = None  # of an inline tree, instead of shards and chains
     nr_records: int = 0
     shard_bytes: int = 0
 
@@ -513,9 +518,10 @@ class DeviceParticipant:
         entries[:, 2] = np.searchsorted(slab, np.arange(len(used)))
         entries[:, 3] = np.bincount(slab[slab < len(used)], minlength=len(used))[: len(used)]
         self._saved.slab_entries = entries
-        self._saved.chains["slabs"] = (
-            kho.write_blocks(entries.tobytes(), abi.LUO_EXTENT_BYTES) if len(used) else 0
-        )
+        if not kho.generation.inline:
+            self._saved.chains["slabs"] = (
+                kho.write_blocks(entries.tobytes(), abi.LUO_EXTENT_BYTES) if len(used) else 0
+            )
         # A slot of no bytes after the last full slab has no slab; its address is never used.
         start = np.array([*self._saved.slabs, 0], np.uint64)[np.minimum(slab, len(used))] + offset
         return {
@@ -530,6 +536,10 @@ class DeviceParticipant:
         kernel, tree = self.devices.kernel, self.devices.tree
         kho: Kho = kernel.kho
         self._saved.nr_records = len(order)
+        if kho.generation.inline:
+            self._saved.node = KhoNode()
+            self._saved.node.properties["count"] = np.uint64(len(order)).tobytes()
+            self._saved.node.properties["slabs"] = self._saved.slab_entries.tobytes()
         if not len(order):
             return
         properties: dict[str, Any] = {
@@ -546,6 +556,16 @@ class DeviceParticipant:
         names = ("device", 0, len(order))
         limit = kernel.memory.page_size << kernel.memory.max_order
         ends = np.cumsum(FdtWriter.nodes_size(names, properties))
+        if self._saved.node is not None:
+            self._saved.shard_bytes = int(ends[-1])
+            if self._saved.shard_bytes > kho.fdt_max:
+                raise from_errno(
+                    errno.E2BIG,
+                    f"PREPARE: records of {self._saved.shard_bytes} bytes, fdt_max is"
+                    f" {kho.fdt_max}",
+                )
+            self._saved.node.rows.append((names, properties))
+            return
         entries = []
         start = 0
         while start < len(order):
@@ -634,9 +654,18 @@ class DeviceParticipant:
             "slabs": self._saved.chains.get("slabs", 0),
         }
 
+    def luo_node(self) -> KhoNode:
+        """Return the ``devices`` node of an inline tree: the records themselves."""
+        if self._saved.node is not None:
+            return self._saved.node
+        node = KhoNode()  # PREPARE found no device
+        node.properties["count"] = bytes(8)
+        node.properties["slabs"] = b""
+        return node
+
     @property
     def record_bytes(self) -> int:
-        """Bytes of all record shards."""
+        """Bytes of all records."""
         return self._saved.shard_bytes
 
     def digests(self) -> dict[tuple[str, str], tuple[int, int]]:
@@ -762,15 +791,21 @@ class DeviceRecords:
             HandoverError: a chain, a shard or a record breaks a rule.
         """
         heads = {name: found.devices.get(name, 0) for name in ("records", "slabs")}
-        shards, slabs = (_read_chain(incoming, heads[name], name) for name in ("records", "slabs"))
+        if incoming.generation.inline:
+            shards, slabs, sources = _read_inline(incoming, found)
+        else:
+            shards, slabs = (_read_chain(incoming, heads[name], name) for name in heads)
+            sources = (
+                (phys, first, _read_shard(incoming, phys, nbytes, count))
+                for phys, nbytes, first, count in shards.tolist()
+            )
         parts: dict[str, list[Any]] = {name: [] for name in ("path", "state", "bus", "driver")}
         matched = [np.zeros(0, np.int32)]
         tree = devices.tree
         drivers = dict.fromkeys([*tree.driver_names, *(driver.name for driver in devices.drivers)])
         names = {"driver": list(drivers), "bus": list(tree.bus_names)}
         known = {side: [name.encode() for name in names[side]] for side in SIDES}
-        for phys, nbytes, first, count in shards.tolist():
-            columns = _read_shard(incoming, phys, nbytes, count)
+        for phys, first, columns in sources:
             path = columns["path"]
             hints = np.ascontiguousarray(columns["index"].fixed()).view(np.uint64).ravel()
             ends = path.offsets[1:] - np.uint64(1)
@@ -874,16 +909,45 @@ def _read_chain(incoming: Incoming, head: int, name: str) -> NDArray[np.uint64]:
     return entries
 
 
+def _read_inline(
+    incoming: Incoming, found: LuoIncoming
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64], Iterable[_Source]]:
+    """Return no shards, the slabs, and the one source of records: LUO's node in the root tree."""
+    none = np.zeros((0, 4), np.uint64)
+    where, count = found.phys, found.devices.get("count", 0)
+    if not count:
+        return none, none, []
+    path = f"/{abi.LUO_NODE}/devices"
+    try:
+        raw = bytes(incoming.root.node(path).get("slabs") or b"")
+        if len(raw) % abi.LUO_EXTENT_BYTES:
+            raise HandoverError(f"{path}: slabs of {len(raw)} bytes are not whole entries", where)
+        columns = _checked(incoming.root.read_nodes(path, _COLUMNS), count, where)
+    except (FdtError, ValueError, KeyError) as error:
+        if isinstance(error, HandoverError):
+            raise
+        raise HandoverError(f"device records: {error}", where) from error
+    slabs = np.frombuffer(raw, np.uint64).reshape(-1, 4)
+    for phys, nbytes, _first, _count in slabs.tolist():
+        if not incoming.is_preserved(phys, nbytes):
+            raise HandoverError(f"slabs: {nbytes} bytes are not preserved", phys)
+    return none, slabs, [(where, 0, columns)]
+
+
+def _checked(columns: dict[str, Column], count: int, phys: int) -> dict[str, Column]:
+    for name, size in (("state", 32), ("index", 8)):
+        if columns[name].fixed().shape != (count, size):
+            raise HandoverError(f"device records: {name} is not {count} times {size}", phys)
+    return columns
+
+
 def _read_shard(incoming: Incoming, phys: int, nbytes: int, count: int) -> dict[str, Column]:
     try:
         tree = Fdt(incoming.memory.view(phys, nbytes))
         compatible = bytes(tree.root["compatible"]) if "compatible" in tree.root else b""
         if compatible != abi.LUO_DEVICES_COMPATIBLE.encode() + b"\0":
             raise HandoverError(f"device records: compatible is {compatible!r}", phys)
-        columns = tree.read_nodes("/", ["path", "bus", "driver", "state", "index"])
-        for name, size in (("state", 32), ("index", 8)):
-            if columns[name].fixed().shape != (count, size):
-                raise HandoverError(f"device records: {name} is not {count} times {size}", phys)
+        columns = _checked(tree.read_nodes("/", _COLUMNS), count, phys)
     except (FdtError, ValueError) as error:
         if isinstance(error, HandoverError):
             raise

@@ -151,7 +151,7 @@ class Kernel:
     Args:
         machine: the machine.
         drivers, buses, subsystems: what this kernel has.
-        kho_abi: generation of the handover; ``"kho-v4"``.
+        kho_abi: generation of the handover, a name in :data:`luo.abi.GENERATIONS`.
         release: what ``uname -r`` would say; handed over in the metadata.
         cmdline: ``kho=``, ``liveupdate=`` and ``kho_scratch=`` are read.
         arch, behaviour, quirks, workers: ``"x86_64"``, ``"intended"``, none and 1.
@@ -222,6 +222,7 @@ class Kernel:
         self._restore_failures: tuple[CallbackError, ...] = ()
         self._digests: Digests = {}
         self._digest_ns = 0
+        self._finalized_here = False
         self.boot_began_ns = 0
         self.set_cmdline(cmdline)
 
@@ -445,6 +446,7 @@ class Kernel:
     def prefault(self) -> None:
         """Touch the memory that PREPARE will allocate for slots and records."""
         if self._kho is not None and self.luo.enabled:
+            self._kho.place_segments()
             self._layer.prefault()
 
     def kexec(
@@ -478,7 +480,7 @@ class Kernel:
     def reboot(self, verify: bool) -> Departure:
         """Run REBOOT and say what is handed over: the first part of :func:`luo.kexec.jump`."""
         live = self.luo.reboot()
-        handover = None if self._kho is None else self._kho.handover()
+        handover = self._hand_over(live)
         ended = self.profile.read_clock()
         if handover is not None and self.on_handover is not None:
             self.on_handover(handover)
@@ -496,6 +498,21 @@ class Kernel:
             calls=self.profile.dump(),
         )
 
+    def _hand_over(self, live: bool) -> Handover | None:
+        kho = self._kho
+        if kho is None:
+            return None
+        if not live and not kho.finalized and kho.generation.finalize != "jump":
+            return None  # Linux fills the image's KHO fields only when it is finalized
+        self._finalized_here = not kho.finalized
+        return kho.handover()
+
+    def take_back(self) -> None:
+        """Undo what :meth:`reboot` did for an ordinary kexec that did not happen."""
+        if self._kho is not None and self._finalized_here:
+            self._kho.unfinalize()
+        self._finalized_here = False
+
     def image_sizes(self) -> dict[str, int]:
         """Return the ``image`` object of ``luo run --json``: bytes and pages handed over."""
         if self._kho is None:
@@ -503,7 +520,7 @@ class Kernel:
                 ("root_fdt_bytes", "device_tree_bytes", "map_bytes", "preserved_pages"), 0
             )
         return {
-            "root_fdt_bytes": self._kho.root.totalsize,
+            "root_fdt_bytes": self._kho.root_bytes,
             "device_tree_bytes": self._layer.record_bytes,
             "map_bytes": self._kho.tree_pages * self.machine.memory.page_size,
             "preserved_pages": _pages(self._kho),

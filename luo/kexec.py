@@ -93,6 +93,7 @@ class _Old(Protocol):
 
     def reboot(self, verify: bool) -> Departure: ...
     def cancel_reboot(self) -> bool: ...
+    def take_back(self) -> None: ...
     def depart(self) -> None: ...
 
 
@@ -154,6 +155,8 @@ def jump(
             clean = old.cancel_reboot()
             if isinstance(error, SuccessorError):
                 error.rolled_back = clean
+        else:
+            old.take_back()
         raise
     # The commit point: the successor has acknowledged, there is no way back from here.
     old.depart()

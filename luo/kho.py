@@ -27,7 +27,7 @@ import logging
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Self, SupportsIndex
 
 import numpy as np
@@ -705,6 +705,23 @@ def _read_scratch(memory: PhysicalMemory, handover: Handover) -> list[tuple[int,
 # ---- outgoing ----
 
 
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What finalizing may cost, as it was at one time.
+
+    Attributes:
+        finalized: whether KHO was.
+        phys: the preserved blocks, where an abort would forget them; else None.
+        orders: their orders.
+        subtrees: those that waited for finalizing: name to (phys, bytes).
+    """
+
+    finalized: bool
+    phys: NDArray[np.uint64] | None = None
+    orders: NDArray[np.uint8] | int = 0
+    subtrees: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+
 class Kho(PreservedMemory):
     """KHO of one kernel: cold boot.
 
@@ -1098,9 +1115,47 @@ class Kho(PreservedMemory):
         self._undo_finalize()
 
     def unfinalize(self) -> None:
-        """Take :meth:`finalize` back in the generation's own way, if it has one and must."""
-        if self.generation.undo is not None and self._finalized:
+        """Take :meth:`finalize` back, if it was called and there is anything to take back.
+
+        As :meth:`abort` or :meth:`unfreeze`. kho-v1 has neither: its map is 0 again, as if it had
+        never been finalized, so that a list that gets old is not handed over.
+        """
+        if not self._finalized:
+            return
+        if self.generation.undo is not None:
             self._undo_finalize()
+            return
+        self._check_open()
+        Fdt(self._root_bytes(), check=False).set_property_inplace(
+            "/", self.generation.map_property, _u64(0)
+        )
+        self._unpublish()
+        self._finalized = False
+
+    def snapshot(self) -> "Snapshot":
+        """Return what :meth:`unfinalize` would take away, for :meth:`reinstate`."""
+        self._check_open()
+        if self.generation.undo != "abort":
+            return Snapshot(self._finalized)
+        return Snapshot(self._finalized, *self.preserved(), dict(self._queue))
+
+    def reinstate(self, snapshot: "Snapshot") -> None:
+        """Have what was there at the time of *snapshot*: what an abort forgot, and kho-v1's map.
+
+        If nothing at all is preserved then the pages of a list of chunks are freed.
+
+        Raises:
+            KhoError: ENOMEM; EBUSY while finalized.
+        """
+        if self.generation.undo == "abort":
+            if snapshot.phys is not None:
+                self.preserve_folios(snapshot.phys, snapshot.orders)
+            self._queue = dict(snapshot.subtrees)
+            self._remember()
+        elif self.generation.undo is None and snapshot.finalized and not self._finalized:
+            self.finalize()
+        if self.generation.bitmap_bytes is not None and not self.nr_preserved:
+            self.free_map()
 
     # ---- the one tree of kho-v5-series ----
 

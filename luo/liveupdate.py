@@ -18,8 +18,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from luo import abi
-from luo.errors import CallbackError, FdtError, HandoverError, KernelPanic, StateError, from_errno
+from luo.errors import (
+    CallbackError,
+    FdtError,
+    HandoverError,
+    KernelPanic,
+    KhoError,
+    StateError,
+    from_errno,
+)
 from luo.fdt import Fdt, FdtWriter
+from luo.kho import KhoNode
 from luo.notifier import (
     RESTORE,
     Context,
@@ -36,7 +45,7 @@ from luo.notifier import (
 
 if TYPE_CHECKING:
     from luo._kho import CallRecorder
-    from luo.kho import Incoming
+    from luo.kho import Incoming, Kho, Snapshot
 
 __all__ = [
     "CancelResult",
@@ -147,6 +156,10 @@ class DeviceLayer(Participant, Protocol):
         """Return the values of the ``devices`` node: count and chain heads."""
         ...
 
+    def luo_node(self) -> KhoNode:
+        """Return the ``devices`` node of an inline tree, with everything in it."""
+        ...
+
     def unreclaimed(self) -> tuple[str, ...]:
         """Return the paths of the devices that came over and do not run again."""
         ...
@@ -160,7 +173,7 @@ class LuoIncoming:
         version: (major, minor).
         devices: properties of the ``devices`` node: count, and heads of the two block chains.
         data: the u64 of each subsystem, by name.
-        phys, nbytes: the blob.
+        phys, nbytes: the blob; 0 bytes if it is inline.
     """
 
     version: tuple[int, int]
@@ -177,12 +190,19 @@ class LuoIncoming:
             HandoverError: the blob, or a property in it, is not what the format says.
             KernelPanic: its version is not ours (RFC v1 1.3, steps 2 and 3).
         """
-        if abi.LUO_NODE not in incoming.subtrees():
-            return None
-        phys, nbytes = incoming.retrieve_subtree(abi.LUO_NODE)
+        inline = incoming.generation.inline
         try:
-            tree = Fdt(incoming.load_subtree(abi.LUO_NODE))
-            root = tree.root
+            if inline:
+                phys, nbytes = incoming.handover.fdt_phys, 0
+                tops = incoming.root.root.children
+                root = next((node for node in tops if node.name == abi.LUO_NODE), None)
+                if root is None:
+                    return None
+            else:
+                if abi.LUO_NODE not in incoming.subtrees():
+                    return None
+                phys, nbytes = incoming.retrieve_subtree(abi.LUO_NODE)
+                root = Fdt(incoming.load_subtree(abi.LUO_NODE)).root
             raw = bytes(root["version"]) if "version" in root else b""
             if len(raw) != 8:
                 raise KernelPanic(f"{abi.LUO_NODE}: version has {len(raw)} bytes, 8 are expected")
@@ -196,9 +216,8 @@ class LuoIncoming:
             found = cls(version, phys=phys, nbytes=nbytes)
             for node in root.children:
                 if node.name == "devices":
-                    found.devices = {
-                        name: _native_u64(node, name, phys) for name in abi.LUO_DEVICES_PROPERTIES
-                    }
+                    names = ("count",) if inline else abi.LUO_DEVICES_PROPERTIES
+                    found.devices = {name: _native_u64(node, name, phys) for name in names}
                 elif node.name == "subsystems":
                     found.data = {
                         child.name: _native_u64(child, "data", phys) for child in node.children
@@ -212,7 +231,7 @@ def _native_u64(node: Any, name: str, phys: int) -> int:
     raw = bytes(node[name]) if name in node else b""
     if len(raw) != 8:
         raise HandoverError(
-            f"{abi.LUO_NODE}{node.path}: {name} has {len(raw)} bytes, 8 are expected", phys
+            f"{abi.LUO_NODE} {node.path}: {name} has {len(raw)} bytes, 8 are expected", phys
         )
     value: int = struct.unpack("=Q", raw)[0]
     return value
@@ -248,7 +267,9 @@ class Orchestrator(Mortal):
         self._layer: DeviceLayer | None = None
         self._lock = StateLock()
         self._page = 0  # LUO's blob of the outgoing side, allocated in PREPARE
+        self._joined = False  # LUO's node is in KHO's root tree
         self._published = False  # REBOOT has run; only the jump or CANCEL may follow
+        self._before: Snapshot | None = None  # what was preserved before PREPARE
         self._collected: list[CallbackError] = []
         self.incoming: LuoIncoming | None = None
         self.reboot_began_ns = 0
@@ -431,7 +452,9 @@ class Orchestrator(Mortal):
 
             try:
                 if event is Event.PREPARE:
-                    self._page = self.kernel.kho.alloc_preserve(self._blob_bytes())
+                    self._open()
+                elif event is Event.CANCEL:
+                    self._kho.unfinalize()  # else nothing can be given up
                 for step in steps:
                     step._fail = fail
                     yield step
@@ -439,7 +462,9 @@ class Orchestrator(Mortal):
                         step.run()
                     if ended:
                         return
-                if event is Event.REBOOT:
+                if event is Event.PREPARE:
+                    self._close_map()
+                elif event is Event.REBOOT:
                     self._publish()
                 self._enter(event)
             except BaseException as error:
@@ -459,6 +484,8 @@ class Orchestrator(Mortal):
             )
         if event is Event.REBOOT and self._published:
             raise StateError(errno.EALREADY, "REBOOT: has run; jump or cancel")
+        if event is Event.PREPARE and self._kho.frozen:
+            raise from_errno(errno.EBUSY, "PREPARE: somebody has finalized KHO")
 
     def _steps(self, event: Event, bulk: bool) -> Generator[Step, None, None]:
         collected = self._collected
@@ -486,6 +513,7 @@ class Orchestrator(Mortal):
     def _roll_back(self, error: BaseException) -> None:
         # The first error is the one that is raised; what fails here is attached to it.
         undo: list[BaseException] = []
+        self._kho.unfinalize()
         for participant in self._chain.order(Event.CANCEL.name):
             undo += self._finish_steps(participant.steps(Event.CANCEL.name, True))
             undo += participant.collect()
@@ -533,23 +561,81 @@ class Orchestrator(Mortal):
                             writer.property_native_u64("data", participant.context.data)
         return bytes(writer.finish())
 
-    def _blob_bytes(self) -> int:
-        return len(self._blob())  # no value in it changes its length
+    def _node(self) -> KhoNode:
+        node, devices, subsystems = KhoNode(), KhoNode(), KhoNode()
+        node.properties["version"] = struct.pack("=II", *abi.LUO_VERSION)
+        node.children["devices"] = devices if self._layer is None else self._layer.luo_node()
+        devices.properties["count"] = bytes(8)
+        node.children["subsystems"] = subsystems
+        for participant in self._chain:
+            if isinstance(participant, SubsystemParticipant):
+                child = subsystems.children[participant.name] = KhoNode()
+                child.properties["data"] = struct.pack("=Q", participant.context.data)
+        return node
+
+    # Where the node is added depends on when the generation has KHO write its map: at the end of
+    # PREPARE, so that REBOOT patches the blob in place; or in REBOOT.
+
+    @property
+    def _kho(self) -> Kho:
+        kho: Kho = self.kernel.kho
+        return kho
+
+    def _open(self) -> None:
+        self._before = self._kho.snapshot()
+        if not self._kho.generation.inline:
+            # no value in the blob changes its length
+            self._page = self._kho.alloc_preserve(len(self._blob()))
+
+    def _close_map(self) -> None:
+        if self._kho.generation.finalize == "prepare":
+            self._join()
+            self._kho.finalize()
 
     def _publish(self) -> None:
+        when = self._kho.generation.finalize
+        if when == "prepare":
+            self._write_blob()
+        else:
+            self._join()
+            if when == "reboot":
+                self._kho.finalize()
+        self._published = True
+
+    def _write_blob(self) -> int:
         blob = self._blob()
         self.kernel.memory.view(self._page, len(blob))[:] = blob
-        self.kernel.kho.add_subtree(abi.LUO_NODE, self._page, len(blob))
-        self._published = True
+        return len(blob)
+
+    def _join(self) -> None:
+        if self._kho.generation.inline:
+            self._kho.add_node(None, abi.LUO_NODE, self._node())
+        else:
+            self._kho.add_subtree(abi.LUO_NODE, self._page, self._write_blob())
+        self._joined = True
 
     def _withdraw(self) -> None:
         # RFC v1 quirk 5: a node that stays behind makes the next ordinary kexec boot UPDATED.
-        if self._published:
-            self.kernel.kho.remove_subtree(self._page)
-            self._published = False
+        if self._joined:
+            self._leave()
+            self._joined = False
+        self._published = False
         if self._page:
-            self.kernel.kho.unpreserve_free(self._page)
+            self._kho.unpreserve_free(self._page)
             self._page = 0
+        if self._before is not None:
+            self._kho.reinstate(self._before)
+            self._before = None
+
+    def _leave(self) -> None:
+        if self._kho.generation.inline:
+            self._kho.remove_node(None, abi.LUO_NODE)
+            return
+        try:
+            self._kho.remove_subtree(self._page)
+        except KhoError as error:
+            if error.errno != errno.ENOENT:  # an abort has forgotten it already
+                raise
 
     # ---- the new kernel's side ----
 
@@ -587,5 +673,6 @@ class Orchestrator(Mortal):
 
     def _discard_incoming(self) -> None:
         if self.incoming is not None:
-            self.kernel.kho.incoming.restore_free(self.incoming.phys)
+            if self.incoming.nbytes:
+                self.kernel.kho.incoming.restore_free(self.incoming.phys)
             self.incoming = None

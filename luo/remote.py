@@ -355,6 +355,11 @@ class RemoteKernel:
         """Cancel after a failed jump; returns whether nothing failed."""
         return not self.luo.cancel().failures
 
+    def take_back(self) -> None:
+        """Undo what :meth:`reboot` did for an ordinary kexec that did not happen."""
+        with contextlib.suppress(HostCrashError):  # the error that led here says so already
+            self._ask("take_back")
+
     @property
     def profile(self) -> CallRecorder:
         """What its callbacks cost until now: a copy."""
@@ -551,6 +556,11 @@ class _Server:
     def do_reboot(self, verify: bool) -> dict[str, Any]:
         """Run REBOOT for the jump that the other side leads."""
         return asdict(self.kernel.reboot(verify))
+
+    def do_take_back(self) -> dict[str, Any]:
+        """Undo what REBOOT did for an ordinary kexec."""
+        self.kernel.take_back()
+        return {}
 
     def do_depart(self) -> dict[str, Any]:
         """Go: the successor has acknowledged."""

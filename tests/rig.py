@@ -8,7 +8,7 @@ import numpy as np
 
 from luo.device import Bus, Driver, LiveUpdateOps, batch
 from luo.kernel import Kernel
-from luo.kho import Kho
+from luo.kho import Handover, Kho
 from luo.liveupdate import Subsystem
 from luo.machine import DeviceTree, Machine
 
@@ -167,6 +167,8 @@ def small_kernel(machine: Machine, log: Log, subsystems: Iterable[Any] = (), **k
 
 def subtrees(kho: Kho) -> dict[str, tuple[bytes, bytes]]:
     """Return the raw properties of each subtree of the root tree, by name."""
+    if not kho.root_bytes:  # there is none before it is finalized
+        return {}
     return {
         node.name: tuple(bytes(value) for value in node.properties.values())
         for node in kho.root.root.children
@@ -217,3 +219,10 @@ def updated(kernel: Kernel, successor: Kernel) -> Kernel:
     if kernel.luo.state.name == "NORMAL":
         kernel.luo.prepare()
     return kernel.kexec()
+
+
+def hand_over(kho: Kho) -> Handover:
+    """Finalize *kho* where its generation has that, and return the four numbers."""
+    if kho.generation.finalize is not None and not kho.finalized:
+        kho.finalize()
+    return kho.handover()

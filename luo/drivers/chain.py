@@ -38,6 +38,16 @@ class Run(NamedTuple):
         step = np.uint64(page_size << self.order)
         return np.uint64(self.phys) + np.arange(self.nr_folios, dtype=np.uint64) * step
 
+    def pieces(self, context: Context) -> Run:
+        """Return the same memory in blocks that the next kernel can restore.
+
+        Before kho-v3 a kernel restored no block above its allocator's largest order.
+        """
+        cap = context.memory.max_order
+        if self.order <= cap or not context.kho.generation.restore_order_cap:
+            return self
+        return Run(self.phys, self.nr_folios << (self.order - cap), cap)
+
 
 def runs_of(folios: NDArray[np.uint64], order: int, page_size: int) -> list[Run]:
     """Return ascending *folios* as runs."""
@@ -123,7 +133,7 @@ class ChainSubsystem:
 
 def preserve(context: Context, runs: Iterable[Run], undo: ExitStack) -> None:
     """Preserve every folio of *runs*."""
-    for run in runs:
+    for run in (whole.pieces(context) for whole in runs):
         context.kho.preserve_folios(run.folios(context.memory.page_size), run.order)
         undo.callback(_unpreserve, context, run)
 
@@ -135,5 +145,5 @@ def _unpreserve(context: Context, run: Run) -> None:
 def restore(context: Context, runs: Iterable[Run]) -> None:
     """Take every folio of *runs* over from the previous kernel."""
     incoming: Any = context.kho.incoming
-    for run in runs:
+    for run in (whole.pieces(context) for whole in runs):
         incoming.restore_folios(run.folios(context.memory.page_size))

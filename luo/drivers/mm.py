@@ -5,6 +5,7 @@ An entry, native u64: phys · pages · 0 · 0.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 
 from luo.drivers.chain import ChainSubsystem
@@ -39,8 +40,9 @@ class Regions(ChainSubsystem):
     def save(self, context: Context, undo: ExitStack) -> list[tuple[int, int, int, int]]:
         """Preserve the regions as ranges of pages."""
         for phys, nr_pages in self._regions:
-            context.kho.preserve_pages(phys, nr_pages)
-            undo.callback(context.kho.unpreserve_pages, phys, nr_pages)
+            for piece in _pieces(context, phys, nr_pages):
+                context.kho.preserve_pages(*piece)
+                undo.callback(context.kho.unpreserve_pages, *piece)
         return [(phys, nr_pages, 0, 0) for phys, nr_pages in self._regions]
 
     def revive(self, context: Context, entries: list[list[int]]) -> None:
@@ -50,3 +52,19 @@ class Regions(ChainSubsystem):
         for phys, nr_pages, *_ in entries:
             incoming.restore_pages(phys, nr_pages)
             self._regions.append((phys, nr_pages))
+
+
+def _pieces(context: Context, phys: int, nr_pages: int) -> Iterator[tuple[int, int]]:
+    """Cut a region so that it is recorded in blocks that the next kernel can restore.
+
+    Before kho-v3 a kernel restored no block above its allocator's largest order.
+    """
+    memory = context.memory
+    step = memory.page_size << memory.max_order
+    end = phys + nr_pages * memory.page_size
+    while phys < end:
+        stop = end
+        if context.kho.generation.restore_order_cap:
+            stop = min(end, (phys // step + 1) * step)
+        yield phys, (stop - phys) // memory.page_size
+        phys = stop

@@ -7,7 +7,17 @@ import threading
 
 import numpy as np
 import pytest
-from rig import EVENTS, SMALL, Log, errno_of, slots_exist, small_kernel, small_machine, snapshot
+from rig import (
+    EVENTS,
+    SMALL,
+    Log,
+    errno_of,
+    hand_over,
+    slots_exist,
+    small_kernel,
+    small_machine,
+    snapshot,
+)
 from rig import updated as update
 
 from luo import abi
@@ -1068,7 +1078,7 @@ def left_behind(machine, log, version=OURS, *, data=None):
             writer.property("version", version)
     blob = bytes(writer.finish()) if data is None else data
     kernel.kho.save_subtree(abi.LUO_NODE, blob)
-    handover = kernel.kho.handover()
+    handover = hand_over(kernel.kho)
     kernel.close()
     return handover
 
@@ -1076,7 +1086,7 @@ def left_behind(machine, log, version=OURS, *, data=None):
 def test_boot_without_luo_node_is_normal(log, machine):
     """A handover without LUO's node is an ordinary kexec."""
     kernel = small_kernel(machine, log).boot()
-    handover = kernel.kho.handover()
+    handover = hand_over(kernel.kho)
     kernel.close()
     kernel = small_kernel(machine, log).boot(handover)
 
@@ -1135,7 +1145,7 @@ def test_boot_with_kho_off_and_a_node_panics(log, machine):
 def test_boot_with_kho_off_and_no_node_is_normal(log, machine):
     """Without a node there is nothing to panic for."""
     kernel = small_kernel(machine, log).boot()
-    handover = kernel.kho.handover()
+    handover = hand_over(kernel.kho)
     kernel.close()
     kernel = small_kernel(machine, log, cmdline="kho=off").boot(handover)
 

@@ -2,7 +2,8 @@
 
 Map, root tree and references are written anew by :class:`luo.kho.Kho`; every preserved page other
 than the format's own (root tree, ``kexec-metadata``) stays where it is, as a block of the same
-order. What the blobs hold is carried, not translated: KHO knows nothing of it.
+order. What the blobs hold is carried, not translated, as KHO knows nothing of it; but for this
+library's ``liveupdate_orchestrator``, so that the other generation's kernel finds its devices.
 
 kho-v5-series has no blobs, its users' data stands in the one tree. A blob that is a tree becomes
 nodes there, with a property that says where the blob is, whose pages stay preserved; on the way
@@ -22,6 +23,7 @@ import numpy as np
 from luo import abi as _abi
 from luo.errors import FdtError, HandoverError
 from luo.fdt import Fdt, FdtEditor, FdtWriter, Node
+from luo.image import orchestrator
 from luo.image.store import Extent, Image
 from luo.image.survey import Subtree, Survey
 from luo.kho import Kho
@@ -86,7 +88,7 @@ def convert(image: Image, abi: str, *, drop: Collection[str] = ()) -> Image:
     for subtree in reversed(kept):  # each is put before the others
         if target.inline:
             _add_nodes(kho, subtree, image)
-        elif _add_blob(kho, subtree, survey):
+        elif _add_blob(kho, subtree, image):
             made.append(subtree.name)
     if target.metadata and metadata is not None:
         _set_metadata(kho, metadata)
@@ -147,6 +149,8 @@ def _own_places(survey: Survey, target: _abi.Generation) -> Iterator[int]:
         made = WAS_INLINE in subtree.rows[0][1] and target.inline
         if subtree.phys is not None and (subtree.name == _abi.KHO_SUBTREE_METADATA or made):
             yield subtree.phys
+            if subtree.name == _abi.LUO_NODE:
+                yield from orchestrator.made_places(subtree)
 
 
 def _natural_blocks(survey: Survey, own: set[int]) -> Iterator[tuple[int, int]]:
@@ -188,8 +192,9 @@ def _set_metadata(kho: Kho, metadata: _abi.KexecMetadata) -> None:
 # ---- blobs and nodes ----
 
 
-def _add_blob(kho: Kho, subtree: Subtree, survey: Survey) -> bool:
+def _add_blob(kho: Kho, subtree: Subtree, image: Image) -> bool:
     """Name the blob in the new root tree; returns whether it had to be made."""
+    survey = image.survey
     if not survey.generation.inline:
         assert subtree.phys is not None
         assert subtree.nbytes is not None
@@ -201,7 +206,10 @@ def _add_blob(kho: Kho, subtree: Subtree, survey: Survey) -> bool:
         if survey.covered(phys, nbytes) and survey.pages.written(phys, nbytes):
             kho.add_subtree(subtree.name, phys, nbytes)
             return False
-    kho.save_subtree(subtree.name, _flatten(subtree.rows))
+    if subtree.name == _abi.LUO_NODE:
+        orchestrator.to_blob(kho, image, subtree)
+    else:
+        kho.save_subtree(subtree.name, _flatten(subtree.rows))
     return True
 
 
@@ -232,6 +240,8 @@ def _add_nodes(kho: Kho, subtree: Subtree, image: Image) -> None:
     node = _kho_node(Fdt(image.read(subtree.phys, subtree.nbytes)).walk())
     if WAS_INLINE not in subtree.rows[0][1]:
         node.properties[BLOB_AT] = _BLOB_AT.pack(subtree.phys, subtree.nbytes)
+    if subtree.name == _abi.LUO_NODE:
+        orchestrator.to_node(image, subtree, node)
     kho.add_node(None, subtree.name, node)
 
 

@@ -36,7 +36,7 @@ def plain(value: Any, name: str = "") -> Any:
             return {k: v if k == "first" else plain(v, k) for k, v in value.items()}
         return {key: plain(item, key) for key, item in value.items()}
     if isinstance(value, list):
-        if name in ("slot", "bus_slot"):
+        if name in ("slot", "bus_slot") and len(value) == 2:
             return [hex(value[0]), value[1]]
         if name == "pages" and all(isinstance(item, int) for item in value):
             return [hex(item) for item in value]

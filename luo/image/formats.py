@@ -20,17 +20,18 @@ from numpy.typing import NDArray
 
 from luo import abi as _abi
 from luo.errors import FdtError
-from luo.fdt import Fdt, Node
+from luo.fdt import Column, Fdt, Node
 
 if TYPE_CHECKING:
     from luo.image.survey import Subtree, Survey
 
-__all__ = ["STRUCTS", "decode", "tree_rows", "value_of"]
+__all__ = ["DEVICE_COLUMNS", "STRUCTS", "decode", "tree_rows", "value_of"]
 
 _BLOB_MAX: Final = 256 << 20
 _ROWS_MAX: Final = 100_000  # nodes of a tree that are shown
 _MAGIC_TEST: Final = 0x4B484F21
 _SEALS: Final = 0x3F  # F_SEAL_SEAL … F_SEAL_EXEC
+DEVICE_COLUMNS: Final = ("path", "bus", "driver", "state", "index")
 _VMALLOC: Final = struct.Struct("<QIHH")
 
 STRUCTS: Final[dict[str, tuple[struct.Struct, tuple[str, ...]]]] = {
@@ -90,6 +91,10 @@ def _decode_inline(survey: Survey, subtree: Subtree) -> None:
     if subtree.name == "memblock":
         subtree.format = "memblock"
         subtree.decoded = _memblock_node(reader, where, node)
+    elif subtree.name == _abi.LUO_NODE:
+        subtree.format = _abi.LUO_NODE
+        assert survey.fdt is not None
+        subtree.decoded = _orchestrator_inline(reader, where, survey.fdt, node)
     else:
         children = sum(depth == 1 for depth, _ in subtree.rows)
         subtree.decoded = {"nodes": len(subtree.rows), "children": children}
@@ -550,8 +555,31 @@ def _orchestrator(reader: _Reader, phys: int, blob: bytes) -> dict[str, Any] | N
     tree = reader.tree(phys, blob)
     if tree is None:
         return None
-    result: dict[str, Any] = {"tree": tree_rows(tree)}
-    raw = bytes(tree.root.get("version") or b"")
+    result = {"tree": tree_rows(tree), **_orchestrator_node(reader, phys, tree.root)}
+    for node in tree.root.children:
+        if node.name == "devices":
+            numbers = {
+                name: reader.number(phys, node, name) for name in _abi.LUO_DEVICES_PROPERTIES
+            }
+            shards = _extents(reader, numbers["records"] or 0, "records")
+            slabs = _extents(reader, numbers["slabs"] or 0, "slabs")
+            records: list[dict[str, Any]] = []
+            for shard in shards["extents"]:
+                records += _shard(reader, shard)
+            _check_devices(reader, phys, numbers["count"], records, slabs["extents"])
+            result["devices"] = {
+                **numbers,
+                "record_shards": shards,
+                "slot_slabs": slabs,
+                "device_records": records,
+            }
+    return result
+
+
+def _orchestrator_node(reader: _Reader, phys: int, top: Node) -> dict[str, Any]:
+    """What the blob and the inline node have in common."""
+    result: dict[str, Any] = {}
+    raw = bytes(top.get("version") or b"")
     if len(raw) != 8:
         reader.wrong(phys, f"version has {len(raw)} bytes, not 8")
     else:
@@ -559,31 +587,49 @@ def _orchestrator(reader: _Reader, phys: int, blob: bytes) -> dict[str, Any] | N
         major, minor = result["version"]
         if major != _abi.LUO_VERSION[0] or minor > _abi.LUO_VERSION[1]:
             reader.wrong(phys, f"version {major}.{minor} is not known: the next kernel panics")
-    for node in tree.root.children:
+    for node in top.children:
         if node.name == "subsystems":
             result["subsystems"] = {
                 child.name: reader.number(phys, child, "data") for child in node.children
             }
-        elif node.name == "devices":
-            numbers = {
-                name: reader.number(phys, node, name) for name in _abi.LUO_DEVICES_PROPERTIES
-            }
-            result["devices"] = _devices(reader, phys, numbers)
     return result
 
 
-def _devices(reader: _Reader, phys: int, numbers: dict[str, int | None]) -> dict[str, Any]:
-    shards = _extents(reader, numbers.get("records") or 0, "records")
-    slabs = _extents(reader, numbers.get("slabs") or 0, "slabs")
-    records: list[dict[str, Any]] = []
-    for shard in shards["extents"]:
-        records += _shard(reader, shard)
-    count = numbers.get("count")
+def _orchestrator_inline(reader: _Reader, phys: int, tree: Fdt, top: Node) -> dict[str, Any]:
+    result = _orchestrator_node(reader, phys, top)
+    node = next((child for child in top.children if child.name == "devices"), None)
+    if node is None:
+        return result
+    layout, names = STRUCTS["extent"]
+    count = reader.number(phys, node, "count")
+    raw = bytes(node.get("slabs") or b"")
+    if len(raw) % layout.size:
+        reader.wrong(phys, f"slabs of {len(raw)} bytes are not whole entries")
+    slabs = [
+        dict(zip(names, layout.unpack_from(raw, at), strict=True))
+        for at in range(0, len(raw) - layout.size + 1, layout.size)
+    ]
+    for slab in slabs:
+        if not reader.survey.covered(slab["phys"], slab["nbytes"]):
+            reader.wrong(slab["phys"], f"slabs: {slab['nbytes']:#x} bytes not preserved")
+    columns = tree.read_nodes(node.path, list(DEVICE_COLUMNS))
+    records = _records(reader, phys, columns)
+    _check_devices(reader, phys, count, records, slabs)
+    result["devices"] = {"count": count, "slot_slabs": slabs, "device_records": records}
+    return result
+
+
+def _check_devices(
+    reader: _Reader,
+    phys: int,
+    count: int | None,
+    records: list[dict[str, Any]],
+    slabs: list[dict[str, Any]],
+) -> None:
     if count is not None and count != len(records):
         reader.wrong(phys, f"count is {count}, and {len(records)} devices have records")
-    places = sorted((s["first"], s["count"], s["phys"], s["nbytes"]) for s in slabs["extents"])
+    places = sorted((s["first"], s["count"], s["phys"], s["nbytes"]) for s in slabs)
     _check_slots(reader, records, places)
-    return {**numbers, "shards": shards, "slabs": slabs, "device_records": records}
 
 
 def _check_slots(
@@ -596,6 +642,7 @@ def _check_slots(
         for i in range(first, min(first + count, len(records))):
             if holder[i] is not None:
                 reader.wrong(phys, f"slab lists record {i}, which another lists", kind="slab twice")
+                break
             holder[i] = (phys, phys + nbytes)
     paths: set[str] = set()
     for i, record in enumerate(records):
@@ -635,10 +682,15 @@ def _shard(reader: _Reader, shard: dict[str, Any]) -> list[dict[str, Any]]:
     if tree is None:
         return []
     reader.compatible(phys, tree.root, _abi.LUO_DEVICES_COMPATIBLE)
-    columns = tree.read_nodes("/", ["path", "bus", "driver", "state", "index"])
+    columns = tree.read_nodes("/", list(DEVICE_COLUMNS))
+    if len(columns["path"]) != shard["count"]:
+        rule = f"shard has {len(columns['path'])} records, not {shard['count']}"
+        reader.wrong(phys, rule)
+    return _records(reader, phys, columns)
+
+
+def _records(reader: _Reader, phys: int, columns: dict[str, Column]) -> list[dict[str, Any]]:
     n = len(columns["path"])
-    if n != shard["count"]:
-        reader.wrong(phys, f"shard has {n} records, not {shard['count']}")
     try:
         state = np.ascontiguousarray(columns["state"].fixed()).view(np.uint64).reshape(n, 4)
         index = np.ascontiguousarray(columns["index"].fixed()).view(np.uint64).reshape(n)

@@ -628,6 +628,12 @@ class Survey:
         run = np.searchsorted(starts, self.phys, "right").astype(np.intp) - 1
         inside = (run >= 0) & (last < ends[np.maximum(run, 0)]) & (last >= self.phys)
         self.wrong_blocks(np.flatnonzero(~inside), "is not in RAM")
+        cap = _abi.MAX_PAGE_ORDER[self.ram.page_size]
+        above = np.flatnonzero(self.orders > cap)
+        if self.generation.restore_order_cap and len(above):
+            rule = f"preserved block of an order above {cap}: its kernel cannot restore it"
+            phys = int(self.phys[above[0]])
+            self.warnings.append(Violation("map", phys, rule, len(above)))
         in_scratch = np.zeros(len(self.phys), np.bool_)
         for area, nbytes in self.scratch:
             if nbytes and area + nbytes <= 1 << 63:

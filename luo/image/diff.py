@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+from luo.abi import KHO_SUBTREE_METADATA
 from luo.image.document import plain
 from luo.image.store import Extent, Image
 from luo.image.survey import Subtree
@@ -68,7 +69,16 @@ def _ranges(ranges: Any) -> list[list[Any]]:
 
 
 def _preserved(image: Image) -> list[Span]:
-    return image.survey.preserved_runs()
+    """Preserved memory without the format's own: root tree and kexec-metadata."""
+    survey = image.survey
+    places = [] if survey.generation.inline else [image.handover.fdt_phys]
+    places += [s.phys for s in survey.subtrees if s.name == KHO_SUBTREE_METADATA and s.phys]
+    own: list[Span] = []
+    for phys in sorted(set(places)):
+        order = survey.order_at(phys)
+        if order is not None:
+            own.append((phys, phys + (image.page_size << order)))
+    return list(_minus(survey.preserved_runs(), own))
 
 
 def _minus(spans: list[Span], other: list[Span]) -> Iterator[Span]:
@@ -127,14 +137,22 @@ def _subtrees(a: Image, b: Image) -> list[Difference]:
         )
         for field, one, other in fields:
             # Not every generation says where data is, or how long: nothing to compare then.
-            if one is not None and other is not None and one != other:
+            own = name == KHO_SUBTREE_METADATA and field == "phys"
+            if one is not None and other is not None and one != other and not own:
                 found.append(Difference(name, field, one, other))
-        leaves = _leaves(plain(left[name].decoded), plain(right[name].decoded), "")
+        leaves = _leaves(_shown(left[name]), _shown(right[name]), "")
         found += [
             Difference(name, path, one, other)
             for (path, one, other), _ in zip(leaves, range(_LISTED_MAX), strict=False)
         ]
     return found
+
+
+def _shown(subtree: Subtree) -> Any:
+    decoded = plain(subtree.decoded)
+    if subtree.name == KHO_SUBTREE_METADATA and decoded:
+        del decoded["phys"]
+    return decoded
 
 
 def _hex(phys: int | None) -> str | None:
@@ -166,13 +184,10 @@ def _contents(a: Image, b: Image) -> list[Difference]:
         return []
     spans: list[Span] = []
     for start, end in _both(_preserved(a), _preserved(b)):
-        own = (a.handover.fdt_phys, b.handover.fdt_phys)
         for one in a.pieces(start, end):
             for other in b.pieces(one.phys, one.end):
                 part = next(iter(_cut(one, other.phys, other.end)))
                 for page in _unequal(part, other, a.page_size):
-                    if page in own:
-                        continue
                     if spans and spans[-1][1] == page:
                         spans[-1] = (spans[-1][0], page + a.page_size)
                     else:

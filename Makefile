@@ -26,9 +26,10 @@ LINT := $(VENV)/.group-lint
 CORE := $(wildcard luo/*.pyx luo/*.pxd luo/core/*.pxi)
 SOURCES := $(shell find luo -name '*.py' -o -name '*.pyi' -o -name '*.toml' -o -name py.typed)
 
-# A runtime of gcc's that must be there before Python is.
-RUN := $(if $(filter 1,$(LUO_SANITIZE)),LD_PRELOAD=$(shell gcc -print-file-name=libasan.so) \
-  ASAN_OPTIONS=detect_leaks=0) $(BIN)/python -P
+# The source tree is on nobody's path, that of started processes included: what runs is what was
+# installed. A sanitizer's runtime must be there before Python is.
+RUN := PYTHONSAFEPATH=1 $(if $(filter 1,$(LUO_SANITIZE)),LD_PRELOAD=$(shell gcc -print-file-name=libasan.so) \
+  ASAN_OPTIONS=detect_leaks=0) $(BIN)/python
 
 .DEFAULT_GOAL := help
 .PHONY: help run build test debug lint format bench bench-quick dist clean
@@ -42,7 +43,6 @@ run: $(INSTALLED)  ## a live update of this machine's devices (ARGS="--preset cl
 
 build: $(INSTALLED)  ## virtual environment with luo built and installed in it
 
-# -P and the installed package: the source tree is not on the path of the tests.
 test: $(INSTALLED) $(TEST)  ## the whole suite against the installed package
 	LUO_TEST_INSTALLED=1 $(RUN) -m pytest $(ARGS)
 
@@ -91,10 +91,9 @@ $(VENV)/.group-%: pyproject.toml $(MADE)
 	@$(PIP) install --group $*
 	@touch $@
 
-# setuptools keeps what it copied and does not know of switches: stale files must go first.
+# setuptools ships what it copied once, also what is no longer in the tree: that must go first.
 $(INSTALLED): $(SOURCES) $(CORE) setup.py pyproject.toml $(BUILD)
-	@[ -e $@ ] || rm -rf build luo/_kho.c $(VENV)/.installed-*
-	@rm -rf build/bdist.* $(wildcard build/lib*/luo/[!_]*)
-	@echo "building luo ($(FLAVOUR)); the compiled core takes about a minute"
+	@rm -rf $(VENV)/.installed-* $(wildcard build/$(FLAVOUR)/bdist.* build/$(FLAVOUR)/lib*/luo/[!_]*)
+	@echo "building luo ($(FLAVOUR)): a minute or two if the compiled core has changed"
 	@$(PIP) install --no-build-isolation .
 	@touch $@

@@ -18,6 +18,11 @@ DEBUG, COVERAGE = switch("LUO_DEBUG"), switch("LUO_COVERAGE")
 SANITIZE, ANNOTATE = switch("LUO_SANITIZE"), switch("LUO_ANNOTATE")
 print(f"luo: LUO_DEBUG={DEBUG:d} LUO_COVERAGE={COVERAGE:d} LUO_SANITIZE={SANITIZE:d}")
 
+# setuptools and Cython look at dates only, so each flavour keeps what it made to itself.
+SWITCHES = {"debug": DEBUG, "sanitize": SANITIZE, "coverage": COVERAGE}
+FLAVOUR = "-".join(name for name, on in SWITCHES.items() if on) or "release"
+BASE = f"build/{FLAVOUR}"
+
 DIRECTIVES = {
     "language_level": 3,
     "binding": True,
@@ -32,6 +37,8 @@ DIRECTIVES = {
 
 flags = ["-O0", "-g"] if DEBUG else ["-O3"]
 macros = [("CYTHON_TRACE_NOGIL", "1")] if COVERAGE else []
+if DEBUG:
+    macros.append(("LUO_DEBUG", "1"))
 if SANITIZE:
     flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
@@ -44,4 +51,13 @@ kho = Extension(
     extra_link_args=["-fsanitize=address,undefined"] if SANITIZE else [],
 )
 
-setup(ext_modules=cythonize([kho], compiler_directives=DIRECTIVES, annotate=ANNOTATE))
+setup(
+    options={"build": {"build_base": BASE}},
+    ext_modules=cythonize(
+        [kho],
+        compiler_directives=DIRECTIVES,
+        annotate=ANNOTATE,
+        # coverage.py finds the C file only beside its source
+        build_dir=None if COVERAGE else f"{BASE}/c",
+    ),
+)

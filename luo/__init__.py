@@ -9,7 +9,7 @@ the bytes underneath.
 from typing import Any
 
 try:
-    import luo._kho  # noqa: F401, tried here so that the message is ours
+    import luo._kho as _kho  # noqa: F401, tried here so that the message is ours
 except ModuleNotFoundError as error:
     if error.name != "luo._kho":
         raise

@@ -6,7 +6,9 @@ Exit status: 0 done, 1 the live update failed, 2 wrong usage or input, 130 inter
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -88,7 +90,7 @@ main.add_command(image_commands)
     "--devices",
     type=click.IntRange(1, 16_000_000),
     metavar="N",
-    help="Number of devices of a generated preset.",
+    help="N generated devices in place of the host's.",
 )
 @click.option(
     "--sysfs",
@@ -204,8 +206,10 @@ def run(
     ]
     if len(sources) > 1:
         raise click.UsageError(f"{' and '.join(sources)}: name one host")
-    if devices is not None and preset in (None, "host"):
-        raise click.UsageError("--devices: goes with a generated preset, as --preset cloud")
+    if devices is not None and (sysfs is not None or hwloc_file is not None):
+        raise click.UsageError(f"--devices: {sources[0]} says which devices there are")
+    if json_file not in (None, "-"):
+        _check_writable(str(json_file))
     # The document has standard output for itself.
     console = Console(stderr=json_file == "-", highlight=False)
     with _progress() as doing, wrong_input():
@@ -327,6 +331,15 @@ def _request(kernel: Kernel, requests: tuple[str, ...], host: Host) -> None:
         kernel.devices.request(owned & kernel.devices.eligible())
     if not np.any(kernel.devices.requested):
         raise ValueError(f"{where}: no device that can be kept; see --request and --drivers")
+
+
+def _check_writable(path: str) -> None:
+    """Refuse a file that cannot be written before the run, not after it."""
+    at = path if os.path.exists(path) else os.path.dirname(path) or "."
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise _Wrong(f"--json {path}: {os.strerror(errno.ENOENT)}")
+    if not os.access(at, os.W_OK):
+        raise _Wrong(f"--json {path}: {os.strerror(errno.EACCES)}")
 
 
 def _write(path: str, text: str) -> None:

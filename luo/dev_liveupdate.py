@@ -16,6 +16,7 @@ in reverse, bus before driver; then slots and records are freed and the flags ar
 from __future__ import annotations
 
 import errno
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -175,7 +176,8 @@ class DeviceParticipant:
         first = int(walk.chosen[event][run.start])
         callback = self._callback(side, first, event)
         if isinstance(callback, Batch):
-            for part in self._parts(walk, event, run, side):
+            parts = self._parts(walk, event, run, side)
+            for part in reversed(parts) if self._backwards(event) else parts:
                 call = partial(self._call_batch, walk, event, part, side)
                 yield Step(side, self._owner(side, first), call, None, part.stop - part.start)
         elif callback is None:
@@ -285,7 +287,7 @@ class DeviceParticipant:
                 )
             new |= batch[1:] & differs
         cuts = [0, *(np.flatnonzero(new) + 1).tolist(), n]
-        for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+        for start, stop in itertools.pairwise(cuts):
             yield _Run(start, stop, bool(batch[start]))
 
     def _table(self, side: str, event: str) -> CallTable:
@@ -386,14 +388,16 @@ class DeviceParticipant:
             self._done[index[ran]] |= bit
         errors = [self._error(event, side, int(index[place]), what) for place, what in wrong]
         if event in BACKWARDS:
-            self._failures += errors if isinstance(outcome, np.ndarray) else errors[:1]
+            # One outcome for the whole run is one failure.
+            self._failures += errors[:1] if errors and wrong[0][1] is outcome else errors
         elif errors:
             raise errors[0] from errors[0].__cause__
 
     @staticmethod
     def _wrong(outcome: Any, n: int) -> list[tuple[int, object]]:
         """Return (place, outcome) of each device of a batch that failed, lowest first."""
-        if isinstance(outcome, np.ndarray) and outcome.shape == (n,):
+        is_array = isinstance(outcome, np.ndarray) and outcome.dtype.kind in "iu"
+        if is_array and outcome.shape == (n,):
             return [(int(place), int(outcome[place])) for place in np.flatnonzero(outcome)]
         if isinstance(outcome, BaseException) or failed(outcome):
             return [(place, outcome) for place in range(n)]
@@ -405,6 +409,7 @@ class DeviceParticipant:
         """Order the devices, allocate slots, write records: all that can fail for memory."""
         devices = self.devices
         tree = devices.tree
+        devices.rescan()
         requested = devices.requested & tree.alive
         lost = np.flatnonzero(requested & ~devices.eligible())
         if lost.size:  # RFC v1 quirk 12: somebody bound another driver since the request
@@ -423,7 +428,7 @@ class DeviceParticipant:
             nbytes = {side: by_device[side][order] for side in SIDES}
         phys = self._allocate_slots(order, nbytes)
         self._write_records(order, phys, nbytes)
-        self._done[:] = 0
+        self._done = np.zeros(len(devices.requested), np.uint8)
         self._walk = _Walk(order, phys, nbytes)
         devices.set_slots(order, phys, nbytes)
         for event in (Event.PREPARE, Event.REBOOT, Event.CANCEL):
@@ -449,8 +454,8 @@ class DeviceParticipant:
                 sizes[places] = ask
             elif isinstance(ask, Batch):
                 empty = np.empty((len(places), 0), np.uint8)
-                answer = self._ask(side, ask, DeviceBatch(self.devices, order[places], empty), None)
-                sizes[places] = answer
+                run = DeviceBatch(self.devices, order[places], empty)
+                sizes[places] = self._ask(side, ask, run, None)
             elif one_by_one:
                 for place in places:
                     device = Device(self.devices, int(order[place]))
@@ -459,10 +464,15 @@ class DeviceParticipant:
 
     def _ask(self, side: str, ask: Any, what: Any, path: str | None) -> Any:
         first = what.index if path is not None else int(what.index[0])
+        shapes: tuple[tuple[int, ...], ...] = ((),) if path is not None else ((), (len(what),))
         try:
             answer = ask(what)
             array = np.asarray(answer)
-            if array.dtype.kind not in "iu" or (array.size and int(array.min()) < 0):
+            if (
+                array.dtype.kind not in "iub"
+                or array.shape not in shapes
+                or int(array.min(initial=0)) < 0
+            ):
                 raise TypeError(f"state_size returned {answer!r}, not a number of bytes")
             return array.astype(np.uint64)
         except Exception as error:
@@ -501,12 +511,16 @@ class DeviceParticipant:
     def _allocate_slots(self, order: Index, nbytes: dict[str, Address]) -> dict[str, Address]:
         kho: Kho = self.devices.kernel.kho
         limit = self.devices.kernel.memory.page_size << self.devices.kernel.memory.max_order
-        sizes = _aligned(nbytes["driver"]) + _aligned(nbytes["bus"])
-        if sizes.size and int(sizes.max()) > limit:
-            first = int(order[int(np.flatnonzero(sizes > limit)[0])])
+        # Capped before they are added: a callback may say anything.
+        capped = {side: np.minimum(nbytes[side], np.uint64(limit + 1)) for side in SIDES}
+        sizes = _aligned(capped["driver"]) + _aligned(capped["bus"])
+        too_large = np.flatnonzero(sizes > limit)
+        if too_large.size:
+            place = int(too_large[0])
+            asked = " and ".join(str(int(nbytes[side][place])) for side in SIDES)
             raise from_errno(
                 errno.E2BIG,
-                f"PREPARE {self.devices.tree.path(first)}: slot of {int(sizes.max())} bytes,"
+                f"PREPARE {self.devices.tree.path(int(order[place]))}: slots of {asked} bytes,"
                 f" a kernel allocates {limit} in one piece",
             )
         slab, offset, used = pack_slots(sizes, limit)
@@ -809,7 +823,7 @@ class DeviceRecords:
             path = columns["path"]
             hints = np.ascontiguousarray(columns["index"].fixed()).view(np.uint64).ravel()
             ends = path.offsets[1:] - np.uint64(1)
-            if not path.present.all() or len(path) and path.data[ends.astype(np.intp)].any():
+            if not path.present.all() or (len(path) and path.data[ends.astype(np.intp)].any()):
                 raise HandoverError(f"record {first}…: a path is missing or has no end", phys)
             index = tree.find_paths(
                 *_unterminated(path), np.minimum(hints, 2**31 - 1).astype(np.int32)

@@ -8,6 +8,7 @@ are columns, and a :class:`Device` is made when somebody asks for one.
 from __future__ import annotations
 
 import errno
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, TypeVar
@@ -90,11 +91,17 @@ class LiveUpdateOps:
             value = getattr(self, name)
             if value is not None and not callable(value):
                 raise TypeError(f"LiveUpdateOps.{name}: {value!r} is not callable")
-        if isinstance(self.state_size, int):
-            if self.state_size < 0:
-                raise ValueError(f"LiveUpdateOps.state_size: {self.state_size} is negative")
-        elif not callable(self.state_size):
-            raise TypeError(f"LiveUpdateOps.state_size: {self.state_size!r}: int or callable")
+        if callable(self.state_size):
+            return
+        try:
+            nbytes = operator.index(self.state_size)
+        except TypeError:
+            raise TypeError(
+                f"LiveUpdateOps.state_size: {self.state_size!r}: int or callable"
+            ) from None
+        if nbytes < 0:
+            raise ValueError(f"LiveUpdateOps.state_size: {nbytes} is negative")
+        object.__setattr__(self, "state_size", nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,19 +368,38 @@ class Devices(Mortal):
     ) -> None:
         self.kernel = kernel
         self.tree = tree
-        n = len(tree.parents)
-        # A driver that the hardware names and this kernel lacks stays unbound.
         self.drivers: list[Driver] = list(drivers.values())
+        self.buses: list[Bus] = []
+        self._known_buses = dict(buses)
         self._driver_number = {driver.name: i for i, driver in enumerate(self.drivers)}
-        numbers = [self._driver_number.get(name, -1) for name in tree.driver_names]
-        self.driver_ids = np.array([*numbers, -1], np.int32)[tree.driver_ids]
-        # A bus that this kernel has no object for still is a bus, one without a table.
-        self.buses: list[Bus] = [buses.get(name) or Bus(name) for name in tree.bus_names]
-        self.bus_ids: NDArray[np.int32] = np.array(tree.bus_ids, np.int32)
-        self.requested = np.zeros(n, np.bool_)
-        self.preserved = np.zeros(n, np.bool_)
-        self.reclaimed = np.zeros(n, np.bool_)
+        self.driver_ids: NDArray[np.int32] = np.zeros(0, np.int32)
+        self.bus_ids: NDArray[np.int32] = np.zeros(0, np.int32)
+        self.requested = np.zeros(0, np.bool_)
+        self.preserved = np.zeros(0, np.bool_)
+        self.reclaimed = np.zeros(0, np.bool_)
         self._slots: dict[str, tuple[NDArray[np.uint64], NDArray[np.uint64]]] = {}
+        self.rescan()
+
+    def rescan(self) -> None:
+        """Enumerate, and bind drivers to, the devices that were added to the tree since.
+
+        What is known keeps its driver and its flags. Requests and PREPARE do this by themselves.
+        """
+        tree, known = self.tree, len(self.requested)
+        count = len(tree.parents) - known
+        if not count:
+            return
+        # A driver that the hardware names and this kernel lacks stays unbound; a bus that it has
+        # no object for still is a bus, one without a table.
+        numbers = [self._driver_number.get(name, -1) for name in tree.driver_names]
+        bound = np.array([*numbers, -1], np.int32)[tree.driver_ids[known:]]
+        self.driver_ids = np.concatenate((self.driver_ids, bound))
+        self.bus_ids = np.concatenate((self.bus_ids, tree.bus_ids[known:]))
+        for name in tree.bus_names[len(self.buses) :]:
+            self.buses.append(self._known_buses.get(name) or Bus(name))
+        for flags in ("requested", "preserved", "reclaimed"):
+            column = np.concatenate((getattr(self, flags), np.zeros(count, np.bool_)))
+            setattr(self, flags, column)
 
     # ---- looking ----
 
@@ -385,6 +411,7 @@ class Devices(Mortal):
 
     def __getitem__(self, path: str | int) -> Device:
         """Return the device at *path* (or with that number)."""
+        self.rescan()
         if isinstance(path, str):
             return Device(self, self.tree[path])
         if not 0 <= path < len(self.tree.parents) or not self.tree.alive[path]:
@@ -408,6 +435,7 @@ class Devices(Mortal):
         the bus has a table, one with neither passes (RFC v1 1.9). What is bound now counts, not
         what the hardware names.
         """
+        self.rescan()
         has_ops = [driver.ops is not None for driver in self.drivers]
         driver_ok = np.array([*has_ops, True], np.bool_)[self.driver_ids]
         bus_ok = np.array([*(bus.ops is not None for bus in self.buses), True], np.bool_)[
@@ -465,10 +493,12 @@ class Devices(Mortal):
             StateError: EINVAL outside NORMAL.
             KhoError: EINVAL if a mask or number names a device that is not eligible, ENOENT if
                 it names no device.
+            TypeError, ValueError: numbers are no integers, a mask has another length.
         """
-        n = len(self.requested)
         with self.kernel.luo.read_state():
             self.kernel.luo.require_normal("requested")
+            self.rescan()
+            n = len(self.requested)
             if isinstance(which, str):
                 mask = self.tree.match(which)
                 if on:
@@ -481,6 +511,8 @@ class Devices(Mortal):
                     mask = chosen
                 else:
                     mask = np.zeros(n, np.bool_)
+                    if chosen.size and chosen.dtype.kind not in "iu":
+                        raise TypeError(f"request: {chosen.dtype} instead of device numbers")
                     if chosen.size and (int(chosen.min()) < 0 or int(chosen.max()) >= n):
                         raise from_errno(errno.ENOENT, f"request: device number not in 0..{n - 1}")
                     mask[chosen.astype(np.intp)] = True
@@ -496,7 +528,7 @@ class Devices(Mortal):
         """Bind the driver called *name* to device number *index*."""
         what = f"bind {self.tree.path(index)}"
         with self.kernel.luo.read_state():
-            self._require_unpreserved(index, what)
+            self._require_unbindable(index, what)
             if name not in self._driver_number:
                 raise from_errno(errno.ENODEV, f"{what}: this kernel has no driver {name}")
             if self.driver_ids[index] >= 0:
@@ -507,13 +539,16 @@ class Devices(Mortal):
     def unbind(self, index: int) -> None:
         """Unbind the driver of device number *index*."""
         with self.kernel.luo.read_state():
-            self._require_unpreserved(index, f"unbind {self.tree.path(index)}")
+            self._require_unbindable(index, f"unbind {self.tree.path(index)}")
             self.driver_ids[index] = -1
 
-    def _require_unpreserved(self, index: int, what: str) -> None:
+    def _require_unbindable(self, index: int, what: str) -> None:
         # RFC v1 quirk 12: a driver that goes while the device is preserved leaves nothing saved.
         if self.preserved[index]:
             raise StateError(errno.EBUSY, f"{what}: the device is preserved")
+        state = self.kernel.luo.state
+        if state is not State.NORMAL:
+            raise StateError(errno.EBUSY, f"{what}: needs NORMAL, the state is {state.name}")
 
     # ---- what the device layer keeps ----
 
@@ -545,7 +580,7 @@ class Devices(Mortal):
                 f" the state is {state.name}",
             )
         phys, size = self._slots[side]
-        nbytes = int(size[index])
+        nbytes = int(size[index]) if index < len(size) else 0  # else it came after PREPARE
         view: memoryview = self.kernel.memory.view(int(phys[index]), nbytes) if nbytes else _EMPTY
         return view
 

@@ -7,7 +7,7 @@ import errno
 import importlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
@@ -17,7 +17,15 @@ from luo._kho import CallRecorder
 from luo.dev_liveupdate import DeviceParticipant, DeviceRecords
 from luo.device import Bus, Device, Devices, Driver
 from luo.errors import CallbackError, HandoverError, KernelPanic, StateError, from_errno
-from luo.kexec import Arrival, Departure, LocalSuccessor, jump
+from luo.kexec import (
+    ARCHES,
+    Arrival,
+    Departure,
+    LocalSuccessor,
+    handover_of,
+    jump,
+    record_of,
+)
 from luo.kho import Handover, Incoming, Kho
 from luo.liveupdate import LuoIncoming, Orchestrator
 from luo.memory import PhysicalMemory
@@ -35,7 +43,6 @@ _log = logging.getLogger(__name__)
 _RELEASE: Final = "7.3.0"
 Digests: TypeAlias = dict[tuple[str, str], tuple[int, int]]
 
-_ARCHES: Final = ("x86_64",)  # who hands over which way; others come with their own records
 _BEHAVIOURS: Final = ("intended",)
 
 
@@ -114,6 +121,8 @@ class KernelImage:
                 factory = getattr(factory, part)
         except (ImportError, AttributeError) as error:
             raise from_errno(errno.ENOEXEC, f"kernel image {self.name}: {error}") from error
+        if not callable(factory):
+            raise from_errno(errno.ENOEXEC, f"kernel image {self.name}: {factory!r} is no factory")
         kernel = factory(machine, **self.args)
         if not isinstance(kernel, Kernel) or kernel.booted:
             raise from_errno(
@@ -154,7 +163,9 @@ class Kernel:
         kho_abi: generation of the handover, a name in :data:`luo.abi.GENERATIONS`.
         release: what ``uname -r`` would say; handed over in the metadata.
         cmdline: ``kho=``, ``liveupdate=`` and ``kho_scratch=`` are read.
-        arch, behaviour, quirks, workers: ``"x86_64"``, ``"intended"``, none and 1.
+        arch: ``"x86_64"`` or ``"arm64"``, which hand over each in its own way; any other has no
+            KHO and no live update.
+        behaviour, quirks, workers: ``"intended"``, none and 1.
         clock: returns nanoseconds; None is the system's monotonic clock.
         observer: called as ``observer(what, name)``, ``what`` being ``"phase"`` when a phase
             begins or ``"state"`` when a state has been reached.
@@ -190,7 +201,6 @@ class Kernel:
     ) -> None:
         for name, value, known in (
             ("kho_abi", kho_abi, tuple(abi.GENERATIONS)),
-            ("arch", arch, _ARCHES),
             ("behaviour", behaviour, _BEHAVIOURS),
             ("workers", workers, (1,)),
         ):
@@ -232,7 +242,7 @@ class Kernel:
             raise StateError(errno.EBUSY, "command line: the kernel has booted")
         self.cmdline = text
         self.parameters = CommandLine.parse(text)
-        self.luo.enabled = self.parameters.kho and self.parameters.liveupdate
+        self.luo.enabled = self.kho_enabled and self.parameters.liveupdate
 
     # ---- what it is ----
 
@@ -240,6 +250,11 @@ class Kernel:
     def booted(self) -> bool:
         """Whether it runs, or has run."""
         return self._status != "built"
+
+    @property
+    def kho_enabled(self) -> bool:
+        """Whether ``kho=`` is on and the architecture hands over at all."""
+        return self.parameters.kho and self.arch in ARCHES
 
     @property
     def memory(self) -> PhysicalMemory:
@@ -323,6 +338,18 @@ class Kernel:
                 self.machine.memory.forget()
         return self.take_over(plan)
 
+    def boot_from(self, record: str | None) -> Kernel:
+        """Boot from what the kernel before left as this architecture does it.
+
+        A record that cannot be read is a cold boot with the reason logged.
+        """
+        try:
+            handover = handover_of(self.arch, record)
+        except HandoverError as error:
+            _log.warning("no KHO data: %s", error)
+            handover = None
+        return self.boot(handover)
+
     def validate(self, handover: Handover | None) -> _Plan:
         """Read what the previous kernel left, without a write to the memory.
 
@@ -353,7 +380,7 @@ class Kernel:
                 self._kho = Kho.boot(
                     self.machine.memory, plan.incoming, abi=self.kho_abi, release=self.release
                 )
-            elif self.parameters.kho:
+            elif self.kho_enabled:
                 self._kho = Kho(
                     self.machine.memory,
                     abi=self.kho_abi,
@@ -376,7 +403,8 @@ class Kernel:
         """Probe the bound devices that were not preserved; who fails stays unbound."""
         for device in self._each("probe"):
             driver = device.driver
-            assert driver is not None and driver.probe is not None
+            assert driver is not None
+            assert driver.probe is not None
             try:
                 driver.probe(device)
             except Exception:
@@ -475,7 +503,14 @@ class Kernel:
         if self._next is None:
             raise StateError(errno.EINVAL, "kexec: no kernel image is loaded")
         successor, self._next = self._next, None
-        return jump(self, successor, preflight=preflight, timeout=timeout, verify=verify)
+        return jump(
+            self,
+            successor,
+            clock=self.profile.read_clock,
+            preflight=preflight,
+            timeout=timeout,
+            verify=verify,
+        )
 
     def reboot(self, verify: bool) -> Departure:
         """Run REBOOT and say what is handed over: the first part of :func:`luo.kexec.jump`."""
@@ -487,7 +522,7 @@ class Kernel:
         digests = self._layer.digests() if live and verify else {}
         return Departure(
             live=live,
-            handover=None if handover is None else list(astuple(handover)),
+            handover=None if handover is None else record_of(self.arch, handover),
             reboot_began_ns=self.luo.reboot_began_ns if live else ended,
             reboot_ended_ns=ended,
             digests=[[*key, *value] for key, value in digests.items()],
@@ -500,8 +535,8 @@ class Kernel:
 
     def _hand_over(self, live: bool) -> Handover | None:
         kho = self._kho
-        if kho is None:
-            return None
+        if kho is None or not self.kho_enabled:
+            return None  # with kho=off what came in can be read, nothing goes out (kho-abi 9.3)
         if not live and not kho.finalized and kho.generation.finalize != "jump":
             return None  # Linux fills the image's KHO fields only when it is finalized
         self._finalized_here = not kho.finalized
@@ -549,7 +584,8 @@ class Kernel:
         """Call shutdown of every device that is not preserved (RFC v1 1.11)."""
         for device in reversed(self._each("shutdown")):
             driver = device.driver
-            assert driver is not None and driver.shutdown is not None
+            assert driver is not None
+            assert driver.shutdown is not None
             try:
                 driver.shutdown(device)
             except Exception:

@@ -10,13 +10,21 @@ its views are cut off from the memory, and a successor that dies is a crashed ho
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from luo.errors import HandoverError, HostCrashError, KernelPanic, SuccessorError
+from luo.errors import (
+    FdtError,
+    HandoverError,
+    HostCrashError,
+    KernelPanic,
+    SuccessorError,
+)
+from luo.fdt import Fdt, FdtWriter
 from luo.kho import Handover
 from luo.notifier import State
 
@@ -25,7 +33,44 @@ if TYPE_CHECKING:
     from luo.machine import Machine
     from luo.remote import RemoteKernel
 
-__all__ = ["Arrival", "Departure", "LocalSuccessor", "jump"]
+__all__ = ["ARCHES", "Arrival", "Departure", "LocalSuccessor", "handover_of", "jump", "record_of"]
+
+
+#: Architectures that hand over, and how the next kernel is told (kho-abi 9.1, 9.2).
+ARCHES: Final = ("x86_64", "arm64")
+
+
+def record_of(arch: str, handover: Handover) -> str:
+    """Return what a kernel of *arch* leaves for the next one, in hex.
+
+    x86_64: a setup_data node. arm64: a device tree whose ``/chosen`` has the two properties.
+    """
+    if arch == "x86_64":
+        return handover.to_setup_data().hex()
+    writer = FdtWriter()
+    with writer.node(""):
+        writer.property_u32("#address-cells", 2)
+        writer.property_u32("#size-cells", 2)
+        writer.add_node("chosen", handover.to_chosen())
+    return bytes(writer.finish()).hex()
+
+
+def handover_of(arch: str, record: str | None) -> Handover | None:
+    """Return the four numbers that a kernel of *arch* finds in *record*.
+
+    Raises:
+        HandoverError: it is not a record of this architecture.
+    """
+    if record is None:
+        return None
+    raw = bytes.fromhex(record)
+    if arch == "x86_64":
+        return Handover.from_setup_data(raw)
+    try:
+        chosen = Fdt(raw).node("/chosen")
+        return Handover.from_chosen(chosen.properties)
+    except FdtError as error:
+        raise HandoverError(f"device tree: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +79,8 @@ class Departure:
 
     Attributes:
         live: whether it is a live update, not an ordinary kexec.
-        handover: the four numbers, None with KHO off.
+        handover: the record that tells the next kernel, in hex (:func:`record_of`); None with
+            KHO off.
         reboot_began_ns, reboot_ended_ns: on the monotonic clock.
         digests: [side, name, bytes, digest] of what driver and bus callbacks stored.
         image: the ``image`` object of ``luo run --json``.
@@ -43,7 +89,7 @@ class Departure:
     """
 
     live: bool
-    handover: list[int] | None
+    handover: str | None
     reboot_began_ns: int
     reboot_ended_ns: int
     digests: list[list[Any]]
@@ -107,20 +153,21 @@ class LocalSuccessor:
         self.kernel = kernel
         self._plan: Any = None
 
-    def validate(self, handover: Handover | None, timeout: float) -> None:
+    def __str__(self) -> str:
+        return f"successor {self.kernel!r}"
+
+    def validate(self, record: str | None, timeout: float) -> None:
         """Check what the old kernel left; reads only."""
         try:
-            self._plan = self.kernel.validate(handover)
+            self._plan = self.kernel.validate(handover_of(self.kernel.arch, record))
         except (HandoverError, KernelPanic) as error:
-            raise SuccessorError(
-                errno.EPROTO, f"validate: successor {self.kernel!r} refused: {error}"
-            ) from error
+            raise SuccessorError(errno.EPROTO, f"validate: {self} refused: {error}") from error
 
-    def start(self, handover: Handover | None, preflight: bool, verify: bool) -> Kernel:
+    def start(self, record: str | None, preflight: bool, verify: bool) -> Kernel:
         """Pass the commit point: boot and restore."""
         if preflight:
             return self.kernel.take_over(self._plan, verify)
-        return self.kernel.boot(handover)
+        return self.kernel.boot_from(record)
 
     @property
     def result(self) -> dict[str, Any]:
@@ -145,28 +192,34 @@ def jump(
     machine = old.machine
     try:
         departure = old.reboot(verify)
-        handover = None if departure.handover is None else Handover(*departure.handover)
         began = clock()
         if preflight:
-            successor.validate(handover, timeout)
+            successor.validate(departure.handover, timeout)
     except BaseException as error:
         successor.close()
-        if old.luo.state is State.PREPARED:
-            clean = old.cancel_reboot()
-            if isinstance(error, SuccessorError):
-                error.rolled_back = clean
-        else:
-            old.take_back()
+        with contextlib.suppress(HostCrashError):  # an old kernel that died has nothing to cancel
+            if old.luo.state is State.PREPARED:
+                clean = old.cancel_reboot()
+                if isinstance(error, SuccessorError):
+                    error.rolled_back = clean
+            else:
+                old.take_back()
         raise
     # The commit point: the successor has acknowledged, there is no way back from here.
     old.depart()
     machine.memory.cut_off()
     machine.memory.forget()
     try:
-        kernel = successor.start(handover, preflight, verify)
+        kernel = successor.start(departure.handover, preflight, verify)
     except (HostCrashError, KernelPanic):
         successor.close()
         raise
+    except Exception as error:  # an interrupt leaves it running; anything else ends it
+        successor.close()
+        why = f"{type(error).__name__}: {error}"
+        raise HostCrashError(
+            errno.EHOSTDOWN, f"start: {successor}: {why}, after the commit point: the host is down"
+        ) from error
     result = successor.result
     restored_ns = result["last_reclaim_ns"] or (
         result["boot_began_ns"] + result["phases"]["boot"] + result["phases"]["restore"]

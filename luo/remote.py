@@ -19,7 +19,7 @@ import struct
 import subprocess
 import sys
 import time
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -37,8 +37,7 @@ from luo.errors import (
     SuccessorError,
     from_errno,
 )
-from luo.kexec import Departure, jump
-from luo.kho import Handover
+from luo.kexec import Departure, handover_of, jump
 from luo.liveupdate import CancelResult, FinishResult, State
 
 if TYPE_CHECKING:
@@ -49,6 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["RemoteKernel"]
 
 _FRAME_LIMIT: Final = 256 << 20  # bytes of one message; a peer that asks for more is broken
+_INTERRUPTIBLE: Final = ("event", "reboot")  # commands that run callbacks which can be undone
 _START: Final = "from luo.remote import serve; serve()"
 
 
@@ -243,15 +243,17 @@ class RemoteKernel:
         With *step*, which is for what precedes the commit point, every failure is a
         :class:`SuccessorError` that names it.
         """
-        if self._closed:
-            raise StateError(errno.ESHUTDOWN, f"{command}: {self} is gone")
+        self._require(command)
         self._count += 1
+        sent = False
         try:
             self._channel.send({"id": self._count, "command": command, **arguments})
-            while True:
-                answer = self._channel.receive(timeout)
-                if answer["id"] == self._count:
-                    break  # else it answers a question whose asker was interrupted
+            sent = True
+            answer = self._answer(timeout)
+        except KeyboardInterrupt:
+            if sent and command in _INTERRUPTIBLE:
+                self._interrupt()
+            raise
         except Closed:
             raise self._gone(step or command, self._wait()) from None
         except TimeoutError:
@@ -267,6 +269,22 @@ class RemoteKernel:
             raise error
         result: dict[str, Any] = answer["result"]
         return result
+
+    def _answer(self, timeout: float | None = None) -> dict[str, Any]:
+        while True:
+            answer = self._channel.receive(timeout)
+            if answer["id"] == self._count:
+                return answer  # else it answers a question whose asker was interrupted
+
+    def _interrupt(self) -> None:
+        """Pass ^C on to the kernel's callback, and wait until it has been rolled back."""
+        self._process.send_signal(signal.SIGINT)
+        with contextlib.suppress(Closed):
+            self._answer()
+
+    def _require(self, what: str) -> None:
+        if self._closed:
+            raise StateError(errno.ESHUTDOWN, f"{what}: {self} is gone")
 
     def _wait(self) -> str:
         try:
@@ -289,7 +307,7 @@ class RemoteKernel:
 
     # ---- as the next kernel ----
 
-    def validate(self, handover: Handover | None, timeout: float) -> None:
+    def validate(self, record: str | None, timeout: float) -> None:
         """Let it map the memory read-only and check what it is given; no write on its side.
 
         Raises:
@@ -297,9 +315,9 @@ class RemoteKernel:
         """
         if self._process.poll() is not None:
             raise SuccessorError(errno.ESRCH, f"validate: {self} is not there: {self._wait()}")
-        self._ask("validate", timeout, "validate", handover=_numbers(handover))
+        self._ask("validate", timeout, "validate", record=record)
 
-    def start(self, handover: Handover | None, preflight: bool, verify: bool) -> RemoteKernel:
+    def start(self, record: str | None, preflight: bool, verify: bool) -> RemoteKernel:
         """Pass the commit point: it may write from here on. Returns when it has restored.
 
         Raises:
@@ -309,9 +327,7 @@ class RemoteKernel:
         self._committed = True
         self.machine.memory.detach()
         self.machine.running = self
-        self.result = self._ask(
-            "start", handover=_numbers(handover), preflight=preflight, verify=verify
-        )
+        self.result = self._ask("start", record=record, preflight=preflight, verify=verify)
         return self
 
     # ---- as the kernel that goes ----
@@ -335,9 +351,11 @@ class RemoteKernel:
 
         if not isinstance(next, KernelImage):
             raise TypeError("kexec_load: a kernel in another process is followed by a KernelImage")
+        self._require("kexec_load")
+        successor = RemoteKernel(self.machine, next, timeout)
         if self._next is not None:
             self._next.close()
-        self._next = RemoteKernel(self.machine, next, timeout)
+        self._next = successor
         self._ask("prefault")
 
     def kexec(
@@ -402,10 +420,6 @@ class RemoteKernel:
             self.close()
 
 
-def _numbers(handover: Handover | None) -> list[int] | None:
-    return None if handover is None else list(astuple(handover))
-
-
 class RemoteOrchestrator:
     """The orchestrator of a :class:`RemoteKernel`."""
 
@@ -419,7 +433,12 @@ class RemoteOrchestrator:
 
     def prepare(self) -> None:
         """As :meth:`luo.liveupdate.Orchestrator.prepare`."""
-        self._kernel._ask("event", event="prepare")
+        try:
+            self._kernel._ask("event", event="prepare")
+        except KeyboardInterrupt:
+            if self.state is State.PREPARED:  # ^C came when it was just done
+                self.cancel()
+            raise
 
     def cancel(self) -> CancelResult:
         """As :meth:`luo.liveupdate.Orchestrator.cancel`."""
@@ -490,6 +509,7 @@ class _Server:
         self._channel = channel
         self._kernel: Kernel | None = None
         self._plan: Any = None
+        self._interruptible = False
 
     @property
     def kernel(self) -> Kernel:
@@ -497,6 +517,12 @@ class _Server:
         if self._kernel is None:
             raise StateError(errno.EINVAL, "no kernel is loaded")
         return self._kernel
+
+    def on_interrupt(self, number: int, frame: object) -> None:
+        """Raise KeyboardInterrupt in a callback that can be undone, and nowhere else."""
+        if self._interruptible:
+            self._interruptible = False
+            raise KeyboardInterrupt
 
     def run(self) -> None:
         """Obey until the other end is gone."""
@@ -507,7 +533,11 @@ class _Server:
                 return
             command, answer = message.pop("command"), {"id": message.pop("id")}
             try:
-                answer["result"] = getattr(self, f"do_{command}")(**message)
+                try:
+                    self._interruptible = command in _INTERRUPTIBLE
+                    answer["result"] = getattr(self, f"do_{command}")(**message)
+                finally:
+                    self._interruptible = False
             except BaseException as error:
                 answer["error"] = _encode_error(error)
             with contextlib.suppress(Closed):
@@ -530,19 +560,19 @@ class _Server:
         self._kernel = KernelImage(image["name"], image["cmdline"], image["args"]).build(machine)
         return {}
 
-    def do_validate(self, handover: list[int] | None) -> dict[str, Any]:
+    def do_validate(self, record: str | None) -> dict[str, Any]:
         """Check what the old kernel left; reads only."""
-        self._plan = self.kernel.validate(_handover(handover))
+        self._plan = self.kernel.validate(handover_of(self.kernel.arch, record))
         return {}
 
-    def do_start(self, handover: list[int] | None, preflight: bool, verify: bool) -> dict[str, Any]:
+    def do_start(self, record: str | None, preflight: bool, verify: bool) -> dict[str, Any]:
         """Boot, restore, and report."""
         kernel = self.kernel
         kernel.machine.memory.writable()
         if preflight:
             kernel.take_over(self._plan, verify)
         else:
-            kernel.boot(_handover(handover))
+            kernel.boot_from(record)
         return kernel.boot_result()
 
     def do_event(self, event: str) -> dict[str, Any]:
@@ -595,12 +625,10 @@ class _Server:
         return {"calls": self.kernel.profile.dump(), "phases": self.kernel.phases}
 
 
-def _handover(numbers: list[int] | None) -> Handover | None:
-    return None if numbers is None else Handover(*numbers)
-
-
 def serve() -> None:
     """Be the second process: the channel is the file descriptor in the last argument."""
     channel = Channel(socket.socket(fileno=int(sys.argv[-1])))
     sys.argv = ["luo-kernel"]
-    _Server(channel).run()
+    server = _Server(channel)
+    signal.signal(signal.SIGINT, server.on_interrupt)
+    server.run()

@@ -1,4 +1,4 @@
-"""A reader of kho-v4 handovers, written from the specification alone.
+"""A reader of handovers of every generation, written from the specification alone.
 
 It shares no code with luo, so that what luo writes is judged by somebody who knows only
 ``kho-abi.md`` (sections are cited as §n). Memory is reached through one callable,
@@ -186,6 +186,49 @@ def walk_keys(read: Read, root: int, page_shift: int, nodes: list[TreeNode]) -> 
     yield from visit(root, inner, 0)
 
 
+# ---- preserved map: chunks and bitmaps (§2.3, §3.2) ----
+
+
+def bitmap_place(phys: int, order: int, bits: int, page_shift: int = 12) -> tuple[int, int, int]:
+    """(index of the bitmap, its phys_start, bit) of a block; *bits* is PRESERVE_BITS (§3.2)."""
+    high = phys >> (page_shift + order)
+    return high // bits, (high // bits * bits) << (order + page_shift), high % bits
+
+
+def walk_chunks(
+    read: Read, head: int, page_shift: int, bitmap_bytes: int, nodes: list[TreeNode]
+) -> Iterator[Block]:
+    """All blocks in the order of the list; pages of chunks and bitmaps go to *nodes* (§3.2)."""
+    page = 1 << page_shift
+    seen: set[int] = set()
+
+    def take(phys: int, level: int, prefix: int) -> None:
+        seen.add(phys)
+        nodes.append(TreeNode(level, phys, prefix))
+
+    while head:
+        if head % page or head in seen:
+            raise Broken("chunk is no page, or is listed twice", head)
+        take(head, 1, 0)
+        chunk = read(head, page)
+        following, order, count = struct.unpack_from("<QII", chunk)
+        if count > (page - 16) // 16:
+            raise Broken(f"chunk lists {count} bitmaps", head)
+        for start, bitmap in struct.iter_unpack("<QQ", chunk[16 : 16 + 16 * count]):
+            if bitmap % bitmap_bytes or start % (8 * bitmap_bytes << (order + page_shift)):
+                raise Broken("bitmap is misaligned, or starts where none does", bitmap)
+            if bitmap_bytes == page and bitmap in seen:
+                raise Broken("bitmap is listed twice", bitmap)
+            if bitmap // page * page not in seen:
+                take(bitmap // page * page, 0, start)
+            bits = int.from_bytes(read(bitmap, bitmap_bytes), "little")
+            while bits:
+                low = bits & -bits
+                yield start + ((low.bit_length() - 1) << (order + page_shift)), order
+                bits ^= low
+        head = following
+
+
 # ---- sub-formats (§6, §8, §10) ----
 
 
@@ -254,7 +297,10 @@ def read_vmalloc(
 
 @dataclass
 class Image:
-    """What a handover says. ``preserved`` and ``nodes`` are in walk order."""
+    """What a handover says. ``preserved`` and ``nodes`` are in walk order.
+
+    In kho-v5-series users' data is in ``tree``, and there are no subtrees.
+    """
 
     fdt_phys: int
     page_bytes: int
@@ -262,32 +308,98 @@ class Image:
     scratch: list[tuple[int, int]]
     preserved: list[Block]
     nodes: list[TreeNode]
+    abi: str = "kho-v4"
+    tree: FdtNode | None = None
 
 
-def read_root(read: Read, phys: int, nbytes: int) -> tuple[int, dict[str, tuple[int, int]]]:
-    """(radix root, {name: (phys, bytes)}) of the root tree; its *compatible* is checked (§5.1)."""
-    root = parse_fdt(read(phys, nbytes))
-    if b"kho-v4" not in root.properties.get("compatible", b"").split(b"\0")[:-1]:
-        raise Broken("root tree is not compatible with kho-v4", phys)
-    names = ("preserved-data", "blob-size")
-    values = [root.properties.get("preserved-memory-map", b"")]
-    values += (child.properties.get(n, b"") for child in root.children.values() for n in names)
-    if any(len(value) != 8 for value in values) or u64(values[0]) == 0:
-        raise Broken("a property of the root tree is missing, not of 8 bytes, or null", phys)
-    first, *rest = map(u64, values)
-    return first, dict(zip(root.children, zip(rest[::2], rest[1::2], strict=True), strict=True))
+@dataclass(frozen=True)
+class Shape:
+    """A column of the table in §14, as far as a reader must know it."""
+
+    compatible: str | None  # None: not checked
+    data: str | None  # property with the blob's address; None: data is inline
+    size: str | None  # property with its bytes
+    bitmap: int | None  # bytes of a bitmap, 0: a page; None: radix tree
+    null_map: bool = False  # whether 0 means that nothing is preserved
+
+
+SHAPES = {
+    "kho-v5-series": Shape(None, None, None, 512, True),
+    "kho-v1-512": Shape("kho-v1", "fdt", None, 512, True),
+    "kho-v1-notifier": Shape("kho-v1", "fdt", None, 0, True),
+    "kho-v1": Shape("kho-v1", "fdt", None, 0),
+    "kho-v2": Shape("kho-v2", "preserved-data", None, None),
+    "kho-v3": Shape("kho-v3", "preserved-data", "blob-size", None),
+    "kho-v4": Shape("kho-v4", "preserved-data", "blob-size", None),
+}
+
+
+def root_tree(read: Read, phys: int, nbytes: int, abi: str) -> FdtNode:
+    """The root tree; that of kho-v5-series is as long as its own header says (§2.6)."""
+    if SHAPES[abi].data is None:
+        nbytes = int.from_bytes(read(phys, 40)[4:8], "big")
+    return parse_fdt(read(phys, nbytes))
+
+
+def read_root(
+    read: Read, phys: int, nbytes: int, abi: str = "kho-v4"
+) -> tuple[int, dict[str, tuple[int, int]]]:
+    """(map, {name: (phys, bytes)}) of the root tree; its *compatible* is checked (§2.1, §3.1,
+    §4, §5.1). A blob without a noted size is a tree, or has one page.
+    """
+    shape, root = SHAPES[abi], root_tree(read, phys, nbytes, abi)
+    strings = root.properties.get("compatible", b"").split(b"\0")[:-1]
+    if shape.compatible and shape.compatible.encode() not in strings:
+        raise Broken(f"root tree is not compatible with {shape.compatible}", phys)
+
+    def number(node: FdtNode, name: str) -> int:
+        value = node.properties.get(name, b"")
+        if len(value) != 8:
+            raise Broken(f"{name} of the root tree is missing, or not of 8 bytes", phys)
+        return u64(value)
+
+    if shape.data is None:
+        if "preserved-memory" not in root.children:
+            raise Broken("root tree has no preserved-memory", phys)
+        return number(root.children["preserved-memory"], "metadata"), {}
+    memory_map = number(root, "preserved-memory-map")
+    if memory_map == 0 and not shape.null_map:
+        raise Broken("map of the root tree is null", phys)
+    subtrees = {}
+    for name, child in root.children.items():
+        at = number(child, shape.data)
+        if shape.size:
+            size = number(child, shape.size)
+        else:
+            head = read(at, 8)
+            known = head[:4] == bytes.fromhex("d00dfeed")
+            size = int.from_bytes(head[4:], "big") if known else 1
+        subtrees[name] = (at, size)
+    return memory_map, subtrees
 
 
 def read_handover(
-    read: Read, fdt: int, fdt_bytes: int, scratch: int, scratch_bytes: int, page_shift: int = 12
+    read: Read,
+    fdt: int,
+    fdt_bytes: int,
+    scratch: int,
+    scratch_bytes: int,
+    page_shift: int = 12,
+    abi: str = "kho-v4",
 ) -> Image:
     """Read everything that the four numbers of a handover lead to (§9.3)."""
-    root, subtrees = read_root(read, fdt, fdt_bytes)
+    memory_map, subtrees = read_root(read, fdt, fdt_bytes, abi)
     nodes: list[TreeNode] = []
-    keys = walk_keys(read, root, page_shift, nodes)
-    preserved = [decode_key(key, page_shift) for key in keys]
+    bitmap = SHAPES[abi].bitmap
+    if bitmap is None:
+        keys = walk_keys(read, memory_map, page_shift, nodes)
+        preserved = [decode_key(key, page_shift) for key in keys]
+    else:
+        size = bitmap or 1 << page_shift
+        preserved = list(walk_chunks(read, memory_map, page_shift, size, nodes))
     areas = read_scratch(read, scratch, scratch_bytes)
-    return Image(fdt, 1 << page_shift, subtrees, areas, preserved, nodes)
+    tree = root_tree(read, fdt, fdt_bytes, abi)
+    return Image(fdt, 1 << page_shift, subtrees, areas, preserved, nodes, abi, tree)
 
 
 def overlaps(start: int, nbytes: int, areas: Iterable[tuple[int, int]]) -> bool:
@@ -318,7 +430,7 @@ def check_image(image: Image, ram: Iterable[tuple[int, int]]) -> None:
     for (start, size), (after, _) in itertools.pairwise(everything):
         if after < start + size:
             raise Broken("two preserved blocks, or a block and a tree node, overlap", after)
-    if (image.fdt_phys, 0) not in image.preserved:
+    if SHAPES[image.abi].data and (image.fdt_phys, 0) not in image.preserved:
         raise Broken("page of the root tree is not preserved", image.fdt_phys)
     for name, (phys, nbytes) in image.subtrees.items():
         covered = phys

@@ -13,6 +13,21 @@ Range = tuple[int, int, int]  # (start, bytes, NUMA node)
 Block = tuple[int, int]  # (phys, order)
 
 
+CHUNKS = ("kho-v5-series", "kho-v1-512", "kho-v1-notifier", "kho-v1")
+NUMA = ("kho-v3", "kho-v4")
+
+
+def split_v5(pfn: int, nr_pages: int) -> list[Block]:
+    """The cut of the v5 series, blind to alignment: what it recorded, as (pfn, order) (§2.4)."""
+    blocks: list[Block] = []
+    while nr_pages:
+        order = nr_pages.bit_length() - 1
+        blocks.append((pfn >> order << order, order))
+        pfn += 1 << order
+        nr_pages -= 1 << order
+    return blocks
+
+
 def split_pages(pfn: int, nr_pages: int, node_of: Sequence[int] | None = None) -> list[Block]:
     """Cut a run of pages into blocks, given as (pfn, order) (§7, "Range split").
 
@@ -55,9 +70,13 @@ def parse_scratch(text: str) -> dict[str, int] | None:
     return dict(zip(("lowmem", "global_", "pernode"), sizes, strict=True)) if any(sizes) else None
 
 
-def walk_order(blocks: Iterable[Block]) -> list[Block]:
-    """Blocks as a walk of the radix tree gives them: larger orders first, then addresses (§5.2)."""
-    return sorted(blocks, key=lambda block: (-block[1], block[0]))
+def walk_order(blocks: Iterable[Block], abi: str = "kho-v4") -> list[Block]:
+    """Blocks as a walk of the map gives them, by address within an order.
+
+    The radix tree has larger orders first (§5.2), the list of chunks smaller ones (§3.2).
+    """
+    sign = 1 if abi in CHUNKS else -1
+    return sorted(blocks, key=lambda block: (sign * block[1], block[0]))
 
 
 @dataclass
@@ -70,6 +89,9 @@ class KhoModel:
         page_bytes: bytes of a page.
         preserved: the blocks.
         subtrees: name to (phys, bytes), oldest first.
+        abi: generation.
+        finalized: whether the map was written, where finalizing does that.
+        forgot: whether an abort forgot what was preserved, so that giving it up is no error.
     """
 
     ranges: list[Range]
@@ -77,6 +99,47 @@ class KhoModel:
     page_bytes: int = 4096
     preserved: set[Block] = field(default_factory=set)
     subtrees: dict[str, tuple[int, int]] = field(default_factory=dict)
+    abi: str = "kho-v4"
+    finalized: bool = False
+    forgot: bool = False
+
+    @property
+    def closes(self) -> bool:
+        """Whether finalizing closes the map until it is undone (§2.2, §3.3)."""
+        return self.abi in ("kho-v5-series", "kho-v1-512", "kho-v1-notifier")
+
+    def finalize(self) -> int:
+        """Write the map (§2.2, §3.3)."""
+        if self.abi not in CHUNKS:
+            return errno.EOPNOTSUPP
+        if self.closes and self.finalized:
+            return errno.EEXIST
+        self.finalized, self.forgot = True, False
+        return 0
+
+    def abort(self) -> int:
+        """Forget every preservation and subtree (§3.3)."""
+        if self.abi not in ("kho-v1-512", "kho-v1-notifier"):
+            return errno.EOPNOTSUPP
+        if not self.finalized:
+            return errno.ENOENT
+        self.preserved.clear()
+        self.subtrees.clear()
+        self.finalized, self.forgot = False, True
+        return 0
+
+    def unfreeze(self) -> int:
+        """Open the map again; preservations stay (§2.2)."""
+        if self.abi != "kho-v5-series":
+            return errno.EOPNOTSUPP
+        if not self.finalized:
+            return errno.ENOENT
+        self.finalized = False
+        return 0
+
+    @property
+    def _closed(self) -> bool:
+        return self.closes and self.finalized
 
     def _in_ram(self, phys: int, nr_pages: int) -> bool:
         """Whether every page of the span is RAM."""
@@ -91,6 +154,8 @@ class KhoModel:
 
     def preserve_folio(self, phys: int, order: int) -> int:
         """Twice is as once (§12, item 15)."""
+        if self._closed:
+            return errno.EBUSY
         if phys % (self.page_bytes << order) or self._refused(phys, 1 << order):
             return errno.EINVAL
         self.preserved.add((phys, order))
@@ -107,17 +172,22 @@ class KhoModel:
         return 0
 
     def unpreserve_folio(self, phys: int, order: int) -> int:
-        """Undo all earlier preserves of exactly this block."""
-        if (phys, order) not in self.preserved:
+        """Undo all earlier preserves of exactly this block; an abort may have done so."""
+        if self._closed:
+            return errno.EBUSY
+        if (phys, order) not in self.preserved and not self._forgiven(phys, order):
             return errno.ENOENT
-        self.preserved.remove((phys, order))
+        self.preserved.discard((phys, order))
         return 0
+
+    def _forgiven(self, phys: int, order: int) -> bool:
+        return self.forgot and phys % (self.page_bytes << order) == 0
 
     def blocks_of(self, phys: int, nr_pages: int) -> list[Block]:
         """The blocks, as (phys, order), that stand for a run of pages."""
         borders: list[int] = []
         last = self.ranges[0][2]
-        for start, _, node in self.ranges:
+        for start, _, node in self.ranges if self.abi in NUMA else ():
             if node != last:
                 borders.append(start // self.page_bytes)
             last = node
@@ -126,21 +196,33 @@ class KhoModel:
 
     def preserve_pages(self, phys: int, nr_pages: int) -> int:
         """All blocks of the run, or none."""
-        if not nr_pages or phys % self.page_bytes or self._refused(phys, nr_pages):
+        if self._closed:
+            return errno.EBUSY
+        if not nr_pages:
+            return 0  # Linux's loop does not run
+        if phys % self.page_bytes or self._refused(phys, nr_pages):
             return errno.EINVAL
         self.preserved.update(self.blocks_of(phys, nr_pages))
         return 0
 
     def unpreserve_pages(self, phys: int, nr_pages: int) -> int:
         """Only a run that was preserved as it stands."""
+        if self._closed:
+            return errno.EBUSY
         blocks = self.blocks_of(phys, nr_pages)
-        if not blocks or phys % self.page_bytes or not self.preserved.issuperset(blocks):
+        if self.forgot and blocks and phys % self.page_bytes == 0:
+            inside = self._in_ram(phys, nr_pages)
+            self.preserved.difference_update(blocks if inside else ())
+            return 0 if inside else errno.ENOENT
+        if (blocks and phys % self.page_bytes) or not self.preserved.issuperset(blocks):
             return errno.ENOENT
         self.preserved.difference_update(blocks)
         return 0
 
     def add_subtree(self, name: str, phys: int, nbytes: int) -> int:
         """A name stands once (§5.1)."""
+        if self._closed:
+            return errno.EBUSY
         if name in self.subtrees:
             return errno.EEXIST
         self.subtrees[name] = (phys, nbytes)
@@ -148,6 +230,8 @@ class KhoModel:
 
     def remove_subtree(self, phys: int) -> int:
         """The newest child whose blob is at *phys*: it stands first in the file (§5.1)."""
+        if self._closed:
+            return errno.EBUSY
         for name in reversed(self.subtrees):
             if self.subtrees[name][0] == phys:
                 del self.subtrees[name]
@@ -156,4 +240,4 @@ class KhoModel:
 
     def walk(self) -> list[Block]:
         """The preserved blocks in the ABI's walk order."""
-        return walk_order(self.preserved)
+        return walk_order(self.preserved, self.abi)

@@ -100,7 +100,9 @@ class Log:
             elif event == "REBOOT" and len(slot):
                 slot[0] = 0xEE
             elif event == "RESTORE":
-                expected = bytearray(content(kind, device.path, len(slot)))
+                expected = bytearray(len(slot))
+                if "prepare" in events:
+                    expected[:] = content(kind, device.path, len(slot))
                 if expected and "reboot" in events:
                     expected[0] = 0xEE
                 if bytes(slot) != bytes(expected):
@@ -193,6 +195,19 @@ def snapshot(kernel: Kernel) -> dict[str, Any]:
     }
 
 
+def settled(kernel: Kernel) -> dict[str, Any]:
+    """Return :func:`snapshot` after a cancelled update.
+
+    Pages of the map may stay, as in Linux, and the segment in scratch that the image will need.
+    """
+    kernel.kho.handover()
+    pages = kernel.memory.nr_free_pages() + kernel.kho.tree_pages
+    kernel.luo.prepare()
+    kernel.luo.cancel()
+    assert kernel.memory.nr_free_pages() + kernel.kho.tree_pages == pages
+    return snapshot(kernel)
+
+
 def slots_exist(kernel: Kernel) -> bool:
     """Return whether a device of *kernel* has a slot at present."""
     for device in kernel.devices:
@@ -226,3 +241,23 @@ def hand_over(kho: Kho) -> Handover:
     if kho.generation.finalize is not None and not kho.finalized:
         kho.finalize()
     return kho.handover()
+
+
+def plain_kernel(machine: Machine, drivers: dict[str, Any], buses: dict[str, Any], **kwargs: Any):
+    """Return a kernel of *machine*; an owner is given as its table (or None), or as itself."""
+
+    def made(cls, owners):
+        return [
+            owner if isinstance(owner, cls) else cls(name, owner) for name, owner in owners.items()
+        ]
+
+    return Kernel(machine, drivers=made(Driver, drivers), buses=made(Bus, buses), **kwargs)
+
+
+def leave(kernel: Kernel):
+    """Prepare and reboot *kernel*, let it go, and return the handover for any kernel's boot()."""
+    kernel.luo.prepare()
+    kernel.luo.reboot()
+    handover = kernel.kho.handover()
+    kernel.close()
+    return handover

@@ -28,7 +28,8 @@ cdef inline int64_t histogram_value(int bucket) noexcept nogil:
     if bucket < 2 * HISTOGRAM_SUB:
         return bucket
     shift = bucket // HISTOGRAM_SUB - 1
-    return ((<int64_t>(HISTOGRAM_SUB + bucket % HISTOGRAM_SUB)) << shift) + ((<int64_t>1 << shift) >> 1)
+    cdef int64_t low = <int64_t>(HISTOGRAM_SUB + bucket % HISTOGRAM_SUB) << shift
+    return low + ((<int64_t>1 << shift) >> 1)
 
 
 @cython.final
@@ -150,7 +151,8 @@ cdef class CallRecorder:
             row = self.stats[i]
             if row.calls:
                 result.append([
-                    list(self.names[i]), row.calls, row.devices, row.total_ns, row.min_ns, row.max_ns,
+                    list(self.names[i]), row.calls, row.devices,
+                    row.total_ns, row.min_ns, row.max_ns,
                     [[bucket, row.histogram[bucket]] for bucket in range(HISTOGRAM_BUCKETS)
                      if row.histogram[bucket]],
                 ])
@@ -170,7 +172,8 @@ cdef class CallRecorder:
             row.max_ns = max(row.max_ns, <int64_t>max_ns)
             for bucket, count in histogram:
                 if not 0 <= bucket < HISTOGRAM_BUCKETS:
-                    raise ValueError(f"histogram bucket {bucket}: not in 0..{HISTOGRAM_BUCKETS - 1}")
+                    raise ValueError(
+                        f"histogram bucket {bucket}: not in 0..{HISTOGRAM_BUCKETS - 1}")
                 row.histogram[<int>bucket] += count
 
     def clear(self):

@@ -1124,10 +1124,12 @@ cdef class PhysicalMemory:
 
         Page state that lived in another process is gone with it, and begins anew here.
         """
-        cdef page_state *state
+        cdef page_state *state = NULL
+        # A state is replaced and never taken away: another thread may be waiting to use it.
+        if self.state != NULL:
+            state = self.new_state([])
         with self.lock:
-            state = self.state
-            self.state = NULL
+            state, self.state = self.state, state
             self.scratch = []
             self.detached = False
         page_state_free(state)

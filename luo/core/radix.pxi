@@ -710,14 +710,16 @@ cdef class PreservedMemory:
                 is not allocated; ENOMEM if a page of the tree cannot be had, and nothing changes.
         """
         cdef uint64_t at = as_u64(phys), key, fresh = 0
-        cdef int o = as_order(order), why
+        cdef int o = as_order(order), why, rc
         self.use_unfrozen()
         why = self.check_block(at, o)
         if why:
             self.refuse(f"preserve_folio {at:#x}/order {o}", at,
                         self.memory.page_size << o if o < 48 else 0, why)
         key = kho_radix_encode_key(at, o, self.memory.page_shift)
-        check(self.map.add(&key, 1, &fresh), f"preserve_folio {at:#x}/order {o}")
+        rc = self.map.add(&key, 1, &fresh)
+        if rc < 0:  # the text costs more than the call
+            check(rc, f"preserve_folio {at:#x}/order {o}")
 
     def unpreserve_folio(self, phys, order):
         """Take back :meth:`preserve_folio` of the very same block.
@@ -726,12 +728,14 @@ cdef class PreservedMemory:
             KhoError: ENOENT if this very block, with this order, is not preserved.
         """
         cdef uint64_t at = as_u64(phys), key, where = 0
-        cdef int o = as_order(order)
+        cdef int o = as_order(order), rc
         self.use_unfrozen()
         if o > 63 - self.memory.page_shift or at & ((self.memory.page_size << o) - 1):
             check(-ENOENT, f"unpreserve_folio {at:#x}/order {o}")
         key = kho_radix_encode_key(at, o, self.memory.page_shift)
-        check(self.map.delete(&key, 1, &where), f"unpreserve_folio {at:#x}/order {o}")
+        rc = self.map.delete(&key, 1, &where)
+        if rc < 0:
+            check(rc, f"unpreserve_folio {at:#x}/order {o}")
 
     def is_preserved(self, phys, order):
         """Whether exactly this block is in the map (a larger one around it does not count)."""
@@ -752,13 +756,18 @@ cdef class PreservedMemory:
         cdef int order = 0, why = 0, shift = self.memory.page_shift
         cdef bint many = isinstance(orders, np.ndarray) or not hasattr(orders, "__index__")
         if many:
-            each = np.ascontiguousarray(orders, np.uint8)
+            array = np.asarray(orders)
+            if array.size and (
+                array.dtype.kind not in "iu" or not 0 <= array.min() <= array.max() < 64
+            ):
+                raise ValueError(f"{what}: orders are integers in 0..63")
+            each = np.ascontiguousarray(array, np.uint8)
             if <uint64_t>each.shape[0] != n:
                 raise ValueError(f"{what}: {n} addresses, {each.shape[0]} orders")
         else:
             order = as_order(orders)
         keys = <uint64_t *>xmalloc(n * 8)
-        with nogil:
+        with nogil, self.memory.lock:
             for i in range(n):
                 if many:
                     order = each[i]
@@ -932,7 +941,8 @@ cdef class PreservedMemory:
                 if rc < 0:
                     with memory.lock:
                         page_free_head(memory.state, pfn)
-        check(rc, f"alloc_preserve {count}")
+        if rc < 0:
+            check(rc, f"alloc_preserve {count}")
         return phys
 
     def unpreserve_free(self, phys):
@@ -950,10 +960,12 @@ cdef class PreservedMemory:
         if order < 0:
             raise from_errno(EINVAL, f"unpreserve_free {at:#x}: no allocated block starts here")
         key = kho_radix_encode_key(at, order, self.memory.page_shift)
-        check(self.map.delete(&key, 1, &where), f"unpreserve_free {at:#x}/order {order}")
-        with self.memory.lock:
-            rc = page_free_head(self.memory.state, at >> self.memory.page_shift)
-        check(rc if rc < 0 else 0, f"unpreserve_free {at:#x}")
+        rc = self.map.delete(&key, 1, &where)
+        if rc == 0:
+            with self.memory.lock:
+                rc = page_free_head(self.memory.state, at >> self.memory.page_shift)
+        if rc < 0:
+            check(rc, f"unpreserve_free {at:#x}/order {order}")
 
     def preserved(self, out=None):
         """Return all preserved blocks in the ABI's walk order, by address within an order.
@@ -1291,13 +1303,17 @@ cdef class IncomingMemory:
 
     cdef page_state *pages(self) noexcept nogil:
         """The page state that holds the claims: its own before install(), then the memory's."""
-        return self.state if self.state != NULL else self.memory.state
+        if self.state != NULL or self.memory is None:
+            return self.state
+        return self.memory.state
 
     cdef int use(self) except -1:
         if self.closed:
             raise from_errno(errno.ESHUTDOWN, "KHO: this kernel is gone")
         if self.state != NULL:
             raise from_errno(EINVAL, "incoming: not booted yet")
+        if self.memory is None:
+            raise from_errno(EINVAL, "incoming: not initialised")
         return self.memory.use()
 
     def close(self):
@@ -1308,7 +1324,7 @@ cdef class IncomingMemory:
         """Whether preserved, not restored blocks cover all pages of [phys, phys + nbytes)."""
         cdef uint64_t at, end
         cdef page_state *st
-        if not self.memory.contains(phys, nbytes):
+        if self.memory is None or not self.memory.contains(phys, nbytes):
             return False
         at = as_u64(phys)
         end = at + as_u64(nbytes)
@@ -1322,7 +1338,7 @@ cdef class IncomingMemory:
         cdef uint64_t at = as_u64(phys)
         cdef page_state *st
         cdef int order = -1
-        if at & (self.memory.page_size - 1):
+        if self.memory is None or at & (self.memory.page_size - 1):
             return None
         with self.memory.lock:
             st = self.pages()
@@ -1339,20 +1355,25 @@ cdef class IncomingMemory:
             KhoError: EINVAL if it is installed already.
         """
         cdef PhysicalMemory memory = self.memory
-        cdef page_state *old
+        cdef page_state *old = NULL
+        cdef bint done
         cdef size_t i
-        if self.closed or self.state == NULL:
-            raise from_errno(EINVAL, "incoming: booted already")
+        if memory is None:
+            raise from_errno(EINVAL, "incoming: not initialised")
         if memory.detached:
             memory.use()
         with memory.lock:
-            old = memory.state
-            memory.state = self.state
-            self.state = NULL
-            for i in range(self.nr_nodes):
-                page_free_head(memory.state, self.nodes[i] >> memory.page_shift)
-            memory.state.restricted = False
-            memory.scratch = self.areas
+            done = self.closed or self.state == NULL
+            if not done:
+                old = memory.state
+                memory.state = self.state
+                self.state = NULL
+                for i in range(self.nr_nodes):
+                    page_free_head(memory.state, self.nodes[i] >> memory.page_shift)
+                memory.state.restricted = False
+                memory.scratch = self.areas
+        if done:
+            raise from_errno(EINVAL, "incoming: booted already")
         page_state_free(old)
         free(self.nodes)
         self.nodes = NULL

@@ -64,7 +64,9 @@ def kernel(
             handed.
         modules: the user's drivers and subsystems, as :func:`load` takes them; a driver or bus
             of a built-in name replaces it.
-        kho_abi, cmdline, observer: as of :class:`~luo.kernel.Kernel`.
+        kho_abi: as of :class:`~luo.kernel.Kernel`.
+        cmdline: likewise.
+        observer: likewise.
     """
     tree = machine.devices
     drivers = {driver.name: driver for driver in _drivers(tree)}
@@ -140,7 +142,7 @@ def _import(name: str, spec: str) -> ModuleType:
         loader.loader.exec_module(module)
     except OSError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that ends itself is no drivers
         raise from_errno(
             errno.ENOEXEC, f"drivers {spec}: {type(error).__name__}: {error}"
         ) from error

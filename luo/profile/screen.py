@@ -16,6 +16,9 @@ _BLACKOUT: Final = ("reboot", "jump", "boot", "restore")
 _LABELS: Final = {"prepare": "PREPARE", "reboot": "REBOOT", "finish": "FINISH"}
 _MODELLED: Final = "kernel boot"
 _EVENTS: Final = ("PREPARE", "REBOOT", "RESTORE", "FINISH", "CANCEL")
+_IN_BLACKOUT: Final = ("REBOOT", "RESTORE")
+_WORDS: Final = ("subsystem", "event", "kind", "name")
+_NAME_WIDTH: Final = 20  # a longer name may be cut before a column is left out
 
 
 def duration(ns: float) -> str:
@@ -119,29 +122,6 @@ def _timeline(document: Mapping[str, Any], kernel_boot_ns: int, screen: int) -> 
 def _callbacks(document: Mapping[str, Any], screen: int) -> Table:
     """One row a subsystem, event and name, the dearest first within its subsystem."""
     rows = document["callbacks"]
-    wide = screen >= 90
-    table = Table(
-        title="callbacks",
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        header_style="dim",
-        padding=(0, 1),
-        pad_edge=False,
-    )
-    for name in ("subsystem", "event", "kind", "name"):
-        table.add_column(
-            name,
-            no_wrap=True,
-            overflow="ellipsis",
-            ratio=None,
-            max_width=24 if name == "name" else None,
-        )
-    columns = (
-        ("calls", "devices", "total", "p50", "p99", "max") if wide else ("calls", "total", "max")
-    )
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
     cost: dict[str, int] = {}
     for row in rows:
         cost[row["subsystem"]] = cost.get(row["subsystem"], 0) + row["total_ns"]
@@ -154,27 +134,51 @@ def _callbacks(document: Mapping[str, Any], screen: int) -> Table:
             -row["total_ns"],
         ),
     )
-    before = None
-    for row in rows:
-        values = {
-            "calls": f"{row['calls']:,}",
-            "devices": f"{row['devices']:,}" if row.get("devices") else "",
-            "total": duration(row["total_ns"]),
-            "p50": duration(row["p50_ns"]),
-            "p99": duration(row["p99_ns"]),
-            "max": duration(row["max_ns"]),
-        }
-        subsystem = row["subsystem"] if row["subsystem"] != before else ""
-        before = row["subsystem"]
-        blackout = row["event"] in ("REBOOT", "RESTORE")
-        table.add_row(
-            Text(subsystem, "bold"),
-            Text(row["event"], "red" if blackout else ""),
-            row["kind"],
-            row["name"],
-            *(values[name] for name in columns),
+    cells = [_cells(row, before) for row, before in zip(rows, [None, *rows], strict=False)]
+    # Figures are never cut: a name gets what they leave, and on a narrow screen there are fewer.
+    widths = {name: max(len(name), *(len(row[name]) for row in cells)) for name in cells[0]}
+    columns, left = list(widths), 0
+    for spared in ((), ("devices", "p50", "p99"), ("devices", "p50", "p99", "kind", "max")):
+        columns = [name for name in widths if name not in spared]
+        left = screen + widths["name"] - sum(widths[name] + 2 for name in columns) + 1
+        if left >= min(widths["name"], _NAME_WIDTH):
+            break
+    table = Table(
+        title="callbacks",
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        header_style="dim",
+        padding=(0, 1),
+        pad_edge=False,
+    )
+    for name in columns:
+        figure = name not in _WORDS
+        table.add_column(
+            name,
+            justify="right" if figure else "left",
+            no_wrap=True,
+            overflow="ellipsis",
+            max_width=max(8, left) if name == "name" else None,
         )
+    for row in cells:
+        style = {"subsystem": "bold", "event": "red" if row["event"] in _IN_BLACKOUT else ""}
+        table.add_row(*(Text(row[name], style.get(name, "")) for name in columns))
     return table
+
+
+def _cells(row: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return what the table shows of *row*, by column; *before* is the row above it."""
+    again = before is not None and before["subsystem"] == row["subsystem"]
+    return {
+        "subsystem": "" if again else row["subsystem"],
+        "event": row["event"],
+        "kind": row["kind"],
+        "name": row["name"],
+        "calls": f"{row['calls']:,}",
+        "devices": f"{row['devices']:,}" if row.get("devices") else "",
+        **{name: duration(row[f"{name}_ns"]) for name in ("total", "p50", "p99", "max")},
+    }
 
 
 def _image(document: Mapping[str, Any]) -> Text:

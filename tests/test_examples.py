@@ -1,0 +1,138 @@
+"""The examples run as a user runs them: as programs, from another directory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+README = EXAMPLES.parent / "README.md"
+
+
+def program(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python with *arguments*, from *cwd*."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        text=True,
+        capture_output=True,
+        timeout=120,
+        env={name: value for name, value in os.environ.items() if not name.startswith("PYTHON")},
+    )
+
+
+def luo_run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run ``luo run`` with *arguments*, from *cwd*."""
+    return program("-P", "-m", "luo", "run", *arguments, cwd=cwd)
+
+
+FIRST_DRIVER_PRINTS = """\
+normal → prepared → updated → normal in a second process
+1005 devices preserved, 1005 reclaimed
+256256 bytes saved, 256256 found there again
+PREPARE  nvme     calls 4
+PREPARE  vfio-pci calls 1
+RESTORE  nvme     calls 4
+RESTORE  vfio-pci calls 1
+"""
+
+
+def test_first_driver_as_a_program_updates_into_a_second_process(tmp_path):
+    """Per-device and batch callbacks: 4 calls and 1, all bytes there again."""
+    done = program(EXAMPLES / "first_driver.py", cwd=tmp_path)
+
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert done.stdout == FIRST_DRIVER_PRINTS
+
+
+def test_first_driver_given_to_luo_run_replaces_built_in_drivers(tmp_path):
+    """In both kernels: the 16 disks of the host are saved and restored one by one."""
+    driver = EXAMPLES / "first_driver.py"
+
+    done = luo_run("--preset", "cloud", "--drivers", driver, "--json", "-", cwd=tmp_path)
+
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    calls = {(row["event"], row["name"]): row["calls"] for row in document["callbacks"]}
+    assert calls["PREPARE", "nvme"] == calls["RESTORE", "nvme"] == 16
+    assert calls["PREPARE", "vfio-pci"] == 1
+    devices = document["devices"]
+    assert devices["preserved"] == devices["reclaimed"] >= devices["requested"] > 0
+    assert devices["verified_bytes"] == devices["state_bytes"] > 0
+    assert document["successor"] == "process"
+
+
+def test_failing_driver_as_a_program_shows_error_and_rollback(tmp_path):
+    """Event, driver, device, errno, file and line are in the error; nothing is left behind."""
+    driver = EXAMPLES / "failing_driver.py"
+    line = 1 + driver.read_text().splitlines().index(
+        '        raise OSError(errno.EBUSY, "a command is in flight")'
+    )
+
+    done = program(driver, cwd=tmp_path)
+
+    assert (done.stderr, done.returncode) == ("", 0)
+    told = dict((text[:11].rstrip(), text[12:]) for text in done.stdout.splitlines()[1:])
+    assert told == {
+        "event": "PREPARE",
+        "callback of": "driver nvme",
+        "device": "disk2",
+        "errno": "16 EBUSY",
+        "at": f"{driver}:{line}",
+        "rolled back": "True",
+        "state": "NORMAL",
+        "preserved": "0",
+        "free pages": "0 less than before",
+    }
+
+
+def test_failing_driver_given_to_luo_run_is_status_1_with_the_culprit(tmp_path):
+    """The error names driver, device, errno, file and line; the state is normal again."""
+    driver = EXAMPLES / "failing_driver.py"
+
+    done = luo_run("--preset", "cloud", "--drivers", driver, "--json", "-", cwd=tmp_path)
+
+    assert done.returncode == 1, done.stderr
+    document = json.loads(done.stdout)
+    error = document["error"]
+    assert (error["event"], error["kind"], error["name"]) == ("PREPARE", "driver", "nvme")
+    assert (error["errno_name"], error["rolled_back"]) == ("EBUSY", True)
+    assert (error["file"], type(error["line"])) == (str(driver), int)
+    assert error["device"].startswith("pci0005:00/")
+    assert document["states"] == ["normal", "normal"]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("suite", "arguments"),
+    [
+        (EXAMPLES / "bench_suite.py", ("-c", os.devnull)),
+        (
+            EXAMPLES.parent / "benches",
+            ("-c", EXAMPLES.parent / "benches" / "pytest.ini", "-k", "1k"),
+        ),
+    ],
+    ids=["example", "benches"],
+)
+def test_bench_suite_without_timing_passes_its_checks(suite, arguments, tmp_path):
+    """Each benchmark runs once, and what it checks afterwards holds."""
+    pytest.importorskip("pytest_benchmark")
+
+    done = program(
+        "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-disable",
+        *arguments, suite, cwd=tmp_path,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_readme_shows_the_first_driver_and_what_it_prints():
+    """What the README opens with is in the example, and its output is the real one."""
+    text = README.read_text()
+    code = text.split("```python\n", 1)[1].split("```", 1)[0]
+
+    assert code.strip() in (EXAMPLES / "first_driver.py").read_text()
+    assert FIRST_DRIVER_PRINTS in text

@@ -19,7 +19,7 @@ from rig import (
 from rig import updated as update
 
 from luo import abi
-from luo.errors import CallbackError, HandoverError, KhoError, SuccessorError
+from luo.errors import CallbackError, HandoverError, KernelPanic, KhoError, SuccessorError
 from luo.kernel import KernelImage, live_update
 from luo.kho import ChunkMap, Handover, Incoming, Kho, KhoEvent, KhoNode, radix_key
 from luo.machine import Machine
@@ -849,6 +849,51 @@ def test_ordinary_kexec_is_not_a_live_update(name, log):
     kernel = kernel.kexec()
 
     assert kernel.luo.state.name == "NORMAL"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_data_set_in_reboot_comes_over(name, log):
+    """Where PREPARE has closed the map, REBOOT still patches LUO's node in place."""
+    machine, kernel = running(name, log)
+    seen = []
+    log.hooks["PREPARE", "subsystem", "sub", None] = lambda context: setattr(context, "data", 1)
+    log.hooks["REBOOT", "subsystem", "sub", None] = lambda context: setattr(context, "data", 2)
+    log.hooks["RESTORE", "subsystem", "sub", None] = lambda context: seen.append(context.data)
+    update(kernel, small_kernel(machine, log, [log.subsystem("sub")], kho_abi=name))
+
+    assert seen == [2]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_preserve_in_reboot_is_ebusy_where_prepare_closed_the_map(name, log):
+    """Its author learns of it by a failed update, which is rolled back."""
+    _, kernel = running(name, log)
+    before = state_of(kernel)
+    log.hooks["REBOOT", "subsystem", "sub", None] = lambda context: context.kho.alloc_preserve(1)
+    kernel.luo.prepare()
+    if name in ABORTING:
+        with pytest.raises(CallbackError) as caught:
+            kernel.luo.reboot()
+        assert caught.value.errno == errno.EBUSY
+        assert before == state_of(kernel)
+    else:
+        assert kernel.luo.reboot()
+
+
+@pytest.mark.parametrize(
+    "version", [b"", struct.pack("=II", 2, 0), struct.pack("=II", 1, 1), bytes(9)]
+)
+def test_inline_luo_node_of_another_version_panics(version, log):
+    """RFC v1's own rule, for RFC v1's own node."""
+    machine = small_machine()
+    kernel = small_kernel(machine, log, kho_abi="kho-v5-series").boot()
+    node = KhoNode()
+    kernel.kho.add_node(None, abi.LUO_NODE, node)
+    kernel.kho.add_prop(node, "version", version)
+    handover = kernel.kho.handover()
+    kernel.close()
+    with pytest.raises(KernelPanic, match="version"):
+        small_kernel(machine, log, kho_abi="kho-v5-series").boot(handover)
 
 
 @pytest.mark.parametrize("name", CLOSING)

@@ -35,6 +35,7 @@ __all__ = [
     "PAGEBLOCK_ORDER",
     "SETUP_DATA_SER",
     "SETUP_KEXEC_KHO",
+    "VMALLOC_SER",
     "Generation",
     "KexecMetadata",
     "RadixGeometry",
@@ -100,6 +101,7 @@ class Generation:
         pageblock_scratch: whether areas of scratch are aligned to page blocks, and the global one
             is sized by what the rounded low one leaves; else to the allocator's largest order.
         restore_order_cap: whether blocks above the allocator's largest order cannot be restored.
+        vmalloc: whether it has vmalloc preservation.
         metadata: whether a kernel leaves the ``kexec-metadata`` blob.
         bugs: mistakes of its kernels that change bytes, by the name that asks for them.
     """
@@ -120,6 +122,7 @@ class Generation:
     numa_split: bool = False
     pageblock_scratch: bool = True
     restore_order_cap: bool = False
+    vmalloc: bool = True
     metadata: bool = False
     bugs: tuple[str, ...] = ()
 
@@ -175,6 +178,7 @@ GENERATIONS: Final = {
             undo="unfreeze",
             notifiers=True,
             phys_calls=True,
+            vmalloc=False,
             bugs=(BUG_V5_SPLIT,),
         ),
         Generation(
@@ -188,6 +192,7 @@ GENERATIONS: Final = {
             notifiers=True,
             phys_calls=True,
             restore_order_cap=True,
+            vmalloc=False,
         ),
         Generation(
             name="kho-v1-notifier",  # Linux 6.17.9, 6.18
@@ -318,6 +323,14 @@ class KexecMetadata:
 
 
 _METADATA_SER: Final = struct.Struct("=I65sI")
+
+
+# ---- vmalloc (kho-abi 6) ----
+
+VMALLOC_SER: Final = struct.Struct("=QIHH")
+"""Descriptor of an area. 0: u64 phys of the first chunk. 8: u32 pages. 12: u16 flags. 14: u16 order
+of each entry. A chunk is a page: u64 phys of the next, 0 for none; then u64 phys of each block; 0
+ends the list early. A full chunk is always followed by another, which may be empty."""
 
 
 # ---- linked blocks (kho-abi 10.1) ----

@@ -368,19 +368,38 @@ class Devices(Mortal):
     ) -> None:
         self.kernel = kernel
         self.tree = tree
-        n = len(tree.parents)
-        # A driver that the hardware names and this kernel lacks stays unbound.
         self.drivers: list[Driver] = list(drivers.values())
+        self.buses: list[Bus] = []
+        self._known_buses = dict(buses)
         self._driver_number = {driver.name: i for i, driver in enumerate(self.drivers)}
-        numbers = [self._driver_number.get(name, -1) for name in tree.driver_names]
-        self.driver_ids = np.array([*numbers, -1], np.int32)[tree.driver_ids]
-        # A bus that this kernel has no object for still is a bus, one without a table.
-        self.buses: list[Bus] = [buses.get(name) or Bus(name) for name in tree.bus_names]
-        self.bus_ids: NDArray[np.int32] = np.array(tree.bus_ids, np.int32)
-        self.requested = np.zeros(n, np.bool_)
-        self.preserved = np.zeros(n, np.bool_)
-        self.reclaimed = np.zeros(n, np.bool_)
+        self.driver_ids: NDArray[np.int32] = np.zeros(0, np.int32)
+        self.bus_ids: NDArray[np.int32] = np.zeros(0, np.int32)
+        self.requested = np.zeros(0, np.bool_)
+        self.preserved = np.zeros(0, np.bool_)
+        self.reclaimed = np.zeros(0, np.bool_)
         self._slots: dict[str, tuple[NDArray[np.uint64], NDArray[np.uint64]]] = {}
+        self.rescan()
+
+    def rescan(self) -> None:
+        """Enumerate, and bind drivers to, the devices that were added to the tree since.
+
+        What is known keeps its driver and its flags. Requests and PREPARE do this by themselves.
+        """
+        tree, known = self.tree, len(self.requested)
+        count = len(tree.parents) - known
+        if not count:
+            return
+        # A driver that the hardware names and this kernel lacks stays unbound; a bus that it has
+        # no object for still is a bus, one without a table.
+        numbers = [self._driver_number.get(name, -1) for name in tree.driver_names]
+        bound = np.array([*numbers, -1], np.int32)[tree.driver_ids[known:]]
+        self.driver_ids = np.concatenate((self.driver_ids, bound))
+        self.bus_ids = np.concatenate((self.bus_ids, tree.bus_ids[known:]))
+        for name in tree.bus_names[len(self.buses) :]:
+            self.buses.append(self._known_buses.get(name) or Bus(name))
+        for flags in ("requested", "preserved", "reclaimed"):
+            column = np.concatenate((getattr(self, flags), np.zeros(count, np.bool_)))
+            setattr(self, flags, column)
 
     # ---- looking ----
 
@@ -392,6 +411,7 @@ class Devices(Mortal):
 
     def __getitem__(self, path: str | int) -> Device:
         """Return the device at *path* (or with that number)."""
+        self.rescan()
         if isinstance(path, str):
             return Device(self, self.tree[path])
         if not 0 <= path < len(self.tree.parents) or not self.tree.alive[path]:
@@ -415,6 +435,7 @@ class Devices(Mortal):
         the bus has a table, one with neither passes (RFC v1 1.9). What is bound now counts, not
         what the hardware names.
         """
+        self.rescan()
         has_ops = [driver.ops is not None for driver in self.drivers]
         driver_ok = np.array([*has_ops, True], np.bool_)[self.driver_ids]
         bus_ok = np.array([*(bus.ops is not None for bus in self.buses), True], np.bool_)[
@@ -474,9 +495,10 @@ class Devices(Mortal):
                 it names no device.
             TypeError, ValueError: numbers are no integers, a mask has another length.
         """
-        n = len(self.requested)
         with self.kernel.luo.read_state():
             self.kernel.luo.require_normal("requested")
+            self.rescan()
+            n = len(self.requested)
             if isinstance(which, str):
                 mask = self.tree.match(which)
                 if on:
@@ -558,7 +580,7 @@ class Devices(Mortal):
                 f" the state is {state.name}",
             )
         phys, size = self._slots[side]
-        nbytes = int(size[index])
+        nbytes = int(size[index]) if index < len(size) else 0  # else it came after PREPARE
         view: memoryview = self.kernel.memory.view(int(phys[index]), nbytes) if nbytes else _EMPTY
         return view
 

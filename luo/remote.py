@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["RemoteKernel"]
 
 _FRAME_LIMIT: Final = 256 << 20  # bytes of one message; a peer that asks for more is broken
+_INTERRUPTIBLE: Final = ("event", "reboot")  # commands that run callbacks which can be undone
 _START: Final = "from luo.remote import serve; serve()"
 
 
@@ -244,12 +245,15 @@ class RemoteKernel:
         """
         self._require(command)
         self._count += 1
+        sent = False
         try:
             self._channel.send({"id": self._count, "command": command, **arguments})
-            while True:
-                answer = self._channel.receive(timeout)
-                if answer["id"] == self._count:
-                    break  # else it answers a question whose asker was interrupted
+            sent = True
+            answer = self._answer(timeout)
+        except KeyboardInterrupt:
+            if sent and command in _INTERRUPTIBLE:
+                self._interrupt()
+            raise
         except Closed:
             raise self._gone(step or command, self._wait()) from None
         except TimeoutError:
@@ -265,6 +269,18 @@ class RemoteKernel:
             raise error
         result: dict[str, Any] = answer["result"]
         return result
+
+    def _answer(self, timeout: float | None = None) -> dict[str, Any]:
+        while True:
+            answer = self._channel.receive(timeout)
+            if answer["id"] == self._count:
+                return answer  # else it answers a question whose asker was interrupted
+
+    def _interrupt(self) -> None:
+        """Pass ^C on to the kernel's callback, and wait until it has been rolled back."""
+        self._process.send_signal(signal.SIGINT)
+        with contextlib.suppress(Closed):
+            self._answer()
 
     def _require(self, what: str) -> None:
         if self._closed:
@@ -417,7 +433,12 @@ class RemoteOrchestrator:
 
     def prepare(self) -> None:
         """As :meth:`luo.liveupdate.Orchestrator.prepare`."""
-        self._kernel._ask("event", event="prepare")
+        try:
+            self._kernel._ask("event", event="prepare")
+        except KeyboardInterrupt:
+            if self.state is State.PREPARED:  # ^C came when it was just done
+                self.cancel()
+            raise
 
     def cancel(self) -> CancelResult:
         """As :meth:`luo.liveupdate.Orchestrator.cancel`."""
@@ -488,6 +509,7 @@ class _Server:
         self._channel = channel
         self._kernel: Kernel | None = None
         self._plan: Any = None
+        self._interruptible = False
 
     @property
     def kernel(self) -> Kernel:
@@ -495,6 +517,12 @@ class _Server:
         if self._kernel is None:
             raise StateError(errno.EINVAL, "no kernel is loaded")
         return self._kernel
+
+    def on_interrupt(self, number: int, frame: object) -> None:
+        """Raise KeyboardInterrupt in a callback that can be undone, and nowhere else."""
+        if self._interruptible:
+            self._interruptible = False
+            raise KeyboardInterrupt
 
     def run(self) -> None:
         """Obey until the other end is gone."""
@@ -505,7 +533,11 @@ class _Server:
                 return
             command, answer = message.pop("command"), {"id": message.pop("id")}
             try:
-                answer["result"] = getattr(self, f"do_{command}")(**message)
+                try:
+                    self._interruptible = command in _INTERRUPTIBLE
+                    answer["result"] = getattr(self, f"do_{command}")(**message)
+                finally:
+                    self._interruptible = False
             except BaseException as error:
                 answer["error"] = _encode_error(error)
             with contextlib.suppress(Closed):
@@ -597,4 +629,6 @@ def serve() -> None:
     """Be the second process: the channel is the file descriptor in the last argument."""
     channel = Channel(socket.socket(fileno=int(sys.argv[-1])))
     sys.argv = ["luo-kernel"]
-    _Server(channel).run()
+    server = _Server(channel)
+    signal.signal(signal.SIGINT, server.on_interrupt)
+    server.run()

@@ -188,6 +188,18 @@ def fails(machine, event, outcome=-16):
     return small_kernel(machine, log)
 
 
+def slow(machine, event, marker):
+    """Take a minute in the callback for *event* of one driver, once a file says that it began."""
+
+    def wait(device):
+        Path(marker).touch()
+        time.sleep(60)
+
+    log = Log()
+    log.hooks[event, "driver", "nvme", "pci0/disk"] = wait
+    return small_kernel(machine, log)
+
+
 def everything(kernel: Kernel) -> dict:
     """Return all that a kernel has of the one before it, in JSON values."""
     memory, incoming = kernel.memory, kernel.kho.incoming

@@ -142,7 +142,7 @@ def _import(name: str, spec: str) -> ModuleType:
         loader.loader.exec_module(module)
     except OSError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that ends itself is no drivers
         raise from_errno(
             errno.ENOEXEC, f"drivers {spec}: {type(error).__name__}: {error}"
         ) from error

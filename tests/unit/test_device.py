@@ -622,3 +622,18 @@ def test_views_of_the_old_kernel_are_cut_off(kernel, machine, log):
     assert bytes(bus_view) == bytes(8)
     view[:] = b"\xff" * 24
     assert bytes(kernel.devices[NIC0].slot) == now
+
+
+def test_device_added_after_boot_is_enumerated_and_kept(machine):
+    """Hot plug: a device that comes after the kernel was built is bound, requested and kept."""
+    make = lifecycle([])
+    kernel = make(machine).boot()
+    old = len(machine.devices)
+    machine.devices.add("late", driver=machine.devices.driver_names[0])
+
+    assert not kernel.devices["late"].requested
+    kernel.devices["late"].requested = True
+    kernel.luo.prepare()
+
+    assert kernel.devices.preserved.tolist() == [False] * old + [True]
+    kernel.luo.cancel()

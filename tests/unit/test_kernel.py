@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import kernels
@@ -681,6 +682,45 @@ def test_remote_reboot_failure_keeps_it(kernel):
         assert (caught.value.event, caught.value.device) == ("REBOOT", "pci0/disk")
         assert remote.luo.state is State.NORMAL
         assert remote.machine.running is remote
+
+
+@pytest.mark.parametrize("event", ["PREPARE", "REBOOT"])
+def test_remote_kernel_interrupted_rolls_back(event, kernel, tmp_path):
+    """^C here interrupts the callback there: it rolls back, then ^C is raised."""
+    marker = tmp_path / "began"
+    kernel.kexec_load(KernelImage("kernels:slow", args={"event": event, "marker": str(marker)}))
+
+    def interrupt():
+        while not marker.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with prepare_and_kexec(kernel) as remote:
+        remote.luo.finish()
+        remote.devices.request("*")
+        remote.kexec_load(PLAIN)
+        began = time.monotonic()
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            prepare_and_kexec(remote)
+        thread.join()
+        assert time.monotonic() - began < 30
+        assert remote.luo.state is State.NORMAL
+        assert not remote.devices.preserved.any()
+        assert remote.machine.running is remote
+
+
+def test_remote_kernel_that_waits_is_not_interrupted(kernel):
+    """^C that finds no callback running does no harm there."""
+    kernel.kexec_load(PLAIN)
+    with prepare_and_kexec(kernel) as remote:
+        os.kill(remote.pid, signal.SIGINT)
+        assert remote.luo.finish().failures == ()
+        os.kill(remote.pid, signal.SIGINT)
+        remote.devices.request("*")
+        remote.luo.prepare()
+        assert remote.luo.state is State.PREPARED
 
 
 def test_remote_load_failure_keeps_what_was_loaded(kernel):

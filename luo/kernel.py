@@ -176,6 +176,8 @@ class Kernel:
         machine: the machine.
         drivers, buses, subsystems: what this kernel has.
         kho_abi: generation of the handover, a name in :data:`luo.abi.GENERATIONS`.
+        kho_bugs: mistakes of that generation's kernels to reproduce, as of
+            :class:`~luo.kho.Kho`.
         release: what ``uname -r`` would say; handed over in the metadata.
         cmdline: ``kho=``, ``liveupdate=``, ``kho_scratch=`` and ``reserve_mem=`` are read.
         arch: ``"x86_64"`` or ``"arm64"``, which hand over each in its own way; any other has no
@@ -206,6 +208,7 @@ class Kernel:
         buses: Iterable[Bus] = (),
         subsystems: Iterable[Subsystem] = (),
         kho_abi: str = "kho-v4",
+        kho_bugs: Iterable[str] = (),
         release: str = _RELEASE,
         cmdline: str = "kho=on liveupdate=on",
         arch: str = "x86_64",
@@ -226,6 +229,7 @@ class Kernel:
             raise ValueError(f"quirks {quirks!r}: the intended behaviour has none")
         self.machine = machine
         self.kho_abi = kho_abi
+        self.kho_bugs = abi.generation(kho_abi).check_bugs(kho_bugs)
         self.release = release
         self.arch = arch
         self.profile = CallRecorder(clock)
@@ -377,7 +381,9 @@ class Kernel:
         """
         if handover is None:
             return _Plan()
-        plan = _Plan(Kho.validate(self.machine.memory, handover, abi=self.kho_abi))
+        plan = _Plan(
+            Kho.validate(self.machine.memory, handover, abi=self.kho_abi, bugs=self.kho_bugs)
+        )
         assert plan.incoming is not None
         plan.luo = LuoIncoming.read(plan.incoming)
         if plan.luo is not None:
@@ -401,6 +407,7 @@ class Kernel:
                 self._kho = Kho(
                     self.machine.memory,
                     abi=self.kho_abi,
+                    bugs=self.kho_bugs,
                     scratch=self.parameters.kho_scratch,
                     release=self.release,
                 )

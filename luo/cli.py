@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,18 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from luo import abi, drivers, workloads
+from luo.cli_errors import FAILED, INTERRUPTED, WRONG, Wrong, wrong_input
+from luo.cli_image import image as image_commands
 from luo.errors import KhoNoMemoryError, LuoError
+from luo.image import Image
 from luo.kernel import Kernel, KernelImage, live_update
+from luo.kho import Handover
 from luo.profile import screen
 from luo.report import Report, describe, parse_duration, version
 from luo.topology import Host, hwloc
 from luo.topology import host as sysfs_host
 
 __all__ = ["main"]
-
-FAILED, WRONG, INTERRUPTED = 1, 2, 130
 
 
 class Duration(click.ParamType["int"]):
@@ -76,6 +79,9 @@ def _interrupt(number: int, frame: object) -> None:
 @click.version_option(version(), prog_name="luo")
 def main() -> None:
     """Live updates of a Linux host: what survives the reboot, what it costs, and what fails."""
+
+
+main.add_command(image_commands)
 
 
 @main.command()
@@ -142,6 +148,13 @@ def main() -> None:
     show_default=True,
     help="Generation of the handover.",
 )
+@click.option(
+    "--save",
+    "save_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write what the first kernel hands over; see 'luo image'.",
+)
 @click.option("--seed", type=int, default=0, metavar="S", help="Seed of a generated preset.")
 @click.option(
     "--timeout",
@@ -170,6 +183,7 @@ def run(
     repeat: int,
     kernel_boot: int,
     kho_abi: str,
+    save_file: Path | None,
     seed: int,
     timeout: int,
     json_file: str | None,
@@ -198,7 +212,7 @@ def run(
         _check_writable(str(json_file))
     # The document has standard output for itself.
     console = Console(stderr=json_file == "-", highlight=False)
-    with _progress() as doing, _wrong_input():
+    with _progress() as doing, wrong_input():
         doing("reading the devices")
         host = _host(preset, devices, sysfs, hwloc_file, host_file, seed)
         doing("booting the first kernel")
@@ -209,6 +223,8 @@ def run(
     try:
         with _progress() as doing:
             _observe(kernel, doing)
+            if save_file is not None:
+                kernel.on_handover = partial(_save, kernel, save_file)
             doing("starting the next kernel")
             live_update(
                 kernel,
@@ -227,6 +243,8 @@ def run(
     except LuoError as error:
         status = FAILED
         report.error = report.error or describe(error)
+    except OSError as error:  # of --save: the update was cancelled
+        raise Wrong(f"--save {save_file}: {error.strerror}") from error
     finally:
         if report.kernel is not None:
             report.kernel.close()
@@ -234,31 +252,11 @@ def run(
     if json_file is not None:
         _write(json_file, json.dumps(document, indent=2))
     if status == WRONG:
-        raise _Wrong(document["error"]["message"])
+        raise Wrong(document["error"]["message"])
     screen.show(console, document, kernel_boot)
     if host.skipped:
         console.print(f"{host.skipped:,} attributes were unreadable and skipped", style="dim")
     sys.exit(status)
-
-
-class _Wrong(click.ClickException):
-    """Wrong input: one line, exit status 2."""
-
-    exit_code = WRONG
-
-
-@contextlib.contextmanager
-def _wrong_input() -> Iterator[None]:
-    """Turn what the user gave wrong into one line and exit status 2."""
-    try:
-        yield
-    except MemoryError as error:
-        raise _Wrong(f"too little memory: {error}") from error
-    except OSError as error:
-        plain = error.filename is not None and not isinstance(error, LuoError)
-        raise _Wrong(f"{error.filename}: {error.strerror}" if plain else str(error)) from error
-    except (ValueError, LuoError) as error:
-        raise _Wrong(str(error)) from error
 
 
 @contextlib.contextmanager
@@ -279,6 +277,13 @@ def _progress() -> Iterator[Callable[[str], None]]:
 
 def _observe(kernel: Kernel, doing: Callable[[str], None]) -> None:
     kernel.observer = lambda what, name: doing(f"{what} {name}")
+
+
+def _save(kernel: Kernel, path: Path, handover: Handover) -> None:
+    """Write what *kernel* is about to hand over."""
+    assert kernel.kho is not None
+    memory = kernel.machine.memory
+    Image.from_memory(memory, handover, abi=kernel.kho.abi, bugs=kernel.kho.bugs).save(path)
 
 
 def _host(
@@ -344,4 +349,4 @@ def _write(path: str, text: str) -> None:
     try:
         Path(path).write_text(text + "\n")
     except OSError as error:
-        raise _Wrong(f"--json {path}: {error.strerror}") from error
+        raise Wrong(f"--json {path}: {error.strerror}") from error

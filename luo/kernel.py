@@ -177,6 +177,9 @@ class Kernel:
         profile: what callbacks cost; stays readable after the kernel is gone.
         phases: nanoseconds of each phase that it has passed.
         arrival: how it came to run, if by :meth:`kexec`.
+        on_handover: called with the four numbers in :meth:`kexec` when memory holds what is handed
+            over, before the successor looks at it. Its time counts in no phase; what it raises
+            cancels the update.
     """
 
     def __init__(
@@ -220,6 +223,7 @@ class Kernel:
         self._layer = DeviceParticipant(self.devices, self.profile)
         self.luo.join_devices(self._layer)
         self.observer = observer
+        self.on_handover: Callable[[Handover], None] | None = None
         self._kho: Kho | None = None
         self._plan = _Plan()
         self._status = "built"  # then "running", then "gone"
@@ -513,6 +517,8 @@ class Kernel:
         live = self.luo.reboot()
         handover = self._hand_over(live)
         ended = self.profile.read_clock()
+        if handover is not None and self.on_handover is not None:
+            self.on_handover(handover)
         digests = self._layer.digests() if live and verify else {}
         return Departure(
             live=live,

@@ -1,0 +1,278 @@
+"""One generation's image as another's.
+
+Map, root tree and references are written anew by :class:`luo.kho.Kho`; every preserved page other
+than the format's own (root tree, ``kexec-metadata``) stays where it is, as a block of the same
+order. What the blobs hold is carried, not translated, as KHO knows nothing of it; but for this
+library's ``liveupdate_orchestrator``, so that the other generation's kernel finds its devices.
+
+kho-v5-series has no blobs, its users' data stands in the one tree. A blob that is a tree becomes
+nodes there, with a property that says where the blob is, whose pages stay preserved; on the way
+back that is used again. Nodes without it become a blob on new pages, with a property beside its
+address that has them dropped on the way back. Neither property means anything to a kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from collections.abc import Collection, Iterable, Iterator
+from typing import Final
+
+import numpy as np
+
+from luo import abi as _abi
+from luo.errors import FdtError, HandoverError
+from luo.fdt import Fdt, FdtEditor, FdtWriter, Node
+from luo.image import orchestrator
+from luo.image.store import Extent, Image
+from luo.image.survey import Subtree, Survey
+from luo.kho import Kho
+from luo.kho_tree import KhoNode
+
+__all__ = ["convert"]
+
+BLOB_AT: Final = "luo,blob"  # in kho-v5-series: u64 phys and u64 bytes of the blob it was
+WAS_INLINE: Final = "luo,inline"  # elsewhere, empty: the blob's pages were made by converting
+_BLOB_AT: Final = struct.Struct("=QQ")
+_FDT_MAGIC: Final = b"\xd0\x0d\xfe\xed"
+
+
+def convert(image: Image, abi: str, *, drop: Collection[str] = ()) -> Image:
+    """Return *image* in another generation's format.
+
+    Args:
+        image: one that breaks no rule.
+        abi: name of the other generation.
+        drop: names of subtrees to leave out; what they preserved stays preserved.
+
+    Raises:
+        ValueError: there is no such generation or subtree; or something that the generation cannot
+            express: it names all of that.
+        HandoverError: the image breaks a rule, or a page of a blob was not kept.
+        KhoError: ENOMEM, E2BIG or EADDRNOTAVAIL if there is no room for what has to be written.
+    """
+    target = _abi.generation(abi)
+    survey = image.survey
+    violations = image.verify()
+    if violations:
+        first = violations[0]
+        raise HandoverError(f"convert: {first.part}: {first.rule}", first.phys)
+    names = {subtree.name for subtree in survey.subtrees}
+    for name in drop:
+        if name not in names:
+            raise ValueError(f"--drop {name}: the image has no such subtree")
+    kept = [
+        subtree
+        for subtree in survey.subtrees
+        if subtree.name not in drop and subtree.name != _abi.KHO_SUBTREE_METADATA
+    ]
+    refused = [reason for subtree in kept if (reason := _refuse(image, subtree, target))]
+    if refused:
+        raise ValueError(f"{abi} cannot express: {'; '.join(refused)}; see --drop")
+
+    own = _own_blocks(survey, target)
+    keep = ~np.isin(survey.phys | survey.orders, np.array(sorted(own), np.uint64))
+    phys, orders = survey.phys[keep], survey.orders[keep]
+    memory = image.memory()
+    for at, order in _natural_blocks(survey, own):
+        memory.claim(at, order)
+    metadata = _metadata(survey)
+    kho = Kho(
+        memory,
+        abi=abi,
+        scratch=survey.scratch,
+        release=metadata.previous_release if metadata else "luo",
+    )
+    kho.preserve_folios(phys, orders)
+    made: list[str] = []
+    for subtree in reversed(kept):  # each is put before the others
+        if target.inline:
+            _add_nodes(kho, subtree, image)
+        elif _add_blob(kho, subtree, image):
+            made.append(subtree.name)
+    if target.metadata and metadata is not None:
+        _set_metadata(kho, metadata)
+    if target.finalize is not None:
+        kho.finalize()
+    handover = kho.handover()
+    if not target.inline:
+        _flag(kho, made)
+    result = Image.from_memory(memory, handover, abi=abi, source=image.source)
+    return Image(
+        image.ram.ranges,
+        handover,
+        _only_kept(result, image),
+        abi=abi,
+        page_size=image.page_size,
+        source=image.source,
+    )
+
+
+def _refuse(image: Image, subtree: Subtree, target: _abi.Generation) -> str | None:
+    """Say why *target* cannot have this subtree, if so."""
+    if image.survey.generation.inline:
+        return None
+    assert subtree.phys is not None
+    assert subtree.nbytes is not None
+    if target.size_property is not None:
+        return None
+    what = None
+    blob = image.read(subtree.phys, subtree.nbytes)
+    if blob[:4] != _FDT_MAGIC:
+        what = f"{subtree.nbytes} bytes that are no tree"
+    else:
+        try:
+            Fdt(blob)
+        except FdtError as error:
+            what = f"a tree that cannot be read: {error}"
+    return None if what is None else f"{subtree.name} ({what}, and it has no sizes of blobs)"
+
+
+# ---- the format's own pages ----
+
+
+def _own_blocks(survey: Survey, target: _abi.Generation) -> set[int]:
+    """Return (phys | order) of the blocks that are not taken along."""
+    own: set[int] = set()
+    for at in _own_places(survey, target):
+        order = survey.order_at(at)
+        if order is not None:
+            own.add(at | order)
+    return own
+
+
+def _own_places(survey: Survey, target: _abi.Generation) -> Iterator[int]:
+    if survey.fdt is None or survey.generation.inline:
+        return
+    yield survey.pages.handover.fdt_phys
+    for subtree in survey.subtrees:
+        made = WAS_INLINE in subtree.rows[0][1] and target.inline
+        if subtree.phys is not None and (subtree.name == _abi.KHO_SUBTREE_METADATA or made):
+            yield subtree.phys
+            if subtree.name == _abi.LUO_NODE:
+                yield from orchestrator.made_places(subtree)
+
+
+def _natural_blocks(survey: Survey, own: set[int]) -> Iterator[tuple[int, int]]:
+    """Yield aligned blocks that make up all preserved memory but *own*, few and large."""
+    page = survey.ram.page_size
+    mine = {key & ~63: page << (key & 63) for key in own}
+    cuts = sorted(mine)
+    for start, end in survey.preserved_runs():
+        edges = [start]
+        for at in cuts:
+            if start <= at < end:
+                edges += [at, at + mine[at]]
+        edges.append(end)
+        for low, high in zip(edges[::2], edges[1::2], strict=True):
+            pfn, stop = low // page, high // page
+            while pfn < stop:
+                order = (stop - pfn).bit_length() - 1
+                if pfn:
+                    order = min(order, (pfn & -pfn).bit_length() - 1)
+                yield pfn * page, order
+                pfn += 1 << order
+
+
+def _metadata(survey: Survey) -> _abi.KexecMetadata | None:
+    for subtree in survey.subtrees:
+        found = subtree.decoded
+        if subtree.name == _abi.KHO_SUBTREE_METADATA and found:
+            return _abi.KexecMetadata(found["previous_release"], found["kexec_count"])
+    return None
+
+
+def _set_metadata(kho: Kho, metadata: _abi.KexecMetadata) -> None:
+    """Write how often this was handed over: Kho counts from a cold boot."""
+    blob = metadata.pack()
+    raw = kho.root.node(f"/{_abi.KHO_SUBTREE_METADATA}")[kho.generation.data_property or ""]
+    kho.memory.view(int.from_bytes(bytes(raw), "little"), len(blob))[:] = blob
+
+
+# ---- blobs and nodes ----
+
+
+def _add_blob(kho: Kho, subtree: Subtree, image: Image) -> bool:
+    """Name the blob in the new root tree; returns whether it had to be made."""
+    survey = image.survey
+    if not survey.generation.inline:
+        assert subtree.phys is not None
+        assert subtree.nbytes is not None
+        kho.add_subtree(subtree.name, subtree.phys, subtree.nbytes)
+        return False
+    raw = subtree.rows[0][1].get(BLOB_AT)
+    if raw is not None and raw.nbytes == _BLOB_AT.size:
+        phys, nbytes = _BLOB_AT.unpack(raw)
+        if survey.covered(phys, nbytes) and survey.pages.written(phys, nbytes):
+            kho.add_subtree(subtree.name, phys, nbytes)
+            return False
+    if subtree.name == _abi.LUO_NODE:
+        orchestrator.to_blob(kho, image, subtree)
+    else:
+        kho.save_subtree(subtree.name, _flatten(subtree.rows))
+    return True
+
+
+def _flatten(rows: Iterable[tuple[int, Node]]) -> bytes:
+    """Return a node and all below it as a tree of its own."""
+    writer = FdtWriter()
+    depth = -1
+    for here, node in rows:
+        for _ in range(depth - here + 1):
+            writer.end_node()
+        writer.begin_node(node.name if here else "")
+        for name, value in node.properties.items():
+            if here or name != BLOB_AT:
+                writer.property(name, value)
+        depth = here
+    for _ in range(depth + 1):
+        writer.end_node()
+    return bytes(writer.finish())
+
+
+def _add_nodes(kho: Kho, subtree: Subtree, image: Image) -> None:
+    survey = image.survey
+    if survey.generation.inline:
+        kho.add_node(None, subtree.name, _kho_node(subtree.rows))
+        return
+    assert subtree.phys is not None
+    assert subtree.nbytes is not None
+    node = _kho_node(Fdt(image.read(subtree.phys, subtree.nbytes)).walk())
+    if WAS_INLINE not in subtree.rows[0][1]:
+        node.properties[BLOB_AT] = _BLOB_AT.pack(subtree.phys, subtree.nbytes)
+    if subtree.name == _abi.LUO_NODE:
+        orchestrator.to_node(image, subtree, node)
+    kho.add_node(None, subtree.name, node)
+
+
+def _kho_node(rows: Iterable[tuple[int, Node]]) -> KhoNode:
+    """Return a node and all below it as nodes of the state tree."""
+    stack: list[KhoNode] = []
+    for depth, node in rows:
+        made = KhoNode()
+        made.properties = {name: bytes(value) for name, value in node.properties.items()}
+        del stack[depth:]
+        if stack:
+            if node.name in stack[-1].children:
+                raise ValueError(f"{node.path}: stands twice, which kho-v5-series cannot express")
+            stack[-1].children[node.name] = made
+        stack.append(made)
+    return stack[0]
+
+
+def _flag(kho: Kho, names: list[str]) -> None:
+    """Note in the root tree whose blobs are new; without room there it is left out."""
+    for name in names:
+        editor = FdtEditor(kho.memory.view(kho.fdt_phys, kho.memory.page_size))
+        with contextlib.suppress(FdtError):
+            editor.set_property(f"/{name}", WAS_INLINE, b"")
+        editor.pack()
+
+
+def _only_kept(result: Image, source: Image) -> Iterator[Extent]:
+    """Yield the result's pages, without those that the source did not have itself."""
+    for extent in result.extents:
+        if extent.data is not None:
+            yield extent
+        else:
+            yield from source.pieces(extent.phys, extent.end)

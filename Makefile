@@ -2,6 +2,7 @@
 #
 #   PYTHON=python3.13   another interpreter, 3.11 or newer
 #   LUO_DEBUG=1         checked build (bounds, divisions); also LUO_SANITIZE=1, LUO_COVERAGE=1
+#   SECONDS=60          make fuzz: time for each target
 #   ARGS="…"            passed on: make run ARGS="--preset cloud", make test ARGS="-k fdt"
 
 PYTHON ?= python3
@@ -28,11 +29,14 @@ SOURCES := $(shell find luo -name '*.py' -o -name '*.pyi' -o -name '*.toml' -o -
 
 # The source tree is on nobody's path, that of started processes included: what runs is what was
 # installed. A sanitizer's runtime must be there before Python is.
+# Python's own allocator would hide from it what lies beside a small object. Python leaves much
+# behind at its end, so leaks are what the core counts of its own blocks (tests/conftest.py).
 RUN := PYTHONSAFEPATH=1 $(if $(filter 1,$(LUO_SANITIZE)),LD_PRELOAD=$(shell gcc -print-file-name=libasan.so) \
-  ASAN_OPTIONS=detect_leaks=0) $(BIN)/python
+  PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:detect_stack_use_after_return=1 \
+  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1) $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help run build test debug lint format bench bench-quick dist clean
+.PHONY: help run build test debug sanitize fuzz boards lint format bench bench-quick dist clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -48,6 +52,25 @@ test: $(INSTALLED) $(TEST)  ## the whole suite against the installed package
 
 debug:  ## the whole suite against a checked build
 	$(MAKE) --no-print-directory LUO_DEBUG=1 test
+
+# A virtual environment of its own: the release build stays where it is.
+CHECKED = $(MAKE) --no-print-directory LUO_SANITIZE=1 VENV=.venv-sanitize
+
+sanitize:  ## unit and property tests under ASan and UBSan, with failing allocations
+	HYPOTHESIS_PROFILE=$(or $(HYPOTHESIS_PROFILE),dev) $(CHECKED) test \
+	  ARGS='-m "not large" tests/unit tests/property $(ARGS)'
+
+fuzz:  ## each reader of foreign bytes under ASan and UBSan (SECONDS=60 ARGS="fdt --seed 2")
+	$(CHECKED) fuzz-targets
+
+# SECONDS is bash's own, and so may stand in the environment with another meaning.
+fuzz-targets: $(INSTALLED)
+	$(RUN) fuzz/targets.py --seconds $(if $(filter command line,$(origin SECONDS)),$(SECONDS),60) $(ARGS)
+
+boards: build/boards/FROM  ## device trees of arm64 boards for the tests, from Debian's kernel package
+
+build/boards/FROM:
+	tests/fetch_boards.sh build/boards
 
 lint: $(INSTALLED) $(TEST) $(LINT)  ## ruff, cython-lint, codespell, mypy, stubtest
 	$(BIN)/ruff check
@@ -71,7 +94,7 @@ dist: $(BUILD)  ## sdist and wheel in dist/
 	$(BIN)/python -m build --no-isolation
 
 clean:  ## remove everything that make made
-	rm -rf $(VENV) build dist *.egg-info luo/_kho.c luo/_kho.html luo/_kho*.so
+	rm -rf $(VENV) .venv-sanitize fuzz/out build dist *.egg-info luo/_kho.c luo/_kho.html luo/_kho*.so
 	rm -rf .hypothesis .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -37,14 +37,17 @@ DIRECTIVES = {
 
 flags = ["-O0", "-g"] if DEBUG else ["-O3"]
 macros = [("CYTHON_TRACE_NOGIL", "1")] if COVERAGE else []
-if DEBUG:
+if DEBUG or SANITIZE:  # counts allocations, and can fail them
     macros.append(("LUO_DEBUG", "1"))
+sources = ["luo/_kho.pyx"]
 if SANITIZE:
     flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    flags += ["-fno-omit-frame-pointer", "-fsanitize-coverage=trace-pc,trace-cmp"]
+    sources.append("fuzz/coverage.c")
 
 kho = Extension(
     "luo._kho",
-    ["luo/_kho.pyx"],
+    sources,
     depends=[*map(str, Path("luo/core").glob("*.pxi")), "luo/_kho.pxd"],
     define_macros=macros,
     extra_compile_args=[*flags, "-Wno-unreachable-code"],

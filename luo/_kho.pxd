@@ -449,7 +449,6 @@ ctypedef struct fdt_fault:
 
 cdef enum:
     FDT_SW_RSVMAP = 48          # where libfdt's sequential writer puts the reserve map
-    FDT_SW_STRUCT = 64          # and, behind its one empty entry, the structure
 
 # A suffix of the string table, by hash; dist 0 marks a free slot.
 ctypedef struct fdt_sw_slot:
@@ -464,6 +463,7 @@ ctypedef struct fdt_sw_stretch:
 ctypedef struct fdt_sw:
     unsigned char *buf
     uint64_t cap                # bytes that buf may hold
+    uint64_t start              # of the structure, behind the reserve map
     uint64_t pos                # end of what is written of the structure
     bint fixed                  # buf belongs to somebody else and cannot grow
     unsigned char *tab          # string table; its used part is the last tabsize bytes

@@ -34,6 +34,7 @@ __all__ = [
     "MAX_PAGE_ORDER",
     "SETUP_DATA_SER",
     "SETUP_KEXEC_KHO",
+    "VMALLOC_SER",
     "Generation",
     "KexecMetadata",
     "RadixGeometry",
@@ -94,6 +95,7 @@ class Generation:
         phys_calls: whether ranges are preserved by address and bytes (``kho_preserve_phys()``).
         numa_split: whether a range is cut where NUMA nodes meet.
         restore_order_cap: whether blocks above the allocator's largest order cannot be restored.
+        vmalloc: whether it has vmalloc preservation.
         metadata: whether a kernel leaves the ``kexec-metadata`` blob.
         bugs: mistakes of its kernels that change bytes, by the name that asks for them.
     """
@@ -113,6 +115,7 @@ class Generation:
     phys_calls: bool = False
     numa_split: bool = False
     restore_order_cap: bool = False
+    vmalloc: bool = True
     metadata: bool = False
     bugs: tuple[str, ...] = ()
 
@@ -168,6 +171,7 @@ GENERATIONS: Final = {
             undo="unfreeze",
             notifiers=True,
             phys_calls=True,
+            vmalloc=False,
             bugs=(BUG_V5_SPLIT,),
         ),
         Generation(
@@ -181,6 +185,7 @@ GENERATIONS: Final = {
             notifiers=True,
             phys_calls=True,
             restore_order_cap=True,
+            vmalloc=False,
         ),
         Generation(
             name="kho-v1-notifier",  # Linux 6.17.9, 6.18
@@ -309,6 +314,14 @@ class KexecMetadata:
 
 
 _METADATA_SER: Final = struct.Struct("=I65sI")
+
+
+# ---- vmalloc (kho-abi 6) ----
+
+VMALLOC_SER: Final = struct.Struct("=QIHH")
+"""Descriptor of an area. 0: u64 phys of the first chunk. 8: u32 pages. 12: u16 flags. 14: u16 order
+of each entry. A chunk is a page: u64 phys of the next, 0 for none; then u64 phys of each block; 0
+ends the list early. A full chunk is always followed by another, which may be empty."""
 
 
 # ---- linked blocks (kho-abi 10.1) ----

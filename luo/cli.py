@@ -337,9 +337,9 @@ def _check_writable(path: str) -> None:
     """Refuse a file that cannot be written before the run, not after it."""
     at = path if os.path.exists(path) else os.path.dirname(path) or "."
     if not os.path.isdir(os.path.dirname(path) or "."):
-        raise _Wrong(f"--json {path}: {os.strerror(errno.ENOENT)}")
+        raise Wrong(f"--json {path}: {os.strerror(errno.ENOENT)}")
     if not os.access(at, os.W_OK):
-        raise _Wrong(f"--json {path}: {os.strerror(errno.EACCES)}")
+        raise Wrong(f"--json {path}: {os.strerror(errno.EACCES)}")
 
 
 def _write(path: str, text: str) -> None:

@@ -808,7 +808,8 @@ class DeviceRecords:
         if incoming.generation.inline:
             shards, slabs, sources = _read_inline(incoming, found)
         else:
-            shards, slabs = (_read_chain(incoming, heads[name], name) for name in heads)
+            taken: set[int] = set()
+            shards, slabs = (_read_chain(incoming, heads[name], name, taken) for name in heads)
             sources = (
                 (phys, first, _read_shard(incoming, phys, nbytes, count))
                 for phys, nbytes, first, count in shards.tolist()
@@ -913,14 +914,28 @@ class DeviceRecords:
             incoming.restore_free(phys)
 
 
-def _read_chain(incoming: Incoming, head: int, name: str) -> NDArray[np.uint64]:
+def _read_chain(incoming: Incoming, head: int, name: str, taken: set[int]) -> NDArray[np.uint64]:
     if not head:
         return np.zeros((0, 4), np.uint64)
     entries = np.ascontiguousarray(incoming.read_blocks(head, abi.LUO_EXTENT_BYTES)).view(np.uint64)
-    for phys, nbytes, _first, _count in entries.tolist():
-        if not incoming.is_preserved(phys, nbytes):
-            raise HandoverError(f"{name}: {nbytes} bytes are not preserved", phys)
+    _check_extents(incoming, entries, name, taken)
     return entries
+
+
+def _check_extents(
+    incoming: Incoming, entries: NDArray[np.uint64], name: str, taken: set[int]
+) -> None:
+    """Raise unless each is in a preserved block of its own; *taken* has those listed so far.
+
+    One listed many times would be read as often, and freed twice.
+    """
+    for phys, nbytes, _first, _count in entries.tolist():
+        order = incoming.order_of(phys)
+        if order is None or nbytes > incoming.memory.page_size << order:
+            raise HandoverError(f"{name}: {nbytes} bytes are not a preserved block", phys)
+        if phys in taken:
+            raise HandoverError(f"{name}: the block is listed twice", phys)
+        taken.add(phys)
 
 
 def _read_inline(
@@ -942,9 +957,7 @@ def _read_inline(
             raise
         raise HandoverError(f"device records: {error}", where) from error
     slabs = np.frombuffer(raw, np.uint64).reshape(-1, 4)
-    for phys, nbytes, _first, _count in slabs.tolist():
-        if not incoming.is_preserved(phys, nbytes):
-            raise HandoverError(f"slabs: {nbytes} bytes are not preserved", phys)
+    _check_extents(incoming, slabs, "slabs", set())
     return none, slabs, [(where, 0, columns)]
 
 
@@ -956,6 +969,8 @@ def _checked(columns: dict[str, Column], count: int, phys: int) -> dict[str, Col
 
 
 def _read_shard(incoming: Incoming, phys: int, nbytes: int, count: int) -> dict[str, Column]:
+    if not incoming.memory.is_populated(phys, max(nbytes, 1)):  # reading a hole would fill it
+        raise HandoverError("device records: never written", phys)
     try:
         tree = Fdt(incoming.memory.view(phys, nbytes))
         compatible = bytes(tree.root["compatible"]) if "compatible" in tree.root else b""

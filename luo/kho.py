@@ -34,6 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luo import abi as _abi
+from luo import vmalloc
 from luo._kho import ChunkMap, IncomingMemory, PreservedMemory, RadixTree, radix_decode, radix_key
 from luo.errors import FdtError, HandoverError, KhoError, StateError, from_errno
 from luo.fdt import Fdt, FdtEditor, FdtWriter
@@ -613,6 +614,24 @@ class Incoming(IncomingMemory):
         _require(self.generation.phys_calls, "restore_phys", self.generation)
         at, count = _whole_pages(self.memory, "restore_phys", phys, nbytes)
         return self.restore_pages(at, count)
+
+    def restore_vmalloc(self, descriptor: bytes) -> NDArray[np.uint64]:
+        """Take a vmalloc area over, as ``kho_restore_vmalloc()``; its chunks are freed.
+
+        Args:
+            descriptor: the 16 bytes that ``preserve_vmalloc`` gave.
+
+        Returns:
+            ndarray: physical address of each block, in the area's order, ``uint64``.
+
+        Raises:
+            KhoError: EOPNOTSUPP if the generation has none.
+            HandoverError: descriptor or chunks break a rule, or a block is not preserved; nothing
+                has been restored then.
+        """
+        self._check_open()
+        _require(_abi.generation(self.abi).vmalloc, "restore_vmalloc", _abi.generation(self.abi))
+        return vmalloc.restore(self, descriptor)
 
     def read_blocks(self, head: int, entry_size: int) -> NDArray[np.uint8]:
         """Return a copy of all entries of a chain of blocks (kho-abi 10.1).
@@ -1380,6 +1399,36 @@ class Kho(PreservedMemory):
                 self.unpreserve_free(phys)
                 raise
         return phys
+
+    # ---- vmalloc ----
+
+    def preserve_vmalloc(self, pages: "Buffer | NDArray[np.uint64]", order: int = 0) -> bytes:
+        """Preserve an area of scattered blocks, as ``kho_preserve_vmalloc()``.
+
+        Args:
+            pages: physical address of each block, in the area's order, ``uint64``.
+            order: of each block.
+
+        Returns:
+            the descriptor, 16 bytes, for its owner to carry over.
+
+        Raises:
+            KhoError: EOPNOTSUPP if the generation has none; EINVAL for no pages or 2**32 and more,
+                or as :meth:`preserve_pages`; ENOMEM. Nothing is left preserved then.
+        """
+        self._check_open()
+        self._has(self.generation.vmalloc, "preserve_vmalloc")
+        return vmalloc.preserve(self, np.asarray(pages), order)
+
+    def unpreserve_vmalloc(self, descriptor: bytes) -> None:
+        """Undo :meth:`preserve_vmalloc`; the blocks stay allocated.
+
+        Raises:
+            HandoverError: somebody wrote over the chunks.
+            KhoError: ENOENT if a block is not preserved; nothing changes then.
+        """
+        self._check_open()
+        vmalloc.unpreserve(self, descriptor)
 
     # ---- linked blocks ----
 

@@ -202,6 +202,8 @@ class LuoIncoming:
                 if abi.LUO_NODE not in incoming.subtrees():
                     return None
                 phys, nbytes = incoming.retrieve_subtree(abi.LUO_NODE)
+                if not incoming.memory.is_populated(phys, max(nbytes, 1)):  # or reading fills it
+                    raise HandoverError(f"{abi.LUO_NODE}: never written", phys)
                 root = Fdt(incoming.load_subtree(abi.LUO_NODE)).root
             raw = bytes(root["version"]) if "version" in root else b""
             if len(raw) != 8:

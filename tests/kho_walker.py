@@ -162,9 +162,18 @@ class TreeNode:
     prefix: int
 
 
-def walk_keys(read: Read, root: int, page_shift: int, nodes: list[TreeNode]) -> Iterator[int]:
-    """All keys in ascending order, depth first; node pages are appended to *nodes* (§5.2)."""
-    slot_bits, leaf_bits, inner = geometry(page_shift)
+def walk_keys(
+    read: Read,
+    root: int,
+    page_shift: int,
+    nodes: list[TreeNode],
+    shape: tuple[int, int, int] | None = None,
+) -> Iterator[int]:
+    """All keys in ascending order, depth first; node pages are appended to *nodes* (§5.2).
+
+    *shape* is a :func:`geometry`, None the right one.
+    """
+    slot_bits, leaf_bits, inner = shape or geometry(page_shift)
     seen: set[int] = set()
 
     def visit(phys: int, level: int, prefix: int) -> Iterator[int]:

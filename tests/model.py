@@ -108,6 +108,11 @@ class KhoModel:
         """Whether finalizing closes the map until it is undone (§2.2, §3.3)."""
         return self.abi in ("kho-v5-series", "kho-v1-512", "kho-v1-notifier")
 
+    @property
+    def inline(self) -> bool:
+        """Whether users' data stands in the root tree (§2.1)."""
+        return self.abi == "kho-v5-series"
+
     def finalize(self) -> int:
         """Write the map (§2.2, §3.3)."""
         if self.abi not in CHUNKS:
@@ -138,7 +143,8 @@ class KhoModel:
         return 0
 
     @property
-    def _closed(self) -> bool:
+    def closed(self) -> bool:
+        """Whether nothing may be preserved or given up now."""
         return self.closes and self.finalized
 
     def _in_ram(self, phys: int, nr_pages: int) -> bool:
@@ -154,7 +160,7 @@ class KhoModel:
 
     def preserve_folio(self, phys: int, order: int) -> int:
         """Twice is as once (§12, item 15)."""
-        if self._closed:
+        if self.closed:
             return errno.EBUSY
         if phys % (self.page_bytes << order) or self._refused(phys, 1 << order):
             return errno.EINVAL
@@ -163,6 +169,8 @@ class KhoModel:
 
     def preserve_folios(self, blocks: Iterable[Block]) -> int:
         """All or nothing."""
+        if self.closed:
+            return errno.EBUSY
         before = set(self.preserved)
         for phys, order in blocks:
             code = self.preserve_folio(phys, order)
@@ -173,7 +181,7 @@ class KhoModel:
 
     def unpreserve_folio(self, phys: int, order: int) -> int:
         """Undo all earlier preserves of exactly this block; an abort may have done so."""
-        if self._closed:
+        if self.closed:
             return errno.EBUSY
         if (phys, order) not in self.preserved and not self._forgiven(phys, order):
             return errno.ENOENT
@@ -196,7 +204,7 @@ class KhoModel:
 
     def preserve_pages(self, phys: int, nr_pages: int) -> int:
         """All blocks of the run, or none."""
-        if self._closed:
+        if self.closed:
             return errno.EBUSY
         if not nr_pages:
             return 0  # Linux's loop does not run
@@ -207,7 +215,7 @@ class KhoModel:
 
     def unpreserve_pages(self, phys: int, nr_pages: int) -> int:
         """Only a run that was preserved as it stands."""
-        if self._closed:
+        if self.closed:
             return errno.EBUSY
         blocks = self.blocks_of(phys, nr_pages)
         if self.forgot and blocks and phys % self.page_bytes == 0:
@@ -221,7 +229,7 @@ class KhoModel:
 
     def add_subtree(self, name: str, phys: int, nbytes: int) -> int:
         """A name stands once (§5.1)."""
-        if self._closed:
+        if self.closed:
             return errno.EBUSY
         if name in self.subtrees:
             return errno.EEXIST
@@ -230,7 +238,9 @@ class KhoModel:
 
     def remove_subtree(self, phys: int) -> int:
         """The newest child whose blob is at *phys*: it stands first in the file (§5.1)."""
-        if self._closed:
+        if self.inline:
+            return errno.EOPNOTSUPP
+        if self.closed:
             return errno.EBUSY
         for name in reversed(self.subtrees):
             if self.subtrees[name][0] == phys:

@@ -4,6 +4,104 @@
 # `noexcept nogil` and returns 0 or -errno; check() turns that into an exception;
 # an entry point converts, takes the lock, calls a worker, calls check().
 
+# All memory of the host comes through here, so that a checked build (LUO_DEBUG) can count what is
+# in use and let the n-th allocation fail, pages of simulated memory included.
+
+cdef extern from * nogil:
+    """
+    #include <stdlib.h>
+    #ifdef LUO_DEBUG
+    static long luo_until_failure;  /* allocations, the failing one included; 0: none will fail */
+    static long luo_blocks_in_use;
+
+    static int luo_allocation_fails(void) {
+        long left = __atomic_load_n(&luo_until_failure, __ATOMIC_RELAXED);
+        while (left > 0) {
+            if (__atomic_compare_exchange_n(&luo_until_failure, &left, left - 1, 0,
+                                            __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+                return left == 1;
+            }
+        }
+        return 0;
+    }
+
+    static void *luo_counted(void *block) {
+        if (block != NULL) {
+            __atomic_fetch_add(&luo_blocks_in_use, 1, __ATOMIC_RELAXED);
+        }
+        return block;
+    }
+
+    static void *luo_malloc(size_t nbytes) {
+        return luo_allocation_fails() ? NULL : luo_counted(malloc(nbytes));
+    }
+
+    static void *luo_calloc(size_t count, size_t nbytes) {
+        return luo_allocation_fails() ? NULL : luo_counted(calloc(count, nbytes));
+    }
+
+    static void *luo_realloc(void *block, size_t nbytes) {
+        void *grown = luo_allocation_fails() ? NULL : realloc(block, nbytes);
+        return block == NULL ? luo_counted(grown) : grown;
+    }
+
+    static void luo_free(void *block) {
+        if (block != NULL) {
+            __atomic_fetch_sub(&luo_blocks_in_use, 1, __ATOMIC_RELAXED);
+        }
+        free(block);
+    }
+
+    static long luo_fail_allocation(long n) {
+        return __atomic_exchange_n(&luo_until_failure, n, __ATOMIC_RELAXED);
+    }
+
+    static long luo_allocations(void) {
+        return __atomic_load_n(&luo_blocks_in_use, __ATOMIC_RELAXED);
+    }
+
+    #define LUO_IS_DEBUG 1
+    #else
+    #define luo_allocation_fails() 0
+    #define luo_malloc malloc
+    #define luo_calloc calloc
+    #define luo_realloc realloc
+    #define luo_free free
+    #define luo_fail_allocation(n) (n)
+    #define luo_allocations() 0L
+    #define LUO_IS_DEBUG 0
+    #endif
+    """
+    const bint IS_DEBUG "LUO_IS_DEBUG"
+    bint luo_allocation_fails()
+    long luo_fail_allocation(long n)
+    long luo_allocations()
+    void *malloc "luo_malloc"(size_t nbytes)
+    void *calloc "luo_calloc"(size_t count, size_t nbytes)
+    void *realloc "luo_realloc"(void *block, size_t nbytes)
+    void free "luo_free"(void *block)
+
+
+def _fail_allocation(n):
+    """Let the *n*-th allocation from now on fail, once; 0: none. Only in a checked build.
+
+    Counts blocks of the host's memory and blocks of simulated pages alike.
+
+    Returns:
+        int: what is left of the count before; 0 if that allocation has failed, or none was to.
+    """
+    return luo_fail_allocation(PyNumber_Index(n))
+
+
+def _allocations():
+    """Return how many blocks of the host's memory the core holds. Only in a checked build."""
+    return luo_allocations()
+
+
+if not IS_DEBUG:
+    del globals()["_fail_allocation"], globals()["_allocations"]
+
+
 cdef inline uint64_t as_u64(object value) except? 0xFFFFFFFFFFFFFFFF:
     """The integer *value*, through __index__: floats and strings are refused."""
     cdef object number = PyNumber_Index(value)

@@ -23,7 +23,6 @@ from cpython.buffer cimport (
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.errno cimport EINVAL, ENOMEM, ENOSPC
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
-from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memchr, memcmp, memcpy, memmove, memset
 
 import os
@@ -145,8 +144,6 @@ cdef int fdt_blob_init(
         return fdt_fault_set(fault, FDT_ERR_TRUNCATED, 4, "totalsize beyond the buffer")
     if blob.off_mem_rsvmap < header or blob.off_mem_rsvmap > blob.totalsize:
         return fdt_fault_set(fault, FDT_ERR_TRUNCATED, 16, "reserve map outside the blob")
-    if blob.off_mem_rsvmap & 7:
-        return fdt_fault_set(fault, FDT_ERR_ALIGNMENT, 16, "reserve map not 8-byte aligned")
     if blob.off_dt_struct < header or blob.off_dt_struct > blob.totalsize:
         return fdt_fault_set(fault, FDT_ERR_TRUNCATED, 8, "structure block outside the blob")
     if blob.off_dt_struct & 3:
@@ -327,13 +324,13 @@ cdef int fdt_find_root(const fdt_blob *blob, uint64_t *where, fdt_fault *fault) 
 cdef int fdt_check_reserve_map(
     const fdt_blob *blob, uint64_t *nr_entries, fdt_fault *fault
 ) noexcept nogil:
-    """Count the entries of the memory reserve map before the one that is all zero."""
+    """Count the entries of the memory reserve map before the first of no bytes, which ends it."""
     cdef uint64_t offset = blob.off_mem_rsvmap
     nr_entries[0] = 0
     while True:
         if blob.totalsize - offset < 16:
             return fdt_fault_set(fault, FDT_ERR_TRUNCATED, offset, "reserve map without an end")
-        if fdt_ld64(blob.base + offset) == 0 and fdt_ld64(blob.base + offset + 8) == 0:
+        if fdt_ld64(blob.base + offset + 8) == 0:  # whatever its address, as for libfdt and Linux
             return 0
         nr_entries[0] += 1
         offset += 16
@@ -901,6 +898,8 @@ cdef class Fdt:
             rc = fdt_blob_init(
                 &self._blob, <const unsigned char *>self._buffer.buf, self._buffer.len, &fault
             )
+            if rc == 0 and self._blob.version == 16:  # libfdt trusts the size of version 17 only
+                self._blob.size_dt_strings = self._blob.totalsize - self._blob.off_dt_strings
             if rc == 0 and full:
                 rc = fdt_check_reserve_map(&self._blob, &nr, &fault)
                 if rc == 0:

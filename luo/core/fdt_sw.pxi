@@ -1,6 +1,6 @@
 # L2' flattened device tree, sequential write: FdtWriter.
 #
-# Same bytes as libfdt's fdt_sw: reserve map at 48, structure at 64, strings behind FDT_END. The
+# Same bytes as libfdt's fdt_sw: reserve map at 48, then structure, strings behind FDT_END. The
 # string table grows downward, so the newest name comes first, and a name is looked up from the
 # table's start: the newest string that ends in it wins. Whatever is in the table keeps its distance
 # from the table's end, so that is what the hash of suffixes holds; an offset from the start is
@@ -233,11 +233,11 @@ cdef void fdt_sw_adjust(fdt_sw *sw) noexcept nogil:
     cdef fdt_blob blob
     cdef fdt_token token
     cdef fdt_fault fault
-    cdef uint64_t offset = FDT_SW_STRUCT, stretch = 0, last = sw.nr_stretches - 1
+    cdef uint64_t offset = sw.start, stretch = 0, last = sw.nr_stretches - 1
     if sw.nr_stretches == 0:
         return
     blob.base = sw.buf
-    blob.off_dt_struct = FDT_SW_STRUCT
+    blob.off_dt_struct = sw.start
     blob.end_dt_struct = sw.pos
     while offset < sw.stretches[last].pos:
         while sw.stretches[stretch + 1].pos <= offset:
@@ -267,16 +267,16 @@ cdef int fdt_sw_finish(fdt_sw *sw) noexcept nogil:
     if sw.tabsize:
         memcpy(sw.buf + end, sw.tab + sw.tabcap - sw.tabsize, sw.tabsize)
     header = sw.buf
-    memset(header, 0, FDT_SW_STRUCT)
+    memset(header, 0, FDT_SW_RSVMAP)
     fdt_st32(header, FDT_MAGIC)
     fdt_st32(header + 4, <uint32_t>(end + sw.tabsize))
-    fdt_st32(header + 8, FDT_SW_STRUCT)
+    fdt_st32(header + 8, <uint32_t>sw.start)
     fdt_st32(header + 12, <uint32_t>end)
     fdt_st32(header + 16, FDT_SW_RSVMAP)
     fdt_st32(header + 20, 17)
     fdt_st32(header + 24, 16)
     fdt_st32(header + 32, <uint32_t>sw.tabsize)
-    fdt_st32(header + 36, <uint32_t>(end - FDT_SW_STRUCT))
+    fdt_st32(header + 36, <uint32_t>(end - sw.start))
     sw.pos = end + sw.tabsize
     return 0
 
@@ -668,6 +668,18 @@ cdef bytes fdt_property_key(object name):
     return key
 
 
+cdef bytes fdt_reserve_map(object entries):
+    """The memory reserve map as bytes, the entry of zeros that ends it included."""
+    cdef list words = []
+    for address, nbytes in entries:
+        words.append(as_u64(address).to_bytes(8, "big"))
+        words.append(as_u64(nbytes).to_bytes(8, "big"))
+        if nbytes == 0:
+            raise ValueError("reserve_map: an entry of 0 bytes would end it")
+    words.append(bytes(16))
+    return b"".join(words)
+
+
 # ---- the writer ----
 
 
@@ -714,11 +726,13 @@ cdef class FdtWriter:
     """Write a flattened device tree from its first byte to its last.
 
     Gives byte for byte what libfdt's sequential writer (``fdt_create()`` to ``fdt_finish()``) gives
-    for the same calls, version 17 with an empty reserve map.
+    for the same calls, version 17.
 
     Args:
         size_hint: bytes that will be needed, to have them from the start; it may be wrong.
         into: writable buffer to write to, as a view of simulated memory; it does not grow.
+        reserve_map: ``[(address, bytes), ...]``, the memory reserve map; an entry of 0 bytes
+            would end it.
 
     Raises:
         ValueError: a call breaks a rule: a property after a child, names with "/" or NUL, a second
@@ -752,10 +766,15 @@ cdef class FdtWriter:
     cdef bint _busy
     cdef bint _finished
 
-    def __cinit__(self, size_hint=0, *, into=None):
+    def __cinit__(self, size_hint=0, *, into=None, reserve_map=()):
         cdef uint64_t hint = as_u64(size_hint)
+        cdef bytes reserved = fdt_reserve_map(reserve_map)
         self._open = []
+        self._sw.start = FDT_SW_RSVMAP + len(reserved)
         if into is None:
+            if self._sw.start > FDT_MAX_BYTES:
+                raise FdtError("FDT_ERR_NOSPACE", None, f"reserve map of {len(reserved)} bytes")
+            hint = max(hint, self._sw.start)
             hint = min(max(hint, <uint64_t>1024), <uint64_t>FDT_MAX_BYTES)
             self._sw.buf = <unsigned char *>xmalloc(hint)
             self._sw.cap = hint
@@ -766,9 +785,10 @@ cdef class FdtWriter:
             self._sw.fixed = True
             self._sw.buf = <unsigned char *>self._buffer.buf
             self._sw.cap = min(<uint64_t>self._buffer.len, <uint64_t>FDT_MAX_BYTES)
-            if self._sw.cap < FDT_SW_STRUCT:
+            if self._sw.cap < self._sw.start:
                 raise FdtError("FDT_ERR_NOSPACE", None, f"{self._sw.cap} bytes hold no header")
-        self._sw.pos = FDT_SW_STRUCT
+        memcpy(self._sw.buf + FDT_SW_RSVMAP, PyBytes_AS_STRING(reserved), len(reserved))
+        self._sw.pos = self._sw.start
 
     def __dealloc__(self):
         fdt_sw_free(&self._sw)

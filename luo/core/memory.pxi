@@ -206,7 +206,7 @@ cdef uint64_t page_alloc_run(page_state *st, int order, uint64_t count, int node
     cdef uint64_t index, head, end, run
     cdef size_t i
     cdef int found
-    if order > st.top:
+    if order > st.top or luo_allocation_fails():
         return 0
     for i in range(st.nr_segments):
         seg = &st.segments[i]

@@ -1,7 +1,6 @@
 """Each vector of the specification, given to the independent reader or model and to luo.
 
-Left out are the vectors of generations that luo does not write yet (``v1_bitmap``,
-``v1_chunk_counts``) and of vmalloc areas (``vmalloc_chunk_counts``).
+Left out are the vectors of vmalloc areas (``vmalloc_chunk_counts``).
 """
 
 import errno
@@ -10,10 +9,12 @@ from typing import Any
 
 import kho_walker
 import model
+import numpy as np
 import pytest
 from facts import SHARED, sections, vectors
 from kho_builder import Builder
 
+from luo import abi
 from luo.errors import HandoverError, KhoError
 from luo.fdt import Fdt, FdtEditor, FdtWriter
 from luo.kho import (
@@ -138,29 +139,45 @@ def test_radix_key_on_other_pages_is_luos_key(vector: Vector):
 
 @vectors("radix_geometry")
 def test_radix_tree_of_a_page_size_has_the_vectors_levels(vector: Vector):
-    """luo's tree has as many levels as the vectors say for kho-v3 and kho-v4."""
-    if vector["generation"] == "kho-v2":
-        pytest.skip("a format of development kernels that luo does not write")
-    memory = PhysicalMemory("64MiB", page_size=1 << vector["page_shift"])
+    """luo's tree has as many levels as the vectors say; kho-v2's with the bug of its kernels."""
+    page_size = 1 << vector["page_shift"]
+    memory = PhysicalMemory("64MiB", page_size=page_size)
+    name, bugs = vector["generation"].split("/")[-1], ()
+    if name == "kho-v2":
+        bugs = (abi.BUG_V2_DEPTH,)
+    geometry = abi.generation(name).radix_geometry(page_size, bugs)
 
-    assert vector["levels_total"] == RadixTree(memory).levels
+    assert vector["levels_total"] == geometry.levels
+    assert vector["levels_total"] == RadixTree(memory, levels=geometry.levels).levels
+    assert RadixTree(memory).levels == abi.generation(name).radix_geometry(page_size).levels
+    assert (vector["table_index_bits"], vector["leaf_index_bits"], vector["order0_marker_bit"]) == (
+        geometry.slot_bits,
+        geometry.leaf_bits,
+        geometry.marker_bit,
+    )
 
 
 @vectors("radix_other_page_sizes")
 def test_preserve_folio_on_other_pages_writes_the_vectors_key(vector: Vector):
-    """A machine with 16 or 64 KiB pages writes the tree that a kernel of that page size reads."""
-    if vector["generation"] == "kho-v2":
-        pytest.skip("a format of development kernels that luo does not write")
+    """A machine with 16 or 64 KiB pages writes the tree that a kernel of that page size reads.
+
+    With the bug of kho-v2's kernels it writes the key that they leave of it.
+    """
+    name, bugs = vector["generation"].split("/")[-1], ()
+    if name == "kho-v2":
+        bugs = (abi.BUG_V2_DEPTH,)
     shift, phys, order = vector["page_shift"], number(vector["phys"]), vector["order"]
     start = phys & -(1 << 30)
     memory = PhysicalMemory(ranges=[(start, 1 << 30, 0)], page_size=1 << shift)
-    kho = Kho(memory, scratch=[])
+    kho = Kho(memory, scratch=[], abi=name, bugs=bugs)
     kho.preserve_folio(phys, order)
     nodes: list[kho_walker.TreeNode] = []
     handover = kho.handover()
-    root, _ = kho_walker.read_root(reader(memory), handover.fdt_phys, handover.fdt_len)
+    root, _ = kho_walker.read_root(reader(memory), handover.fdt_phys, handover.fdt_len, name)
+    written = number(vector["key_recomposed_from_indices" if bugs else "key"])
+    walked = kho_walker.geometry(shift, name if bugs else "kho-v4")
 
-    assert number(vector["key"]) in kho_walker.walk_keys(reader(memory), root, shift, nodes)
+    assert written in kho_walker.walk_keys(reader(memory), root, shift, nodes, walked)
 
 
 # ---- trees ----
@@ -299,6 +316,122 @@ def test_preserve_pages_across_nodes_records_the_numa_vectors_blocks(vector: Vec
     expected = {(pfn * PAGE, order) for pfn, order in blocks(vector["blocks_with_numa_rule"])}
 
     assert expected == preserved_by(kho, number(vector["pfn"]), vector["nr_pages"])
+
+
+@vectors("range_split", "pfn")
+def test_preserve_phys_with_the_v5_bug_records_the_vectors_walk(vector: Vector):
+    """With the bug of its kernels kho-v5-series records what they did, else what was meant."""
+    pfn, nr_pages = number(vector["pfn"]), vector["nr_pages"]
+    steps = vector["v5_series_walk"]
+    walked = {(number(step["recorded_first_pfn"]), step["order"]) for step in steps}
+    for bugs, expected in (
+        ((abi.BUG_V5_SPLIT,), walked),
+        ((), set(blocks(vector["mainline_blocks"]))),
+    ):
+        kho = Kho(PhysicalMemory("8GiB"), scratch=[], abi="kho-v5-series", bugs=bugs)
+        kho.preserve_phys(pfn * PAGE, nr_pages * PAGE)
+        found = set(zip(*(column.tolist() for column in kho.preserved()), strict=True))
+
+        assert {(first * PAGE, order) for first, order in expected} == found
+        kho.unpreserve_phys(pfn * PAGE, nr_pages * PAGE)
+
+        assert kho.nr_preserved == 0
+    assert walked == set(model.split_v5(pfn, nr_pages))
+
+
+# ---- bitmaps and chunks ----
+
+
+def finalized(kho: Kho) -> Handover:
+    """The four numbers, finalized where the generation has that."""
+    if kho.generation.finalize:
+        kho.finalize()
+    return kho.handover()
+
+
+def chunks(memory: PhysicalMemory, head: int) -> list[tuple[int, int, list[tuple[int, int]]]]:
+    """(phys, order, [(phys_start, bitmap)]) of each chunk of the list at *head*."""
+    found = []
+    while head:
+        page = bytes(memory.view(head, memory.page_size))
+        following, order, count = struct.unpack_from("<QII", page)
+        found.append((head, order, list(struct.iter_unpack("<QQ", page[16 : 16 + 16 * count]))))
+        head = following
+    return found
+
+
+@vectors("v1_bitmap", "id")
+def test_bitmap_place_of_a_vector_is_the_walkers(vector: Vector):
+    """Index, first address and bit of a block."""
+    expected = vector["bitmap_index"], number(vector["phys_start"]), vector["bit"]
+
+    assert expected == kho_walker.bitmap_place(
+        number(vector["phys"]), vector["order"], vector["bits_per_bitmap"], vector["page_shift"]
+    )
+
+
+@vectors("v1_bitmap", "id")
+def test_preserve_folio_of_a_bitmap_vector_sets_its_bit(vector: Vector):
+    """luo lists one bitmap, which starts where the vector says, with the vector's bit set."""
+    page, order = 1 << vector["page_shift"], vector["order"]
+    phys, nbytes = number(vector["phys"]), vector["bytes_per_bitmap"]
+    size = page << order
+    base = phys & -(1 << 30)
+    ranges = [(base, max(1 << 30, size), 0)]
+    names = ("kho-v5-series", "kho-v1-512") if nbytes == 512 else ("kho-v1", "kho-v1-notifier")
+    for name in names:
+        memory = PhysicalMemory(ranges=ranges, page_size=page)
+        area = (base, 1 << 22) if phys - base >= 1 << 22 else (base + (1 << 29), 1 << 22)
+        kho = Kho(memory, scratch=[area] if order < 18 and name == "kho-v5-series" else [],
+                  abi=name)  # fmt: skip
+        kho.preserve_folio(phys, order)
+        if kho.generation.finalize == "jump":
+            kho.finalize()
+            head = kho.root_phys
+        else:
+            handover = finalized(kho)
+            head, _ = kho_walker.read_root(reader(memory), handover.fdt_phys, page, name)
+        place = number(vector["phys_start"])
+        mine = [bitmap for _, o, entries in chunks(memory, head) for at, bitmap in entries
+                if (o, at) == (order, place)]  # fmt: skip
+
+        assert len(mine) == 1
+        assert memory.view(mine[0], nbytes)[vector["byte"]] & number(vector["byte_mask"])
+
+
+@vectors("v1_chunk_counts", "bitmaps_of_one_order")
+@pytest.mark.parametrize("name", ["kho-v5-series", "kho-v1-512", "kho-v1-notifier", "kho-v1"])
+def test_finalize_of_many_bitmaps_writes_the_vectors_chunks(vector: Vector, name: str):
+    """A chunk lists up to 255 bitmaps of one order; indices ascend, the last chunk ends."""
+    count = vector["bitmaps_of_one_order"]
+    bits = 4096 if name in ("kho-v5-series", "kho-v1-512") else 32768
+    memory = PhysicalMemory(bits * PAGE * 512 * 2)
+    kho = Kho(memory, scratch=[], abi=name)
+    span = bits * PAGE << 1
+    kho.preserve_folios(np.arange(count, dtype=np.uint64) * np.uint64(span), 1)
+    kho.finalize()
+    listed = [chunk for chunk in chunks(memory, kho.root_phys) if chunk[1] == 1]
+
+    assert vector["chunks"] == len(listed)
+    assert [i * span for i in range(count)] == [at for _, _, es in listed for at, _ in es]
+    assert {len(entries) for _, _, entries in listed[:-1]} <= {255}
+
+
+@vectors("fdt_blobs", "length")
+def test_finalize_writes_the_streamed_blob(vector: Vector):
+    """6.16 to 6.18 wrote the root tree in one go: the vector's bytes but for two addresses."""
+    if vector["generation"] != "kho-v1":
+        pytest.skip("no root tree of kho-v1")
+    for name in ("kho-v1-512", "kho-v1-notifier"):
+        memory = PhysicalMemory("64MiB")
+        kho = Kho(memory, abi=name)
+        phys = kho.save_subtree("memblock", b"x")
+        kho.finalize()
+        expected = bytes.fromhex(vector["hex"])
+        for old, new in ((0x123456000, kho.root_phys), (0x10ABC000, phys)):
+            expected = expected.replace(struct.pack("<Q", old), struct.pack("<Q", new))
+
+        assert expected == bytes(memory.view(kho.fdt_phys, len(expected)))
 
 
 # ---- blobs ----
@@ -517,8 +650,10 @@ def test_vectors_of_the_specification_are_all_known():
     """A section that the specification gains does not go unnoticed."""
     if SHARED is None:
         pytest.skip("no directory 'shared'")
-    left_out = {"description", "v1_bitmap", "v1_chunk_counts", "vmalloc_chunk_counts"}
+    left_out = {"description", "vmalloc_chunk_counts"}
     used = {
+        "v1_bitmap",
+        "v1_chunk_counts",
         "radix_4k",
         "radix_4k_unaligned_negative",
         "radix_illegal_keys_4k",

@@ -1,5 +1,6 @@
 """Kho against the plain model: any calls in any order, with holes, NUMA nodes and scratch."""
 
+import errno
 import os
 
 import kho_walker
@@ -17,6 +18,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from luo import abi
 from luo.kho import Kho
 from luo.memory import PhysicalMemory
 
@@ -45,18 +47,22 @@ class KhoMachine(RuleBasedStateMachine):
     runs = Bundle("runs")
     names = Bundle("names")
 
-    @initialize(which=st.sampled_from(range(len(MACHINES))))
-    def cold_boot(self, which):
+    @initialize(
+        which=st.sampled_from(range(len(MACHINES))), name=st.sampled_from(sorted(abi.GENERATIONS))
+    )
+    def cold_boot(self, which, name):
+        self.abi = name
         self.memory = PhysicalMemory(**MACHINES[which])
         page = self.page = self.memory.page_size
         start, nbytes, _ = self.memory.ranges[0]
         area = page << self.memory.max_order
         first = -(-start // area) * area
         scratch = [(first, area)] if first + area <= start + nbytes else []
-        self.kho = Kho(self.memory, scratch=scratch)
-        self.model = model.KhoModel(self.memory.ranges, list(self.kho.scratch), page)
+        self.kho = Kho(self.memory, scratch=scratch, abi=name)
+        self.model = model.KhoModel(self.memory.ranges, list(self.kho.scratch), page, abi=name)
         self.model.preserved = set(self.listed())
-        self.model.subtrees = {"kexec-metadata": self.image().subtrees["kexec-metadata"]}
+        if name in model.NUMA:
+            self.model.subtrees = {"kexec-metadata": self.image().subtrees["kexec-metadata"]}
 
     def listed(self) -> list[model.Block]:
         phys, orders = self.kho.preserved()
@@ -76,6 +82,7 @@ class KhoMachine(RuleBasedStateMachine):
             handover.scratch_phys,
             handover.scratch_len,
             self.page.bit_length() - 1,
+            self.abi,
         )
 
     addresses = st.tuples(
@@ -91,7 +98,7 @@ class KhoMachine(RuleBasedStateMachine):
 
     @rule(target=blocks, order=st.integers(0, 6), n=st.integers(1, 5), by=st.booleans())
     def preserve_allocated(self, order, n, by):
-        if errno_of(self.memory.alloc_folio, 8):  # leaves room for the tree
+        if self.model.closed or errno_of(self.memory.alloc_folio, 8):  # leaves room for the tree
             return multiple()
         folios = self.memory.alloc_folios(n, order)
         if by:
@@ -143,8 +150,17 @@ class KhoMachine(RuleBasedStateMachine):
     @rule(target=names, name=st.text("abc", min_size=1, max_size=2), content=st.binary(min_size=1))
     def save_subtree(self, name, content):
         before = set(self.listed())
-        if name in self.model.subtrees:
-            assert errno_of(self.kho.save_subtree, name, content) == 17
+        refused = (
+            errno.EOPNOTSUPP
+            if self.model.inline
+            else errno.EBUSY
+            if self.model.closed
+            else errno.EEXIST
+            if name in self.model.subtrees
+            else 0
+        )
+        if refused:
+            assert refused == errno_of(self.kho.save_subtree, name, content)
             return name
         phys = self.kho.save_subtree(name, content)
         assert self.model.add_subtree(name, phys, len(content)) == 0
@@ -157,6 +173,26 @@ class KhoMachine(RuleBasedStateMachine):
         expected = self.model.remove_subtree(phys)
 
         assert expected == errno_of(self.kho.remove_subtree, phys)
+
+    @rule()
+    def finalize(self):
+        expected = self.model.finalize()
+
+        assert expected == errno_of(self.kho.finalize)
+        if not expected and self.model.closes and not self.model.inline:
+            self.model.preserved.add((self.kho.fdt_phys, 0))
+
+    @rule()
+    def abort(self):
+        expected = self.model.abort()
+
+        assert expected == errno_of(self.kho.abort)
+
+    @rule()
+    def unfreeze(self):
+        expected = self.model.unfreeze()
+
+        assert expected == errno_of(self.kho.unfreeze)
 
     @rule(block=blocks)
     def is_preserved(self, block):
@@ -171,10 +207,20 @@ class KhoMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_walker_reads_the_same(self):
+        if self.model.closes and not self.model.finalized:
+            return  # there is nothing to read yet
+        if self.abi == "kho-v1":
+            self.kho.finalize()  # as often as one likes
         image = self.image()
+        expected = list(self.model.subtrees.items())
+        if not self.model.closes:  # edited in: newest first
+            expected.reverse()
+        if self.abi not in model.NUMA:  # no size is handed over
+            expected = [(name, (phys, 0)) for name, (phys, _) in expected]
+            image.subtrees = {name: (phys, 0) for name, (phys, _) in image.subtrees.items()}
 
         assert self.model.walk() == image.preserved
-        assert list(reversed(self.model.subtrees.items())) == list(image.subtrees.items())
+        assert expected == list(image.subtrees.items())
         assert self.model.scratch == [area for area in image.scratch if area[1]]
 
 

@@ -475,3 +475,39 @@ def test_size_hint_may_be_anything():
         FdtWriter(-1)
     with pytest.raises(TypeError):
         FdtWriter("64KiB")
+
+
+def test_reserve_map_is_what_libfdt_writes():
+    """Entries in order, ended by zeros, the structure right behind."""
+    libfdt = pytest.importorskip("libfdt")
+    entries = [(0x1000, 0x2000), (1 << 63, (1 << 64) - 1)]
+    theirs = libfdt.FdtSw()
+    for address, nbytes in entries:
+        theirs.add_reservemap_entry(address, nbytes)
+    theirs.finish_reservemap()
+    with theirs.add_node(""):
+        theirs.property("p", b"value")
+    writer = FdtWriter(reserve_map=entries)
+    with writer.node(""):
+        writer.property("p", b"value")
+    blob = bytes(writer.finish())
+
+    assert bytes(theirs.as_fdt().as_bytearray()[: len(blob)]) == blob
+    assert Fdt(blob).reserve_map == entries
+
+
+@pytest.mark.parametrize("entry", [(0, 0), (0x1000, 0)])
+def test_reserve_map_entry_of_no_bytes_is_value_error(entry):
+    """It would end the map."""
+    with pytest.raises(ValueError):
+        FdtWriter(reserve_map=[entry])
+
+
+def test_reserve_map_into_a_small_buffer_is_nospace():
+    """Header and map must fit before anything is written."""
+    room = bytearray(48 + 16 + 15)
+    with pytest.raises(FdtError) as caught:
+        FdtWriter(into=room, reserve_map=[(0, 1)])
+
+    assert caught.value.code == "FDT_ERR_NOSPACE"
+    assert not any(room)

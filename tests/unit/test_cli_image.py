@@ -9,6 +9,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+HOST = """
+memory = "1GiB"
+nodes = 2
+kho_scratch = "32M,32M,32M"
+[devices]
+source = "synthetic"
+count = 30
+[[vms]]
+name = "vm"
+count = 2
+vcpus = 2
+devices = 1
+ram = { 4KiB = "1MiB", 2MiB = "62MiB" }
+"""
 
 
 def luo(*arguments, cwd=None):
@@ -27,9 +41,10 @@ def luo(*arguments, cwd=None):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
+    (folder / "host.toml").write_text(HOST)
     for generation in ("kho-v4", "kho-v1"):
         done = luo(
-            "run", "--preset", "cloud", "--devices", 30, "--in-process",
+            "run", "--host", folder / "host.toml", "--in-process",
             "--kho-abi", generation, "--save", folder / generation,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -45,10 +60,10 @@ def test_run_save_writes_an_image_that_breaks_no_rule(saved):
         assert f"no violations of {generation}" in done.stdout
 
 
-def test_run_save_to_nowhere_is_wrong_usage(tmp_path):
+def test_run_save_to_nowhere_is_wrong_usage(saved, tmp_path):
     """A file that cannot be written cancels the update: one line, exit status 2."""
     done = luo(
-        "run", "--preset", "cloud", "--devices", 30, "--in-process",
+        "run", "--host", saved / "host.toml", "--in-process",
         "--save", tmp_path / "none" / "image",
     )  # fmt: skip
 

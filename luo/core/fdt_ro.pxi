@@ -843,7 +843,7 @@ cdef int fdt_fill_columns(
 
 @cython.final
 @cython.auto_pickle(False)
-@cython.no_gc_clear  # clearing would take _buffer.obj, and the export would never end
+@cython.no_gc  # it holds an export: the collector would clear the memoryview under it
 cdef class Fdt:
     """A flattened device tree, read where it lies.
 

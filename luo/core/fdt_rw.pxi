@@ -100,7 +100,7 @@ cdef int fdt_rw_node_end(
 
 @cython.final
 @cython.auto_pickle(False)
-@cython.no_gc_clear  # clearing would take _buffer.obj, and the export would never end
+@cython.no_gc  # it holds an export: the collector would clear the memoryview under it
 cdef class FdtEditor:
     """Edit a flattened device tree where it lies, in a buffer of fixed size.
 

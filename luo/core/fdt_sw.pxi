@@ -721,7 +721,7 @@ cdef class _FdtNodeContext:
 
 @cython.final
 @cython.auto_pickle(False)
-@cython.no_gc_clear  # clearing would take _buffer.obj, and the export would never end
+@cython.no_gc  # it holds an export: the collector would clear the memoryview under it
 cdef class FdtWriter:
     """Write a flattened device tree from its first byte to its last.
 

@@ -30,7 +30,7 @@ SOURCES := $(shell find luo -name '*.py' -o -name '*.pyi' -o -name '*.toml' -o -
 # The source tree is on nobody's path, that of started processes included: what runs is what was
 # installed. A sanitizer's runtime must be there before Python is.
 # Python's own allocator would hide from it what lies beside a small object. Python leaves much
-# behind at its end, so leaks are what the core counts of its own blocks (tests/conftest.py).
+# behind at its end, so leaks are what the core counts of its own blocks (tests/unit/test_leaks.py).
 RUN := PYTHONSAFEPATH=1 $(if $(filter 1,$(LUO_SANITIZE)),LD_PRELOAD=$(shell gcc -print-file-name=libasan.so) \
   PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:detect_stack_use_after_return=1 \
   UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1) $(BIN)/python
@@ -56,9 +56,13 @@ debug:  ## the whole suite against a checked build
 # A virtual environment of its own: the release build stays where it is.
 CHECKED = $(MAKE) --no-print-directory LUO_SANITIZE=1 VENV=.venv-sanitize
 
+# Two minutes each there, and nothing that the others do not do.
+SLOW := tests/unit/test_fdt_sw.py::test_tree_above_2_gib_is_nospace \
+  tests/property/test_liveupdate.py::test_chain_of_1000_updates_grows_nothing
+
 sanitize:  ## unit and property tests under ASan and UBSan, with failing allocations
 	HYPOTHESIS_PROFILE=$(or $(HYPOTHESIS_PROFILE),dev) $(CHECKED) test \
-	  ARGS='-m "not large" tests/unit tests/property $(ARGS)'
+	  ARGS='-m "not large" $(SLOW:%=--deselect=%) tests/unit tests/property $(ARGS)'
 
 fuzz:  ## each reader of foreign bytes under ASan and UBSan (SECONDS=60 ARGS="fdt --seed 2")
 	$(CHECKED) fuzz-targets

@@ -22,6 +22,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 import engine
 
+from luo.abi import GENERATIONS
 from luo.device import Bus, Driver, LiveUpdateOps
 from luo.errors import FdtError, HandoverError, KernelPanic
 from luo.fdt import Fdt, FdtEditor, FdtWriter
@@ -225,8 +226,12 @@ def handover_seeds() -> list[bytes]:
 
 def handover(data: bytes) -> None:
     """Validate, boot, read and restore all of it: HandoverError, FdtError, or all of it works."""
-    memory, numbers = unpack(data)
-    incoming = validate(memory, numbers)
+    restore(*unpack(data), "kho-v4")
+
+
+def restore(memory: PhysicalMemory, numbers: Handover, abi: str) -> None:
+    """Validate, boot, read and restore what was handed over in one generation."""
+    incoming = validate(memory, numbers, abi)
     if incoming is None:
         return
     kho = Kho.boot(memory, incoming)
@@ -254,11 +259,11 @@ def handover(data: bytes) -> None:
     kho.close()
 
 
-def validate(memory: PhysicalMemory, numbers: Handover) -> Incoming | None:
+def validate(memory: PhysicalMemory, numbers: Handover, abi: str) -> Incoming | None:
     """Kho.validate(), which must not fill a hole of the memory's file."""
     before = os.fstat(memory.fd).st_blocks
     try:
-        return Kho.validate(memory, numbers)
+        return Kho.validate(memory, numbers, abi=abi)
     except (HandoverError, FdtError):
         return None
     finally:
@@ -279,7 +284,7 @@ def machine(memory: PhysicalMemory) -> Machine:
     return Machine(memory, tree)
 
 
-def kernel(host: Machine) -> Kernel:
+def kernel(host: Machine, abi: str = "kho-v4") -> Kernel:
     """A kernel that preserves them all."""
 
     def ops(size: int) -> LiveUpdateOps:
@@ -292,26 +297,35 @@ def kernel(host: Machine) -> Kernel:
         )
 
     drivers = [Driver(name, ops(size)) for name, size in (("portdrv", 0), ("nic", 24), ("nvme", 8))]
-    return Kernel(host, drivers=drivers, buses=[Bus("pci", ops(8))], cmdline=CMDLINE)
+    return Kernel(host, drivers=drivers, buses=[Bus("pci", ops(8))], cmdline=CMDLINE, kho_abi=abi)
 
 
 def records_seeds() -> list[bytes]:
     """What such a kernel hands over."""
+    return [left_by_kernel("kho-v4")]
+
+
+def left_by_kernel(abi: str) -> bytes:
+    """What it hands over in one generation."""
     memory = PhysicalMemory(ranges=RANGES)
-    old = kernel(machine(memory)).boot()
+    old = kernel(machine(memory), abi).boot()
     for device in old.devices:
         device.requested = True
     old.luo.prepare()
     old.luo.reboot()
-    seeds = [pack(memory, old.kho.handover())]
+    seed = pack(memory, old.kho.handover())
     old.close()
-    return seeds
+    return seed
 
 
 def records(data: bytes) -> None:
     """A kernel refuses, panics for a wrong version, or comes up and can finish."""
-    memory, numbers = unpack(data)
-    new = kernel(machine(memory))
+    boot(*unpack(data), "kho-v4")
+
+
+def boot(memory: PhysicalMemory, numbers: Handover, abi: str) -> None:
+    """Boot a kernel of one generation on a handover."""
+    new = kernel(machine(memory), abi)
     before = os.fstat(memory.fd).st_blocks
     try:
         plan = new.validate(numbers)
@@ -323,6 +337,21 @@ def records(data: bytes) -> None:
     if new.luo.state.name == "UPDATED":
         new.luo.finish()
     new.close()
+
+
+def generations_seeds() -> list[bytes]:
+    """The same from each generation but the newest; the first byte says which, and how to read."""
+    names = list(GENERATIONS)[:-1]
+    return [bytes([i]) + left_by_kernel(name) for i, name in enumerate(names)] + [
+        bytes([128 + i]) + left_by_kernel(name) for i, name in enumerate(names)
+    ]
+
+
+def generations(data: bytes) -> None:
+    """As handover and records, in the generations before the newest."""
+    which = (data or b"\0")[0]
+    name = list(GENERATIONS)[which % 128 % len(GENERATIONS)]
+    (boot if which < 128 else restore)(*unpack(data[1:]), name)
 
 
 # ---- device table ----
@@ -377,15 +406,12 @@ def devices(data: bytes) -> None:
 
 def image_seeds() -> list[bytes]:
     """The handovers above, each behind the number of its generation."""
-    from luo.abi import GENERATIONS
-
     seeds = [bytes([list(GENERATIONS).index("kho-v4")]) + seed for seed in handover_seeds()]
     return seeds + [bytes([i]) + seeds[1][1:] for i in range(len(GENERATIONS))]
 
 
 def image(data: bytes) -> None:
     """A broken handover becomes an image whose every violation is listed, and nothing raises."""
-    from luo.abi import GENERATIONS
     from luo.image import Image
     from luo.image.document import describe
 
@@ -439,6 +465,7 @@ TARGETS = {
     "fdt": (fdt, tree_seeds),
     "handover": (handover, handover_seeds),
     "records": (records, records_seeds),
+    "generations": (generations, generations_seeds),
     "devices": (devices, devices_seeds),
 }
 if importlib.util.find_spec("luo.image") is not None:

@@ -37,7 +37,7 @@ from luo.errors import (
 )
 from luo.fdt import Column, Fdt, FdtEditor, FdtWriter
 from luo.kernel import Kernel, KernelImage, RemoteKernel, live_update
-from luo.kho import Handover, Kho, radix_decode, radix_key
+from luo.kho import Handover, Kho, KhoNode, radix_decode, radix_key
 from luo.liveupdate import CancelResult, FinishResult, Orchestrator
 from luo.machine import DeviceTree, Machine
 from luo.memory import PhysicalMemory, parse_size
@@ -72,6 +72,7 @@ __all__ = [
     "KhoError",
     "KhoExistsError",
     "KhoNoMemoryError",
+    "KhoNode",
     "KhoNotFoundError",
     "LiveUpdateOps",
     "LuoError",

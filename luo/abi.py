@@ -32,6 +32,7 @@ __all__ = [
     "LUO_SHARD_OVERHEAD",
     "LUO_VERSION",
     "MAX_PAGE_ORDER",
+    "PAGEBLOCK_ORDER",
     "SETUP_DATA_SER",
     "SETUP_KEXEC_KHO",
     "VMALLOC_SER",
@@ -45,6 +46,9 @@ __all__ = [
 
 MAX_PAGE_ORDER: Final = {4096: 10, 16384: 11, 65536: 13}
 """Largest order that Linux's allocator serves, by page size (arm64; x86 for 4 KiB)."""
+
+PAGEBLOCK_ORDER: Final = {4096: 9, 16384: 11, 65536: 13}
+"""Order of a page block, by page size: what a huge page of the second level has."""
 
 
 # ---- radix tree (kho-abi 4, 5.2) ----
@@ -94,6 +98,8 @@ class Generation:
         notifiers: whether subsystems can register for finalizing and its undoing.
         phys_calls: whether ranges are preserved by address and bytes (``kho_preserve_phys()``).
         numa_split: whether a range is cut where NUMA nodes meet.
+        pageblock_scratch: whether areas of scratch are aligned to page blocks, and the global one
+            is sized by what the rounded low one leaves; else to the allocator's largest order.
         restore_order_cap: whether blocks above the allocator's largest order cannot be restored.
         vmalloc: whether it has vmalloc preservation.
         metadata: whether a kernel leaves the ``kexec-metadata`` blob.
@@ -114,6 +120,7 @@ class Generation:
     notifiers: bool = False
     phys_calls: bool = False
     numa_split: bool = False
+    pageblock_scratch: bool = True
     restore_order_cap: bool = False
     vmalloc: bool = True
     metadata: bool = False
@@ -217,6 +224,7 @@ GENERATIONS: Final = {
             compatible="kho-v3",
             size_property="blob-size",
             numa_split=True,
+            pageblock_scratch=False,
             metadata=True,
         ),
         Generation(
@@ -224,6 +232,7 @@ GENERATIONS: Final = {
             compatible="kho-v4",
             size_property="blob-size",
             numa_split=True,
+            pageblock_scratch=False,
             metadata=True,
         ),
     )

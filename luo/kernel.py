@@ -16,7 +16,14 @@ from luo import abi
 from luo._kho import CallRecorder
 from luo.dev_liveupdate import DeviceParticipant, DeviceRecords
 from luo.device import Bus, Device, Devices, Driver
-from luo.errors import CallbackError, HandoverError, KernelPanic, StateError, from_errno
+from luo.errors import (
+    CallbackError,
+    HandoverError,
+    KernelPanic,
+    KhoError,
+    StateError,
+    from_errno,
+)
 from luo.kexec import (
     ARCHES,
     Arrival,
@@ -32,6 +39,7 @@ from luo.memory import PhysicalMemory
 from luo.notifier import State, Subsystem
 from luo.remote import RemoteKernel
 from luo.report import Report, describe
+from luo.reserve_mem import ReservedMemory, ReserveMem
 
 if TYPE_CHECKING:
     from luo.machine import Machine
@@ -65,11 +73,13 @@ class CommandLine:
         kho: ``kho=``; off unless given, as in the kernel.
         liveupdate: ``liveupdate=``; off unless given.
         kho_scratch: ``kho_scratch=`` as written, or None.
+        reserve_mem: every ``reserve_mem=``, in order.
     """
 
     kho: bool = False
     liveupdate: bool = False
     kho_scratch: str | None = None
+    reserve_mem: tuple[ReserveMem, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> CommandLine:
@@ -85,6 +95,11 @@ class CommandLine:
                     values[name] = on
             elif name == "kho_scratch":
                 values[name] = value
+            elif name == "reserve_mem":
+                try:
+                    values[name] = (*values.get(name, ()), ReserveMem.parse(value))
+                except KhoError as error:
+                    _log.warning("malformed early option: %s", error)
         return cls(**values)
 
 
@@ -161,8 +176,10 @@ class Kernel:
         machine: the machine.
         drivers, buses, subsystems: what this kernel has.
         kho_abi: generation of the handover, a name in :data:`luo.abi.GENERATIONS`.
+        kho_bugs: mistakes of that generation's kernels to reproduce, as of
+            :class:`~luo.kho.Kho`.
         release: what ``uname -r`` would say; handed over in the metadata.
-        cmdline: ``kho=``, ``liveupdate=`` and ``kho_scratch=`` are read.
+        cmdline: ``kho=``, ``liveupdate=``, ``kho_scratch=`` and ``reserve_mem=`` are read.
         arch: ``"x86_64"`` or ``"arm64"``, which hand over each in its own way; any other has no
             KHO and no live update.
         behaviour, quirks, workers: ``"intended"``, none and 1.
@@ -176,6 +193,7 @@ class Kernel:
         devices: its :class:`~luo.device.Devices`.
         profile: what callbacks cost; stays readable after the kernel is gone.
         phases: nanoseconds of each phase that it has passed.
+        reserved: the named regions of ``reserve_mem=``.
         arrival: how it came to run, if by :meth:`kexec`.
         on_handover: called with the four numbers in :meth:`kexec` when memory holds what is handed
             over, before the successor looks at it. Its time counts in no phase; what it raises
@@ -190,6 +208,7 @@ class Kernel:
         buses: Iterable[Bus] = (),
         subsystems: Iterable[Subsystem] = (),
         kho_abi: str = "kho-v4",
+        kho_bugs: Iterable[str] = (),
         release: str = _RELEASE,
         cmdline: str = "kho=on liveupdate=on",
         arch: str = "x86_64",
@@ -210,6 +229,7 @@ class Kernel:
             raise ValueError(f"quirks {quirks!r}: the intended behaviour has none")
         self.machine = machine
         self.kho_abi = kho_abi
+        self.kho_bugs = abi.generation(kho_abi).check_bugs(kho_bugs)
         self.release = release
         self.arch = arch
         self.profile = CallRecorder(clock)
@@ -242,6 +262,7 @@ class Kernel:
             raise StateError(errno.EBUSY, "command line: the kernel has booted")
         self.cmdline = text
         self.parameters = CommandLine.parse(text)
+        self.reserved = ReservedMemory(self.parameters.reserve_mem)
         self.luo.enabled = self.kho_enabled and self.parameters.liveupdate
 
     # ---- what it is ----
@@ -360,7 +381,9 @@ class Kernel:
         """
         if handover is None:
             return _Plan()
-        plan = _Plan(Kho.validate(self.machine.memory, handover, abi=self.kho_abi))
+        plan = _Plan(
+            Kho.validate(self.machine.memory, handover, abi=self.kho_abi, bugs=self.kho_bugs)
+        )
         assert plan.incoming is not None
         plan.luo = LuoIncoming.read(plan.incoming)
         if plan.luo is not None:
@@ -384,9 +407,11 @@ class Kernel:
                 self._kho = Kho(
                     self.machine.memory,
                     abi=self.kho_abi,
+                    bugs=self.kho_bugs,
                     scratch=self.parameters.kho_scratch,
                     release=self.release,
                 )
+            self.reserved.reserve(self.machine.memory, self._kho if self.kho_enabled else None)
             self.luo.startup(plan.luo)
         if plan.luo is not None and plan.records is not None:
             if verify:  # outside both phases: an instrument, not a part of the update

@@ -258,14 +258,16 @@ def _reserved_by_kernel(
 
 
 def scratch_layout(
-    memory: PhysicalMemory, param: ScratchParam | None = None
+    memory: PhysicalMemory, param: ScratchParam | None = None, *, abi: str = "kho-v4"
 ) -> list[tuple[int, int]]:
-    """Size and place scratch as Linux 7.3 does on a cold boot.
+    """Size and place scratch as the kernels of a generation do on a cold boot.
 
     Sizes (kho-abi 8): low = what the kernel reserved below 4 GiB times the scale; global = all that
     it reserved times the scale, less low; per node likewise; each rounded up to a block of the
-    largest order. What "the kernel reserved" is, is modelled: a memmap of 64 bytes a page on its
-    node, and an image of 32 MiB (a 64th of memory if that is less) in the lowest range.
+    largest order. Before kho-v3 they were rounded to page blocks, and global was less the rounded
+    low; where that would be less than nothing, here it is nothing. What "the kernel reserved" is,
+    is modelled: a memmap of 64 bytes a page on its node, and an image of 32 MiB (a 64th of memory
+    if that is less) in the lowest range.
     Places: from the top down, each within one range.
 
     Returns:
@@ -278,6 +280,9 @@ def scratch_layout(
     param = param or ScratchParam()
     ranges = memory.ranges
     align = memory.page_size << memory.max_order
+    old = _abi.generation(abi).pageblock_scratch
+    if old:
+        align = memory.page_size << _abi.PAGEBLOCK_ORDER[memory.page_size]
     nodes = sorted({node for _, _, node in ranges})
     if param.scale is None:
         low, everywhere = param.lowmem or 0, param.global_ or 0
@@ -287,7 +292,9 @@ def scratch_layout(
         scale = param.scale
         below = sum(max(0, min(s + n, _LOW_LIMIT) - s) for s, n, _ in reserved)
         low = below * scale // 100
-        everywhere = sum(n for _, n, _ in reserved) * scale // 100 - low
+        if old:
+            low = -(-low // align) * align
+        everywhere = max(0, sum(n for _, n, _ in reserved) * scale // 100 - low)
         per_node = {
             node: sum(n for _, n, where in reserved if where == node) * scale // 100
             for node in nodes
@@ -523,9 +530,10 @@ class Incoming(IncomingMemory):
         """Return ``(phys, nbytes)`` of the blob called *name*, as ``kho_retrieve_subtree()``.
 
         Raises:
-            KhoError: ENOENT if there is none.
+            KhoError: ENOENT if there is none; EOPNOTSUPP in kho-v5-series, whose data is inline.
         """
         self._check_open()
+        _require(not self.generation.inline, f"retrieve_subtree {name}", self.generation)
         if name not in self._subtrees:
             raise from_errno(
                 errno.ENOENT, f"retrieve_subtree {name}: the previous kernel left none"
@@ -764,7 +772,7 @@ class Kho(PreservedMemory):
         scratch: ``[(phys, nbytes), ...]`` in the ABI's order, areas of size 0 included.
         incoming: what the previous kernel left (:class:`Incoming`); None after a cold boot.
         fdt_phys: physical address of the root tree, one page; in kho-v5-series 0 until the jump.
-        fdt_max: as given.
+        fdt_max: as given; may be changed, as by the debugfs file.
         closed: whether :meth:`close` was called.
 
     Raises:
@@ -782,7 +790,6 @@ class Kho(PreservedMemory):
     scratch: list[tuple[int, int]]
     incoming: Incoming | None
     fdt_phys: int
-    fdt_max: int
 
     def __init__(
         self,
@@ -798,7 +805,7 @@ class Kho(PreservedMemory):
         wanted = _abi.generation(abi).check_bugs(bugs)
         if scratch is None or isinstance(scratch, str):
             param = None if scratch is None else parse_kho_scratch(scratch)
-            areas = scratch_layout(memory, param)
+            areas = scratch_layout(memory, param, abi=abi)
         else:
             areas = [(operator.index(phys), operator.index(nbytes)) for phys, nbytes in scratch]
         memory.reserve_scratch(areas)
@@ -824,7 +831,7 @@ class Kho(PreservedMemory):
         self.scratch = scratch
         self.incoming = incoming
         self.fdt_phys = 0
-        self.fdt_max = parse_size(fdt_max)
+        self._fdt_max = parse_size(fdt_max)
         self._segments: dict[str, tuple[int, int]] = {}  # in scratch: name to (phys, bytes)
         self._finalized = False
         self._notifiers: list[tuple[int, Notifier]] = []  # (priority, callback), in calling order
@@ -1177,6 +1184,24 @@ class Kho(PreservedMemory):
             self.free_map()
 
     # ---- the one tree of kho-v5-series ----
+
+    @property
+    def fdt_max(self) -> int:
+        """Bytes that the inline tree may have.
+
+        Raises:
+            KhoError: when set: EBUSY while finalized.
+        """
+        return self._fdt_max
+
+    @fdt_max.setter
+    def fdt_max(self, nbytes: int | str) -> None:
+        self._check_open()
+        if self._finalized:
+            raise from_errno(errno.EBUSY, "fdt_max: the tree is finalized")
+        self._fdt_max = parse_size(nbytes)
+        if "tree" in self._segments:
+            self._drop_segment("tree")
 
     def _change_tree(self, what: str) -> None:
         self._has(self.generation.inline, what)

@@ -1,6 +1,5 @@
-"""Hypothesis profiles, where the facts (spec vectors, golden data) are, and who leaks."""
+"""Hypothesis profiles, and where the facts (spec vectors, golden data) are."""
 
-import gc
 import os
 from pathlib import Path
 
@@ -23,19 +22,3 @@ def shared() -> Path:
     if SHARED is None:
         pytest.skip(MISSING)
     return SHARED
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_leaks():
-    """In a checked build: the core holds no more blocks after a file's tests than before."""
-    from luo import _kho
-
-    count = getattr(_kho, "_allocations", None)
-    if count is None:
-        yield
-        return
-    gc.collect()
-    before = count()
-    yield
-    gc.collect()
-    assert before >= count()

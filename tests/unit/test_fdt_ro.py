@@ -400,7 +400,7 @@ def test_reserve_map_is_read():
 def test_reserve_map_ends_at_an_entry_of_no_bytes():
     """Whatever its address is, and whatever stands behind it, as for libfdt and Linux."""
     data = bytearray(blob(*EMPTY_ROOT, off_mem_rsvmap=76, totalsize=124))
-    data[76:] = struct.pack(">6Q", 0x1000, 0x2000, 0x3000, 0, 0x4000, 0x5000)
+    data += bytes(76 - len(data)) + struct.pack(">6Q", 0x1000, 0x2000, 0x3000, 0, 0x4000, 0x5000)
 
     assert Fdt(data).reserve_map == [(0x1000, 0x2000)]
 
@@ -408,7 +408,7 @@ def test_reserve_map_ends_at_an_entry_of_no_bytes():
 def test_reserve_map_without_alignment_is_read():
     """The specification wants 8 bytes of alignment; libfdt does not ask for it."""
     data = bytearray(blob(*EMPTY_ROOT, off_mem_rsvmap=76, totalsize=108))
-    data[76:] = struct.pack(">4Q", 0x1000, 0x2000, 0, 0)
+    data += bytes(76 - len(data)) + struct.pack(">4Q", 0x1000, 0x2000, 0, 0)
 
     assert Fdt(data).reserve_map == [(0x1000, 0x2000)]
 

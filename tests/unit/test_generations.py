@@ -19,7 +19,7 @@ from rig import (
 from rig import updated as update
 
 from luo import abi
-from luo.errors import CallbackError, HandoverError, KhoError, SuccessorError
+from luo.errors import CallbackError, HandoverError, KernelPanic, KhoError, SuccessorError
 from luo.kernel import KernelImage, live_update
 from luo.kho import ChunkMap, Handover, Incoming, Kho, KhoEvent, KhoNode, radix_key
 from luo.machine import Machine
@@ -197,6 +197,64 @@ def test_kho_v2_with_its_bug_on_16k_pages_is_refused_by_its_reader():
     handover = Kho(memory, abi="kho-v2", bugs=("kho-v2-depth",)).handover()
     with pytest.raises(HandoverError):
         Kho.validate(memory, handover, abi="kho-v2", bugs=("kho-v2-depth",))
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("page_size", sorted(SIZES))
+def test_scratch_of_a_generation_is_aligned_as_in_its_kernels(name, page_size):
+    """To page blocks before kho-v3, then to blocks of the largest order."""
+    memory = PhysicalMemory(SIZES[page_size], page_size=page_size)
+    order = {4096: 9, 16384: 11, 65536: 13}[page_size]
+    align = page_size << (order if name < "kho-v3" else memory.max_order)
+    if name == "kho-v5-series":
+        align = page_size << order
+    areas = Kho(memory, abi=name).scratch
+
+    assert all(phys % align == size % align == 0 for phys, size in areas)
+    assert len(areas) == 3
+
+
+def test_preserve_phys_of_parts_of_pages_is_einval():
+    """Both address and size are whole pages."""
+    for name in ALL[:2]:
+        kho = Kho(PhysicalMemory("64MiB"), abi=name)
+        for phys, nbytes in ((PAGE, 1), (PAGE + 1, PAGE), (PAGE, PAGE + 8), (PAGE, -PAGE)):
+            assert errno_of(kho.preserve_phys, phys, nbytes) == errno.EINVAL
+            assert errno_of(kho.unpreserve_phys, phys, nbytes) == errno.EINVAL
+
+
+def test_restore_phys_takes_over_a_range():
+    """The way back of preserve_phys, where there is one."""
+    for name in ALL:
+        memory = PhysicalMemory("64MiB")
+        kho = Kho(memory, abi=name)
+        phys = memory.alloc_pages(7)
+        kho.preserve_pages(phys, 7)
+        handover = hand_over(kho)
+        incoming = Kho.boot(memory, handover, abi=name).incoming
+        if name in ALL[:2]:
+            assert errno_of(incoming.restore_phys, phys, 7 * PAGE + 1) == errno.EINVAL
+            assert incoming.restore_phys(phys, 7 * PAGE) >= 3
+        else:
+            assert errno_of(incoming.restore_phys, phys, 7 * PAGE) == errno.EOPNOTSUPP
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_incoming_calls_that_a_generation_lacks_are_eopnotsupp(name):
+    """Nodes are there in kho-v5-series, subtrees in the others."""
+    memory = PhysicalMemory("64MiB")
+    incoming = Kho.validate(memory, hand_over(Kho(memory, abi=name)), abi=name)
+    nodes = (
+        lambda: incoming.get_node(None, "n"),
+        lambda: incoming.get_nodes(None),
+        lambda: incoming.get_prop(None, "p"),
+        lambda: incoming.node_check_compatible(None, "c"),
+    )
+    subtrees = (lambda: incoming.retrieve_subtree("n"), lambda: incoming.load_subtree("n"))
+    lacking, having = (subtrees, nodes) if name == ALL[0] else (nodes, subtrees)
+
+    assert {errno_of(call) for call in lacking} == {errno.EOPNOTSUPP}
+    assert errno.EOPNOTSUPP not in {errno_of(call) for call in having}
 
 
 # ---- finalizing ----
@@ -553,6 +611,21 @@ def test_tree_above_fdt_max_is_enomem_and_undone():
     assert kho.handover().fdt_len == 1 << 16
 
 
+def test_fdt_max_may_change_until_finalized():
+    """As by its file in debugfs."""
+    kho = series()
+    kho.place_segments()
+    kho.fdt_max = "1MiB"
+    assert kho.handover().fdt_len == MIB
+
+    with pytest.raises(KhoError) as caught:
+        kho.fdt_max = "2MiB"
+    assert caught.value.errno == errno.EBUSY
+    kho.unfreeze()
+    kho.fdt_max = "128KiB"
+    assert kho.handover().fdt_len == 1 << 17
+
+
 def test_handover_of_an_inline_tree_lies_in_scratch():
     """It is copied to a segment there, 64 KiB aligned, at the same place each time."""
     memory = PhysicalMemory("256MiB")
@@ -778,6 +851,51 @@ def test_ordinary_kexec_is_not_a_live_update(name, log):
     assert kernel.luo.state.name == "NORMAL"
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_data_set_in_reboot_comes_over(name, log):
+    """Where PREPARE has closed the map, REBOOT still patches LUO's node in place."""
+    machine, kernel = running(name, log)
+    seen = []
+    log.hooks["PREPARE", "subsystem", "sub", None] = lambda context: setattr(context, "data", 1)
+    log.hooks["REBOOT", "subsystem", "sub", None] = lambda context: setattr(context, "data", 2)
+    log.hooks["RESTORE", "subsystem", "sub", None] = lambda context: seen.append(context.data)
+    update(kernel, small_kernel(machine, log, [log.subsystem("sub")], kho_abi=name))
+
+    assert seen == [2]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_preserve_in_reboot_is_ebusy_where_prepare_closed_the_map(name, log):
+    """Its author learns of it by a failed update, which is rolled back."""
+    _, kernel = running(name, log)
+    before = state_of(kernel)
+    log.hooks["REBOOT", "subsystem", "sub", None] = lambda context: context.kho.alloc_preserve(1)
+    kernel.luo.prepare()
+    if name in ABORTING:
+        with pytest.raises(CallbackError) as caught:
+            kernel.luo.reboot()
+        assert caught.value.errno == errno.EBUSY
+        assert before == state_of(kernel)
+    else:
+        assert kernel.luo.reboot()
+
+
+@pytest.mark.parametrize(
+    "version", [b"", struct.pack("=II", 2, 0), struct.pack("=II", 1, 1), bytes(9)]
+)
+def test_inline_luo_node_of_another_version_panics(version, log):
+    """RFC v1's own rule, for RFC v1's own node."""
+    machine = small_machine()
+    kernel = small_kernel(machine, log, kho_abi="kho-v5-series").boot()
+    node = KhoNode()
+    kernel.kho.add_node(None, abi.LUO_NODE, node)
+    kernel.kho.add_prop(node, "version", version)
+    handover = kernel.kho.handover()
+    kernel.close()
+    with pytest.raises(KernelPanic, match="version"):
+        small_kernel(machine, log, kho_abi="kho-v5-series").boot(handover)
+
+
 @pytest.mark.parametrize("name", CLOSING)
 def test_prepare_after_somebody_finalized_is_ebusy(name, log):
     """As in RFC v1; the finalizing stays."""
@@ -811,6 +929,17 @@ def test_luo_node_of_kho_v5_series_is_inline(log):
     assert node.properties["version"] == struct.pack("<II", 1, 0)
     assert len(node.children["devices"].children) == len(kernel.devices)
     assert "data" in node.children["subsystems"].children["sub"].properties
+
+
+def test_kernel_with_a_bug_of_its_generation_has_it(log):
+    """The name is given to the kernel; one of another generation is refused."""
+    machine = small_machine(PhysicalMemory("64MiB"))
+    kernel = small_kernel(machine, log, kho_abi="kho-v5-series", kho_bugs=("kho-v5-split",)).boot()
+    kernel.kho.preserve_phys(PAGE, 7 * PAGE)
+    assert blocks(kernel.kho) == [(7 * PAGE, 0), (4 * PAGE, 1), (0, 2)]
+
+    with pytest.raises(ValueError, match="kho-v2-depth"):
+        small_kernel(machine, log, kho_bugs=("kho-v2-depth",))
 
 
 @pytest.mark.parametrize("name", ALL)

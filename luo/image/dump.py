@@ -2,13 +2,14 @@
 
 ``pages.json`` has the physical addresses (``pages``) and the page size (``page_size``), and
 ``pages.bin`` the pages in that order. The handover and the ranges of memory come from
-``kexec.dtb``, the device tree that the next kernel got; without one, from ``manifest.json``
-(``handoff``, ``machine``).
+``kexec.dtb``, the device tree that the next kernel got; what it does not say, and everything
+without one, from ``manifest.json`` (``handoff``, ``machine``).
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -29,6 +30,8 @@ def load_dump(place: Path, abi: str | None = None) -> Image:
     """Open a dump directory; see :meth:`luo.image.Image.load`."""
     index = _json(place / "pages.json")
     manifest = _json(place / "manifest.json") if (place / "manifest.json").exists() else {}
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{place / 'manifest.json'}: not an object")
     listed = index.get("pages") if isinstance(index, dict) else index
     if not isinstance(listed, list) or len(listed) > _PAGES_MAX:
         raise ValueError(f"{place / 'pages.json'}: has no list of pages")
@@ -51,6 +54,8 @@ def load_dump(place: Path, abi: str | None = None) -> Image:
             handover, ranges = read_device_tree(tree)
         except FdtError as error:
             raise ValueError(f"{dtb}: {error}") from error
+        if not ranges:  # as with EFI, where it is the memory map that says
+            ranges = _ranges(place, manifest)
     else:
         handover, ranges = _from_manifest(place, manifest)
     by_address = sorted((phys, i) for i, phys in enumerate(addresses))
@@ -69,12 +74,12 @@ def load_dump(place: Path, abi: str | None = None) -> Image:
         ranges,
         handover,
         extents,
-        abi=abi or _generation(manifest),
+        abi=abi or _named(manifest) or _DEFAULT,
         page_size=page,
         source=str(place),
     )
     if abi is None and not _named(manifest):
-        image.abi = _guess(image)
+        image.abi = _guess(image, manifest)
     return image
 
 
@@ -83,7 +88,7 @@ def read_device_tree(tree: Fdt) -> tuple[Handover, list[tuple[int, int, int]]]:
 
     Raises:
         HandoverError: ``/chosen`` does not name root tree and scratch.
-        ValueError: cells of another number than 1 or 2, or no memory.
+        ValueError: cells of another number than 1 or 2.
     """
     root = tree.root
     address_cells, size_cells = (
@@ -107,8 +112,6 @@ def read_device_tree(tree: Fdt) -> tuple[Handover, list[tuple[int, int, int]]]:
             nbytes = int.from_bytes(raw[split : at + entry], "big")
             if nbytes:
                 ranges.append((start, nbytes, int.from_bytes(where[:4], "big")))
-    if not ranges:
-        raise ValueError("device tree names no memory")
     return handover, ranges
 
 
@@ -129,18 +132,26 @@ def _from_manifest(
     place: Path, manifest: Mapping[str, Any]
 ) -> tuple[Handover, list[tuple[int, int, int]]]:
     try:
-        handoff, machine = manifest["handoff"], manifest["machine"]
+        handoff = manifest["handoff"]
         four = [_number(n) for name in ("kho_fdt", "kho_scratch") for n in handoff[name]]
-        if "ranges" in machine:
-            ranges = [(_number(s), _number(n), _number(node)) for s, n, node in machine["ranges"]]
-        else:
-            ranges = [(_number(machine["ram_base"]), _number(machine["ram_size"]), 0)]
         if len(four) != 4:
             raise ValueError("handoff names not four numbers")
-        return Handover(*four), ranges
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{place}: neither kexec.dtb nor a manifest.json with handoff and machine: {error!r}"
+            f"{place}: neither kexec.dtb nor a manifest.json with the handoff: {error!r}"
+        ) from error
+    return Handover(*four), _ranges(place, manifest)
+
+
+def _ranges(place: Path, manifest: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+    try:
+        machine = manifest["machine"]
+        if "ranges" in machine:
+            return [(_number(s), _number(n), _number(node)) for s, n, node in machine["ranges"]]
+        return [(_number(machine["ram_base"]), _number(machine["ram_size"]), 0)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{place}: neither kexec.dtb nor manifest.json says where memory is: {error!r}"
         ) from error
 
 
@@ -167,18 +178,28 @@ def _named(manifest: object) -> str | None:
     return next((n for n in names if isinstance(n, str) and n in _abi.GENERATIONS), None)
 
 
-def _generation(manifest: object) -> str:
-    return _named(manifest) or _DEFAULT
+def _guess(image: Image, manifest: object) -> str:
+    """Generation by the root tree's compatible.
 
-
-def _guess(image: Image) -> str:
-    """Generation by the root tree's compatible; ``kho-v1`` stands for the last of its kind."""
+    ``kho-v1`` stands for four formats. What tells them apart is the release of the kernel, if the
+    manifest has it; else it is taken for the last of its kind.
+    """
     try:
         phys, nbytes = image.handover.fdt_phys, image.handover.fdt_len
         root = Fdt(image.read(phys, min(nbytes, 1 << 26))).root
-        strings = bytes(root.get("compatible") or b"").split(b"\0")
     except (HandoverError, FdtError):
         return image.abi
+    strings = bytes(root.get("compatible") or b"").split(b"\0")
+    if b"kho-v1" in strings:
+        if any(node.name == "preserved-memory" for node in root.children):
+            return "kho-v5-series"
+        kernel = manifest.get("kernel") if isinstance(manifest, dict) else None
+        release = str(kernel.get("release", "")) if isinstance(kernel, dict) else ""
+        found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", release)
+        version = tuple(int(part or 0) for part in found.groups()) if found else (7, 0, 0)
+        if version < (6, 17, 9):
+            return "kho-v1-512"
+        return "kho-v1-notifier" if version < (6, 19, 0) else "kho-v1"
     for name, generation in _abi.GENERATIONS.items():
         if generation.compatible.encode() in strings and name == generation.compatible:
             return name

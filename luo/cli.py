@@ -149,6 +149,13 @@ main.add_command(image_commands)
     help="Generation of the handover.",
 )
 @click.option(
+    "--kho-bug",
+    "kho_bugs",
+    multiple=True,
+    type=click.Choice([bug for known in abi.GENERATIONS.values() for bug in known.bugs]),
+    help="Repeat a mistake that this generation's kernels made.",
+)
+@click.option(
     "--save",
     "save_file",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -183,6 +190,7 @@ def run(
     repeat: int,
     kernel_boot: int,
     kho_abi: str,
+    kho_bugs: tuple[str, ...],
     save_file: Path | None,
     seed: int,
     timeout: int,
@@ -217,7 +225,8 @@ def run(
         host = _host(preset, devices, sysfs, hwloc_file, host_file, seed)
         doing("booting the first kernel")
         report = Report(settings=settings, source=host.source)
-        kernel, image = _boot(host, modules, kho_abi, doing)
+        abi.generation(kho_abi).check_bugs(kho_bugs)
+        kernel, image = _boot(host, modules, {"kho_abi": kho_abi, "kho_bugs": kho_bugs}, doing)
         _request(kernel, requests, host)
     status = 0
     try:
@@ -303,7 +312,7 @@ def _host(
 
 
 def _boot(
-    host: Host, modules: tuple[str, ...], kho_abi: str, doing: Callable[[str], None]
+    host: Host, modules: tuple[str, ...], handover: dict[str, Any], doing: Callable[[str], None]
 ) -> tuple[Kernel, KernelImage]:
     """Boot the first kernel cold, and name the image of the next."""
     cmdline = "kho=on liveupdate=on"
@@ -312,10 +321,9 @@ def _boot(
     machine = host.machine()
     # A file's drivers must be found by the second process too, whatever its directory is.
     found = [str(Path(spec).resolve()) if spec.endswith(".py") else spec for spec in modules]
-    kernel = drivers.kernel(machine, vms=host.vms, modules=found, kho_abi=kho_abi, cmdline=cmdline)
-    image = KernelImage(
-        "luo.drivers:kernel", args={"modules": found, "kho_abi": kho_abi, "cmdline": cmdline}
-    )
+    arguments = {"modules": found, "cmdline": cmdline, **handover}
+    kernel = drivers.kernel(machine, vms=host.vms, **arguments)
+    image = KernelImage("luo.drivers:kernel", args=arguments)
     return kernel.boot(), image
 
 

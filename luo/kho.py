@@ -526,6 +526,45 @@ class Incoming(IncomingMemory):
         self._check_open()
         return dict(self._subtrees)
 
+    def extended_scratch(self) -> list[tuple[int, int]]:
+        """Return where else than in scratch a booting 7.3 kernel may allocate (kho-abi 8).
+
+        Everything but the blocks of 1 GiB in which something preserved, or a page of the map, lies.
+        Meant for between :meth:`Kho.validate` and :meth:`Kho.boot`; afterwards the map's pages are
+        free, and restored blocks are not seen any more.
+
+        Returns:
+            list: ``[(phys, nbytes), ...]``, ascending, each within one range of memory.
+        """
+        self._check_open()
+        gib = 1 << 30
+        blocks, orders = self.claimed()
+        pages = self.map_pages()
+        starts = np.concatenate((blocks, pages))
+        sizes = np.concatenate(
+            (
+                np.left_shift(np.uint64(self.memory.page_size), orders.astype(np.uint64)),
+                np.full(len(pages), self.memory.page_size, np.uint64),
+            )
+        )
+        taken = np.zeros((max(s + n for s, n, _ in self.memory.ranges) >> 30) + 2, np.int64)
+        # A block above 1 GiB takes several: up at its first, down behind its last.
+        np.add.at(taken, (starts >> np.uint64(30)).astype(np.intp), 1)
+        np.add.at(taken, ((starts + sizes - np.uint64(1)) >> np.uint64(30)).astype(np.intp) + 1, -1)
+        free = np.flatnonzero(np.cumsum(taken)[:-1] == 0)
+        areas: list[tuple[int, int]] = []
+        for start, nbytes, _ in self.memory.ranges:
+            first = len(areas)
+            for number in free[
+                (free >= start >> 30) & (free <= (start + nbytes - 1) >> 30)
+            ].tolist():
+                low, high = max(start, number * gib), min(start + nbytes, (number + 1) * gib)
+                if len(areas) > first and sum(areas[-1]) == low:
+                    areas[-1] = (areas[-1][0], high - areas[-1][0])
+                else:
+                    areas.append((low, high - low))
+        return areas
+
     def retrieve_subtree(self, name: str) -> tuple[int, int]:
         """Return ``(phys, nbytes)`` of the blob called *name*, as ``kho_retrieve_subtree()``.
 

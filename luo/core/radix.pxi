@@ -1495,13 +1495,28 @@ cdef class IncomingMemory:
             raise from_errno(EINVAL, f"restore_free {at:#x}: not the head of a preserved block"
                                      f"{self.cap_note()}, or restored before")
 
+    def map_pages(self):
+        """Return the pages that hold the map, ``uint64``; none once booted, when they are free."""
+        cdef size_t i
+        pages = np.empty(self.nr_nodes if self.nodes != NULL else 0, np.uint64)
+        cdef uint64_t[::1] out = pages
+        for i in range(<size_t>out.shape[0]):
+            out[i] = self.nodes[i]
+        return pages
+
     def unrestored(self):
         """Return what nobody has restored yet as ``(phys, orders)``, larger orders first."""
+        self.use()
+        return self.claimed()
+
+    def claimed(self):
+        """Return what :meth:`unrestored` does, before booting too."""
         cdef int order
         cdef page_state *st
         phys, orders = [np.empty(0, np.uint64)], [np.empty(0, np.uint8)]
-        self.use()
-        st = self.memory.state
+        if self.memory is None:
+            raise from_errno(EINVAL, "incoming: not initialised")
+        st = self.pages()
         for order in range(st.top, -1, -1):
             if st.nr_claims[order]:
                 found = list_heads(self.memory, st.claims[order], order, st.nr_claims[order])

@@ -53,6 +53,7 @@ def kernel(
     vms: Sequence[VM] = (),
     modules: Iterable[str] = (),
     kho_abi: str = "kho-v4",
+    kho_bugs: Iterable[str] = (),
     cmdline: str = "kho=on liveupdate=on",
     observer: Callable[[str, str], None] | None = None,
 ) -> Kernel:
@@ -65,6 +66,7 @@ def kernel(
         modules: the user's drivers and subsystems, as :func:`load` takes them; a driver or bus
             of a built-in name replaces it.
         kho_abi: as of :class:`~luo.kernel.Kernel`.
+        kho_bugs: as of :class:`~luo.kernel.Kernel`.
         cmdline: likewise.
         observer: likewise.
     """
@@ -90,6 +92,7 @@ def kernel(
         buses=buses.values(),
         subsystems=subsystems.values(),
         kho_abi=kho_abi,
+        kho_bugs=kho_bugs,
         cmdline=cmdline,
         observer=observer,
     )

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rig import SMALL, Log, forest, settled, small_kernel, snapshot
 
+from luo import abi
 from luo.device import Bus, Driver
 from luo.errors import CallbackError
 from luo.kernel import Kernel
@@ -188,12 +189,13 @@ def hosts(draw):
     }
     requested = draw(st.lists(st.booleans(), min_size=n, max_size=n))
     priorities = draw(st.lists(st.sampled_from(list(Priority)), max_size=3))
-    return shape, tables, requested, priorities
+    name = draw(st.sampled_from(sorted(abi.GENERATIONS)))
+    return shape, tables, requested, priorities, name
 
 
 def build(machine, log, host):
     """A kernel for *host*."""
-    _, tables, _, priorities = host
+    _, tables, _, priorities, generation = host
 
     def table(kind, name):
         how = tables[name]
@@ -218,6 +220,7 @@ def build(machine, log, host):
             log.subsystem(f"s{number}", priority=priority)
             for number, priority in enumerate(priorities)
         ],
+        kho_abi=generation,
     )
 
 
@@ -297,7 +300,9 @@ def test_any_forest_comes_over(host):
     assert unreclaimed.unreclaimed == ()
     assert unreclaimed.failures == ()
     assert kernel.luo.state is State.NORMAL
-    assert kernel.kho.incoming.nr_unrestored == 2
+    generation = kernel.kho.generation
+    own = 0 if generation.inline else 1 + generation.metadata  # the root tree and the metadata
+    assert kernel.kho.incoming.nr_unrestored == own
     for event in EVENTS:
         legal(log.of(event), event)
     for event in ("PREPARE", "REBOOT", "FINISH"):

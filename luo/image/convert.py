@@ -8,32 +8,37 @@ library's ``liveupdate_orchestrator``, so that the other generation's kernel fin
 kho-v5-series has no blobs, its users' data stands in the one tree. A blob that is a tree becomes
 nodes there, with a property that says where the blob is, whose pages stay preserved; on the way
 back that is used again. Nodes without it become a blob on new pages, with a property beside its
-address that has them dropped on the way back. Neither property means anything to a kernel.
+address that has them dropped on the way back. A third property, of the root, says where root tree
+and ``kexec-metadata`` were if the generation has not got them. None means anything to a kernel.
 """
 
 from __future__ import annotations
 
 import contextlib
 import struct
-from collections.abc import Collection, Iterable, Iterator
-from typing import Final
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final, Self
 
 import numpy as np
 
 from luo import abi as _abi
-from luo.errors import FdtError, HandoverError
+from luo.errors import FdtError, HandoverError, KhoError
 from luo.fdt import Fdt, FdtEditor, FdtWriter, Node
 from luo.image import orchestrator
 from luo.image.store import Extent, Image
 from luo.image.survey import Subtree, Survey
 from luo.kho import Kho
 from luo.kho_tree import KhoNode
+from luo.memory import PhysicalMemory
 
 __all__ = ["convert"]
 
 BLOB_AT: Final = "luo,blob"  # in kho-v5-series: u64 phys and u64 bytes of the blob it was
 WAS_INLINE: Final = "luo,inline"  # elsewhere, empty: the blob's pages were made by converting
+OWN_AT: Final = "luo,own"  # of the root: u64 phys of the root tree and of kexec-metadata it had
 _BLOB_AT: Final = struct.Struct("=QQ")
+_OWN_AT: Final = struct.Struct("=QQ")
 _FDT_MAGIC: Final = b"\xd0\x0d\xfe\xed"
 
 
@@ -77,12 +82,15 @@ def convert(image: Image, abi: str, *, drop: Collection[str] = ()) -> Image:
     for at, order in _natural_blocks(survey, own):
         memory.claim(at, order)
     metadata = _metadata(survey)
+    places = _Places.of(survey)
+    places.hold(memory, survey)
     kho = Kho(
         memory,
         abi=abi,
         scratch=survey.scratch,
         release=metadata.previous_release if metadata else "luo",
     )
+    places.move_in(kho)
     kho.preserve_folios(phys, orders)
     made: list[str] = []
     for subtree in reversed(kept):  # each is put before the others
@@ -92,11 +100,15 @@ def convert(image: Image, abi: str, *, drop: Collection[str] = ()) -> Image:
             made.append(subtree.name)
     if target.metadata and metadata is not None:
         _set_metadata(kho, metadata)
+    if target.inline:
+        kho.add_prop(None, OWN_AT, places.pack())
     if target.finalize is not None:
         kho.finalize()
     handover = kho.handover()
     if not target.inline:
-        _flag(kho, made)
+        _note(kho, {f"/{name}": (WAS_INLINE, b"") for name in made})
+        if not target.metadata and places.metadata:
+            _note(kho, {"/": (OWN_AT, places.pack())})
     result = Image.from_memory(memory, handover, abi=abi, source=image.source)
     return Image(
         image.ram.ranges,
@@ -260,13 +272,76 @@ def _kho_node(rows: Iterable[tuple[int, Node]]) -> KhoNode:
     return stack[0]
 
 
-def _flag(kho: Kho, names: list[str]) -> None:
-    """Note in the root tree whose blobs are new; without room there it is left out."""
-    for name in names:
+def _note(kho: Kho, properties: Mapping[str, tuple[str, bytes]]) -> None:
+    """Put properties into the finished root tree; one that has no room there is left out."""
+    for path, (name, value) in properties.items():
         editor = FdtEditor(kho.memory.view(kho.fdt_phys, kho.memory.page_size))
         with contextlib.suppress(FdtError):
-            editor.set_property(f"/{name}", WAS_INLINE, b"")
+            editor.set_property(path, name, value)
         editor.pack()
+
+
+@dataclass(slots=True)
+class _Places:
+    """Where the format's own pages are, so that they are there again after a way back.
+
+    Attributes:
+        root: page of the root tree, 0 if it has none.
+        metadata: page of ``kexec-metadata``, likewise.
+    """
+
+    root: int = 0
+    metadata: int = 0
+
+    @classmethod
+    def of(cls, survey: Survey) -> Self:
+        """Return the places in an image, or those that it remembers."""
+        raw = None if survey.fdt is None else survey.fdt.root.get(OWN_AT)
+        places = cls(*_OWN_AT.unpack(raw)) if raw is not None and raw.nbytes == 16 else cls()
+        if not survey.generation.inline:
+            places.root = survey.pages.handover.fdt_phys
+        for subtree in survey.subtrees:
+            if subtree.name == _abi.KHO_SUBTREE_METADATA and subtree.phys:
+                places.metadata = subtree.phys
+        return places
+
+    def pack(self) -> bytes:
+        """Return the value of the property."""
+        return _OWN_AT.pack(self.root, self.metadata)
+
+    def hold(self, memory: PhysicalMemory, survey: Survey) -> None:
+        """Keep these pages from being used for anything else; forget those that are in use."""
+        for name in ("root", "metadata"):
+            phys = getattr(self, name)
+            try:
+                if not phys or survey.in_scratch(phys, memory.page_size):
+                    raise ValueError(phys)
+                memory.claim(phys, 0)
+            except (KhoError, ValueError):
+                setattr(self, name, 0)
+
+    def move_in(self, kho: Kho) -> None:
+        """Move root tree and metadata of a fresh *kho* to these pages."""
+        memory, page = kho.memory, kho.memory.page_size
+        if self.root and not kho.generation.inline:
+            old = kho.fdt_phys
+            memory.view(self.root, page)[:] = bytes(memory.view(old, page))
+            kho.fdt_phys = self.root
+            if kho.generation.undo is None:
+                kho.preserve_folio(self.root, 0)
+                kho.unpreserve_free(old)
+            else:  # it is preserved by finalizing
+                memory.free(old)
+        if self.metadata and kho.generation.metadata:
+            name = _abi.KHO_SUBTREE_METADATA
+            old = int.from_bytes(
+                bytes(kho.root.node(f"/{name}")[kho.generation.data_property or ""]), "little"
+            )
+            kho.remove_subtree(old)
+            memory.view(self.metadata, page)[:] = bytes(memory.view(old, page))
+            kho.unpreserve_free(old)
+            kho.preserve_folio(self.metadata, 0)
+            kho.add_subtree(name, self.metadata, len(_abi.KexecMetadata("", 0).pack()))
 
 
 def _only_kept(result: Image, source: Image) -> Iterator[Extent]:

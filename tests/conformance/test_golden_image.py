@@ -169,3 +169,4 @@ def test_conversion_there_and_back_preserves_the_same(image, target):
     assert [] == back.verify()
     parts = {d.part for d in compare(image, back)}
     assert parts <= {"LUO", "kexec-metadata"}
+    assert sorted(image.survey.iter_blocks()) == sorted(back.survey.iter_blocks())

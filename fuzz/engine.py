@@ -180,7 +180,8 @@ def work(target: Target, seeds: Sequence[bytes], seconds: float, seed: int, curr
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     waiting = list(seeds)
     while time.monotonic() < end:
-        if waiting:
+        is_seed = bool(waiting)
+        if is_seed:
             data = waiting.pop()
         else:
             # the newest are looked at most: what led to a new edge leads on
@@ -200,7 +201,7 @@ def work(target: Target, seeds: Sequence[bytes], seconds: float, seed: int, curr
             return 1
         signal.alarm(0)
         runs += 1
-        if coverage.is_new() or not corpus:
+        if coverage.is_new() or is_seed:  # what is all Python takes no edges of the core
             corpus.append((data, coverage.pairs()))
     print(f"{runs} runs, {len(corpus)} inputs kept, {coverage.nr_edges} edges", flush=True)
     return 0

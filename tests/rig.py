@@ -200,10 +200,13 @@ def settled(kernel: Kernel) -> dict[str, Any]:
 
     Pages of the map may stay, as in Linux, and the segment in scratch that the image will need.
     """
-    kernel.luo.prepare()
-    kernel.luo.reboot()
-    kernel.kho.handover()
-    kernel.luo.cancel()
+    if kernel.kho.generation.finalize is None:
+        kernel.kho.handover()
+    else:  # what is handed over is written by an update
+        kernel.luo.prepare()
+        kernel.luo.reboot()
+        kernel.kho.handover()
+        kernel.luo.cancel()
     pages = kernel.memory.nr_free_pages() + kernel.kho.tree_pages
     kernel.luo.prepare()
     kernel.luo.cancel()

@@ -3,8 +3,8 @@
 # Bit n of bitmap i of order o stands for the block of 2**o pages at pfn (i * bits + n) << o. A
 # bitmap has 4096 bits in kho-v5-series and kho-v1-512, a page of them later. What the next kernel
 # reads is a list of chunks, each a page: next, order, count, then (first phys, bitmap) pairs,
-# orders and indices ascending (kho-abi 3.2). It is written when a kernel finalizes, and names the very
-# bitmaps that are in use: they live in simulated memory and are not copied.
+# orders and indices ascending (kho-abi 3.2). It is written when a kernel finalizes, and names the
+# very bitmaps that are in use: they live in simulated memory and are not copied.
 #
 # Bitmaps are found by index in tables beside simulated memory, so that nobody who writes there can
 # lead this kernel astray.

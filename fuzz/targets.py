@@ -220,6 +220,8 @@ def handover_seeds() -> list[bytes]:
         for order in (0, 3, 9, 10):
             kho.preserve_folio(memory.alloc_folio(order), order)
         kho.preserve_pages(memory.alloc_pages(21), 21)
+        kho.save_subtree("area", kho.preserve_vmalloc(memory.alloc_folios(9, 0)))
+        kho.save_subtree("huge", kho.preserve_vmalloc(memory.alloc_folios(3, 2), 2))
         seeds.append(pack(memory, kho.handover()))
     return seeds
 
@@ -240,6 +242,9 @@ def restore(memory: PhysicalMemory, numbers: Handover, abi: str) -> None:
         heads = [incoming.subtrees()[name][0]]
         if len(blob) >= 8:
             heads += struct.unpack_from("<Q", blob)
+        if len(blob) >= 16 and incoming.generation.vmalloc:
+            with contextlib.suppress(HandoverError):
+                incoming.restore_vmalloc(bytes(blob[:16]))
         for head in heads:
             for size in (1, 16, 80):
                 try:
@@ -247,7 +252,7 @@ def restore(memory: PhysicalMemory, numbers: Handover, abi: str) -> None:
                 except HandoverError:
                     continue
     phys, orders = incoming.unrestored()
-    expect(len(phys) == incoming.nr_preserved, "as many blocks as were counted")
+    expect(len(phys) == incoming.nr_unrestored, "as many blocks as are counted")
     half = len(phys) // 2
     restored = incoming.restore_folios(phys[:half])
     expect(restored.tolist() == orders[:half].tolist(), "orders are what they were")

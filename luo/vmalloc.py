@@ -150,14 +150,32 @@ def restore(incoming: Incoming, descriptor: bytes) -> NDArray[np.uint64]:
     found = VmallocDescriptor.unpack(descriptor)
     chunks, blocks = _read(memory, found, incoming)
     nbytes = memory.page_size << found.order
-    for phys in blocks.tolist():
-        if not incoming.is_preserved(phys, nbytes):
-            raise HandoverError("vmalloc block is not preserved", phys)
+    _check_blocks(incoming, blocks.tolist(), nbytes, chunks)
     for phys in blocks.tolist():
         incoming.restore_pages(phys, 1 << found.order)
     for phys in chunks:
         incoming.restore_free(phys)
     return blocks
+
+
+def _check_blocks(incoming: Incoming, blocks: list[int], nbytes: int, chunks: list[int]) -> None:
+    """Raise unless all blocks can be restored: each listed once, and preserved as just these pages.
+
+    A part of a larger preserved block cannot be taken over, nor can a page be block and chunk.
+    """
+    taken = {phys // nbytes for phys in chunks}
+    for phys in blocks:
+        if phys // nbytes in taken:
+            raise HandoverError("vmalloc block is listed twice, or is a chunk", phys)
+        taken.add(phys // nbytes)
+        at = phys
+        while at < phys + nbytes:
+            order = incoming.order_of(at)
+            if order is None:
+                raise HandoverError("vmalloc block is not preserved", phys)
+            at += incoming.memory.page_size << order
+        if at != phys + nbytes:
+            raise HandoverError("vmalloc block is part of a larger preserved one", phys)
 
 
 def _by_node(

@@ -38,7 +38,11 @@ def test_extended_scratch_stays_within_ranges():
     ] == found
 
 
-@given(st.sets(st.integers(1, 63), max_size=20), st.integers(0, 18))
+# The low scratch area lies below 4 GiB: nothing of that size can be preserved around it.
+PLACES = sorted({*range(1, 64)} - {3})
+
+
+@given(st.sets(st.sampled_from(PLACES), max_size=20), st.integers(0, 18))
 def test_extended_scratch_equals_the_plain_definition(numbers, order):
     """Whatever is preserved: all other blocks of 1 GiB, and only they."""
     found = incoming([(number * GIB, order) for number in sorted(numbers)], size="64GiB")

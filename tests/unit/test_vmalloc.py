@@ -148,3 +148,23 @@ def test_restore_vmalloc_of_wrong_bytes_is_refused(memory):
         pages.tolist()
         == incoming.restore_vmalloc(struct.pack("=QIHH", first, total, flags, order)).tolist()
     )
+
+
+@pytest.mark.parametrize("wrong", ["twice", "a chunk", "inside a larger block"])
+def test_restore_vmalloc_of_blocks_that_cannot_all_be_taken_restores_nothing(memory, wrong):
+    """What would fail half-way is refused before the first block is taken."""
+    kho = Kho(memory)
+    pages = memory.alloc_folios(5, 0)
+    larger = memory.alloc_folio(3)
+    kho.preserve_folio(larger, 3)
+    descriptor = kho.preserve_vmalloc(pages)
+    (first,) = struct.unpack_from("<Q", descriptor)
+    incoming = handed_over(kho, descriptor).incoming
+    words = memory.view(first, 4096).cast("Q")
+    words[5] = {"twice": words[1], "a chunk": first, "inside a larger block": larger + 4096}[wrong]
+    before = incoming.nr_unrestored
+
+    with pytest.raises(HandoverError):
+        incoming.restore_vmalloc(descriptor)
+
+    assert before == incoming.nr_unrestored

@@ -218,6 +218,8 @@ def run(
         raise click.UsageError(f"--devices: {sources[0]} says which devices there are")
     if json_file not in (None, "-"):
         _check_writable(str(json_file))
+    if save_file is not None:
+        _check_writable(str(save_file), "--save")
     # The document has standard output for itself.
     console = Console(stderr=json_file == "-", highlight=False)
     with _progress() as doing, wrong_input():
@@ -341,13 +343,13 @@ def _request(kernel: Kernel, requests: tuple[str, ...], host: Host) -> None:
         raise ValueError(f"{where}: no device that can be kept; see --request and --drivers")
 
 
-def _check_writable(path: str) -> None:
+def _check_writable(path: str, option: str = "--json") -> None:
     """Refuse a file that cannot be written before the run, not after it."""
     at = path if os.path.exists(path) else os.path.dirname(path) or "."
     if not os.path.isdir(os.path.dirname(path) or "."):
-        raise Wrong(f"--json {path}: {os.strerror(errno.ENOENT)}")
+        raise Wrong(f"{option} {path}: {os.strerror(errno.ENOENT)}")
     if not os.access(at, os.W_OK):
-        raise Wrong(f"--json {path}: {os.strerror(errno.EACCES)}")
+        raise Wrong(f"{option} {path}: {os.strerror(errno.EACCES)}")
 
 
 def _write(path: str, text: str) -> None:

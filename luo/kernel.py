@@ -14,8 +14,9 @@ import numpy as np
 
 from luo import abi
 from luo._kho import CallRecorder
-from luo.dev_liveupdate import DeviceParticipant, DeviceRecords
+from luo.dev_liveupdate import DeviceParticipant
 from luo.device import Bus, Device, Devices, Driver
+from luo.device_records import DeviceRecords
 from luo.errors import (
     CallbackError,
     HandoverError,

@@ -300,7 +300,7 @@ class Survey:
         phys = handover.fdt_phys
         if self.fdt is None or self.generation.inline:
             return
-        if self.order_at(phys) is None:
+        if not self.has_block(phys, 0):
             self.wrong("root", phys, "root tree is not preserved as a page")
         if self.in_scratch(phys, page):
             self.wrong("root", phys, "root tree lies in scratch")

@@ -49,7 +49,9 @@ def slot_digests(
     Args:
         memory: where they lie.
         slabs: ``uint64 (n, 4)``: phys, bytes, first record, count.
-        phys, nbytes, owners: of each record, by side; an owner is a number in *names*.
+        phys: of each record's slot, by side.
+        nbytes: likewise.
+        owners: of each record, by side: a number in *names*.
         names: of drivers and buses, by side.
     """
     result = {}

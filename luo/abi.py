@@ -102,6 +102,7 @@ class Generation:
             is sized by what the rounded low one leaves; else to the allocator's largest order.
         restore_order_cap: whether blocks above the allocator's largest order cannot be restored.
         vmalloc: whether it has vmalloc preservation.
+        scratch_grammar: of ``kho_scratch=``: ``"v5"``, ``"6.16"`` or ``"7.3"``.
         metadata: whether a kernel leaves the ``kexec-metadata`` blob.
         bugs: mistakes of its kernels that change bytes, by the name that asks for them.
     """
@@ -123,6 +124,7 @@ class Generation:
     pageblock_scratch: bool = True
     restore_order_cap: bool = False
     vmalloc: bool = True
+    scratch_grammar: str = "7.3"
     metadata: bool = False
     bugs: tuple[str, ...] = ()
 
@@ -179,6 +181,7 @@ GENERATIONS: Final = {
             notifiers=True,
             phys_calls=True,
             vmalloc=False,
+            scratch_grammar="v5",
             bugs=(BUG_V5_SPLIT,),
         ),
         Generation(
@@ -193,6 +196,7 @@ GENERATIONS: Final = {
             phys_calls=True,
             restore_order_cap=True,
             vmalloc=False,
+            scratch_grammar="6.16",
         ),
         Generation(
             name="kho-v1-notifier",  # Linux 6.17.9, 6.18

@@ -165,7 +165,7 @@ class Kho(PreservedMemory):
     ) -> None:
         wanted = _abi.generation(abi).check_bugs(bugs)
         if scratch is None or isinstance(scratch, str):
-            param = None if scratch is None else parse_kho_scratch(scratch)
+            param = None if scratch is None else parse_kho_scratch(scratch, abi)
             areas = scratch_layout(memory, param, abi=abi)
         else:
             areas = [(operator.index(phys), operator.index(nbytes)) for phys, nbytes in scratch]

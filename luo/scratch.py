@@ -32,7 +32,10 @@ class ScratchParam:
     pernode: int | None = None
 
 
-_MEMPARSE = re.compile(r"(0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)([KkMmGgTtPpEe]?)")
+_NUMBER = r"(0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)"
+_MEMPARSE = re.compile(_NUMBER + "([KkMmGgTtPpEe]?)")
+_THREE_SIZES = re.compile(",".join(3 * [_NUMBER + "[KkMmGgTtPpEe]?"]))
+_V5_PERCENT = re.compile(_NUMBER + "%")
 
 
 def _memparse(text: str) -> int | None:
@@ -40,34 +43,53 @@ def _memparse(text: str) -> int | None:
     if found is None:
         return None
     digits, unit = found.groups()
-    octal = digits.startswith("0") and digits.isdecimal()
-    number = int(digits, 8 if octal else 0)
-    value = number << (10 * ("KMGTPE".index(unit.upper()) + 1) if unit else 0)
+    value = _number(digits) << (10 * ("KMGTPE".index(unit.upper()) + 1) if unit else 0)
     return value if value < 1 << 64 else None
 
 
-def parse_kho_scratch(text: str) -> ScratchParam:
-    """Read a ``kho_scratch=`` parameter as Linux 7.3 does (kho-abi 8).
+def _number(digits: str) -> int:
+    octal = digits.startswith("0") and digits.isdecimal()
+    return int(digits, 8 if octal else 0)
+
+
+def parse_kho_scratch(text: str, abi: str = "kho-v4") -> ScratchParam:
+    """Read a ``kho_scratch=`` parameter as the kernels of a generation do (kho-abi 8).
 
     Args:
         text: ``"N%"``, or three sizes ``"LOW,GLOBAL,NODE"`` with K, M, G, T, P, E, of which not all
             are 0.
+        abi: the generation. Those of Linux 6.16 and before want every size above 0, and stop
+            reading behind the third; the v5 series read the percentage in any base, up to the sign.
 
     Raises:
         KhoError: EINVAL for anything else.
     """
+    grammar = _abi.generation(abi).scratch_grammar
     wrong = from_errno(
-        errno.EINVAL, f"kho_scratch={text}: not N% or three sizes, not all of them 0"
+        errno.EINVAL,
+        f"kho_scratch={text}: no N% or three sizes as {abi} has them, or all of them 0",
     )
-    if text.endswith("%"):
+    percent = _V5_PERCENT.match(text) if grammar == "v5" else None
+    if percent is not None:
+        scale = _number(percent[1])
+        if scale > 0xFFFFFFFF:
+            raise wrong
+        return ScratchParam(scale=scale)
+    if grammar != "v5" and text.endswith("%"):
         digits = text[:-1]
         if not (digits.isascii() and digits.isdecimal()) or len(text) > 11:
             raise wrong
         if int(digits) > 0xFFFFFFFF:
             raise wrong
         return ScratchParam(scale=int(digits))
-    sizes = [_memparse(part) for part in text.split(",")]
-    if len(sizes) != 3 or None in sizes or not any(sizes):
+    if grammar == "7.3":
+        parts = text.split(",")
+    else:
+        found = _THREE_SIZES.match(text)
+        parts = found[0].split(",") if found is not None else []
+    sizes = [_memparse(part) for part in parts]
+    enough = any if grammar == "7.3" else all
+    if len(sizes) != 3 or None in sizes or not enough(sizes):
         raise wrong
     return ScratchParam(None, *sizes)
 

@@ -14,7 +14,15 @@ from facts import vectors
 from luo import abi
 from luo.errors import HandoverError, KhoError, KhoExistsError, KhoNotFoundError, StateError
 from luo.fdt import Fdt, FdtEditor, FdtWriter
-from luo.kho import Handover, Incoming, Kho, RadixTree, parse_kho_scratch, scratch_layout
+from luo.kho import (
+    Handover,
+    Incoming,
+    Kho,
+    RadixTree,
+    ScratchParam,
+    parse_kho_scratch,
+    scratch_layout,
+)
 from luo.memory import PhysicalMemory
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
@@ -199,6 +207,30 @@ def test_parse_kho_scratch_of_a_vector(vector):
         ]
     else:
         assert errno_of(parse_kho_scratch, vector["input"]) == errno.EINVAL
+
+
+@pytest.mark.parametrize(
+    ("abi", "text", "expected"),
+    [
+        ("kho-v5-series", "0x64%", ScratchParam(scale=100)),
+        ("kho-v5-series", "200%junk", ScratchParam(scale=200)),
+        ("kho-v5-series", "%", None),
+        ("kho-v5-series", "16M,1M,1M,junk", ScratchParam(None, 16 << 20, 1 << 20, 1 << 20)),
+        ("kho-v1-512", "16M,1M,1Mx", ScratchParam(None, 16 << 20, 1 << 20, 1 << 20)),
+        ("kho-v1-512", "200%", ScratchParam(scale=200)),
+        ("kho-v1-512", "0,512M,0", None),
+        ("kho-v1-512", "16M,1M", None),
+        ("kho-v1-notifier", "16M,1M,1Mx", None),
+        ("kho-v1-notifier", "0,512M,0", ScratchParam(None, 0, 512 << 20, 0)),
+        ("kho-v4", "0x64%", None),
+    ],
+)
+def test_parse_kho_scratch_of_a_generation(abi, text, expected):
+    """6.16 wanted every size and stopped reading behind the third, the v5 series took any base."""
+    if expected is None:
+        assert errno_of(lambda: parse_kho_scratch(text, abi)) == errno.EINVAL
+    else:
+        assert expected == parse_kho_scratch(text, abi)
 
 
 def test_parse_kho_scratch_takes_octal_hex_and_all_suffixes():

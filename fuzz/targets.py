@@ -277,7 +277,7 @@ def validate(memory: PhysicalMemory, numbers: Handover, abi: str) -> Incoming | 
 
 # ---- the orchestrator's own: version, records, slots ----
 
-CMDLINE = "kho=on liveupdate=on kho_scratch=4M,0,4M"
+CMDLINE = "kho=on liveupdate=on kho_scratch=4M,4M,4M"
 
 
 def machine(memory: PhysicalMemory) -> Machine:

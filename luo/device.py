@@ -11,7 +11,7 @@ import errno
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["Batch", "Bus", "Device", "DeviceBatch", "Devices", "Driver", "LiveUpdateOps", "batch"]
 
 Outcome: TypeAlias = int | None
-BatchOutcome: TypeAlias = "int | NDArray[np.int32] | None"
-BatchFunction = TypeVar("BatchFunction", bound="Callable[[DeviceBatch], Any]")
 
 
 class Batch:

@@ -375,7 +375,6 @@ class Kernel:
     def validate(self, handover: Handover | None) -> _Plan:
         """Read what the previous kernel left, without a write to the memory.
 
-
         Raises:
             HandoverError: it breaks a rule of the format.
             KernelPanic: LUO's node is there and not for this kernel.
@@ -584,7 +583,7 @@ class Kernel:
             "root_fdt_bytes": self._kho.root_bytes,
             "device_tree_bytes": self._layer.record_bytes,
             "map_bytes": self._kho.tree_pages * self.machine.memory.page_size,
-            "preserved_pages": _pages(self._kho),
+            "preserved_pages": self._kho.preserved_pages,
         }
 
     def cancel_reboot(self) -> bool:
@@ -639,16 +638,6 @@ class Kernel:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _pages(kho: Kho) -> int:
-    """Return how many pages *kho* preserves."""
-    _, orders = kho.preserved()
-    return int(
-        (
-            np.bincount(orders, minlength=1) << np.arange(max(1, int(orders.max(initial=0)) + 1))
-        ).sum()
-    )
 
 
 def live_update(

@@ -199,11 +199,6 @@ class Survey:
                 Violation("map", int(self.phys[at]), f"preserved blocks {rule}", more)
             )
 
-    @property
-    def nr_violations(self) -> int:
-        """How many, those counted but not listed included."""
-        return sum(violation.count for violation in self.violations)
-
     # ---- reading ----
 
     def spend(self, part: str, phys: int, nbytes: int) -> bool:
@@ -592,15 +587,6 @@ class Survey:
         key = np.uint64(phys | order)
         at = int(np.searchsorted(self._exact, key))
         return at < len(self._exact) and self._exact[at] == key
-
-    def have_blocks(self, phys: NDArray[np.uint64], orders: NDArray[np.uint8]) -> NDArray[np.bool_]:
-        """Whether exactly these blocks are preserved."""
-        if not len(self._exact):
-            return np.zeros(len(phys), np.bool_)
-        keys = phys | orders
-        at = np.minimum(np.searchsorted(self._exact, keys), len(self._exact) - 1)
-        result: NDArray[np.bool_] = self._exact[at] == keys
-        return result
 
     def order_at(self, phys: int) -> int | None:
         """Order of the (smallest) preserved block that starts at *phys*, or None."""

@@ -10,6 +10,8 @@ kernel was told is what it finds in the preserved map; one that boots cold finds
 whose memory that is once drivers have restored and probed, logs it, and so do the handle, the
 report of :func:`luo.kernel.live_update` and :attr:`luo.kernel.Kernel.strays`.
 
+A part that is free by then may be in use later: :func:`whose` tells at any time.
+
 Memory that the running kernel itself freed under a device is that kernel's own business, as in
 Linux: nothing is said until somebody asks :func:`check`.
 """
@@ -153,12 +155,8 @@ class _Engine:
         self._interval = interval
         at = memory.offset + phys - memory.base
         self._start = at % mmap.ALLOCATIONGRANULARITY
-        self._mapping = mmap.mmap(
-            memory.fd,
-            self._start + nbytes,
-            mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0x8000),  # first touch takes long
-            offset=at - self._start,
-        )
+        memory.prefault(phys, nbytes)
+        self._mapping = mmap.mmap(memory.fd, self._start + nbytes, offset=at - self._start)
 
     def run(self) -> None:
         try:
@@ -228,8 +226,6 @@ class Dma:
             raise from_errno(errno.EINVAL, f"{what}: not in RAM")
         if machine.elsewhere is not None:
             raise from_errno(errno.EOPNOTSUPP, f"{what}: the hardware is in another process")
-        if memory.readonly:
-            raise from_errno(errno.EROFS, f"{what}: memory is attached read-only")
         write = pattern if callable(pattern) else _Constant(bytes(pattern))
         self._engine = _Engine(memory, self.phys, self.nbytes, write, interval)
         # Only the event: the collector may run in the very thread that is to end.
@@ -436,9 +432,9 @@ def whose(kernel: Any, phys: SupportsIndex, nbytes: SupportsIndex) -> list[Exten
     if end <= begin or not memory.contains(begin, end - begin):
         raise from_errno(errno.EINVAL, f"whose {begin:#x}+{end - begin:#x}: not in RAM")
     claims = []
-    for start, size, owner in _claims(kernel, memory, begin, end):
-        start, stop = _page_of(memory, start), _page_of(memory, start + size - 1) + 1
-        start, stop = max(start * memory.page_size, begin), min(stop * memory.page_size, end)
+    page = memory.page_size
+    for at, size, owner in _claims(kernel, memory, begin, end):
+        start, stop = max(at // page * page, begin), min(-(-(at + size) // page) * page, end)
         if start < stop:
             claims.append((start, stop, owner))
     edges = sorted({begin, end, *(edge for claim in claims for edge in claim[:2])})
@@ -455,44 +451,42 @@ def whose(kernel: Any, phys: SupportsIndex, nbytes: SupportsIndex) -> list[Exten
     return extents
 
 
-def _page_of(memory: PhysicalMemory, phys: int) -> int:
-    return phys // memory.page_size
-
-
 def _claims(
     kernel: Any, memory: PhysicalMemory, begin: int, end: int
 ) -> Iterator[tuple[int, int, str]]:
     """Yield (phys, bytes, owner) of what may reach into the range, the more specific later."""
 
-    def blocks(found: tuple[NDArray[np.uint64], NDArray[np.uint8]]) -> Iterator[Any]:
-        return _hits(memory, *found, begin, end)
+    def blocks(
+        found: tuple[NDArray[np.uint64], NDArray[np.uint8]], owner: str
+    ) -> Iterator[tuple[int, int, str]]:
+        for phys, size, order in _hits(memory, *found, begin, end):
+            yield phys, size, owner.format(f"{phys:#x}/order {order}")
 
-    for phys, size, _ in blocks(memory.free_blocks()):
-        yield phys, size, "free"
+    yield from blocks(memory.free_blocks(), "free")
     yield from ((phys, size, "scratch") for phys, size in memory.scratch)
-    for phys, size, order in blocks(memory.allocated_blocks()):
-        yield phys, size, f"allocated {phys:#x}/order {order}"
-    try:
-        kho: Kho = kernel.kho
-    except StateError:  # kho=off: nothing of KHO's here
-        return
-    incoming, by_previous = kho.incoming, " by the previous kernel"
-    if incoming is not None:
-        for phys, size, order in blocks(incoming.unrestored()):
-            yield phys, size, f"preserved {phys:#x}/order {order}{by_previous}"
-    for phys, size, order in blocks(kho.preserved()):
-        yield phys, size, f"preserved {phys:#x}/order {order}"
-    page = memory.page_size
-    for phys in _map_pages(kho, memory):
-        yield phys, page, "KHO tree page"
-    if kho.fdt_phys:
-        yield kho.fdt_phys, page, "KHO root tree"
-    with contextlib.suppress(LuoError):  # the tree itself may have been written over
-        yield from _subtrees(kho)
-    if incoming is not None:
-        yield from _left_over(kernel, incoming)
+    yield from blocks(memory.allocated_blocks(), "allocated {}")
+    kho: Kho | None = None
+    with contextlib.suppress(StateError):  # kho=off: nothing of KHO's here
+        kho = kernel.kho
+    if kho is not None:
+        if kho.incoming is not None:
+            yield from blocks(kho.incoming.unrestored(), "preserved {} by the previous kernel")
+        with contextlib.suppress(LuoError):  # a device may have written over the map
+            yield from blocks(kho.preserved(), "preserved {}")
+        yield from _of_kho(kho)
+        if kho.incoming is not None:
+            yield from _left_over(kernel, kho.incoming)
     for region in kernel.reserved.regions.values():
         yield region.phys, region.nbytes, f"reserve_mem {region.name}"
+
+
+def _of_kho(kho: Kho) -> Iterator[tuple[int, int, str]]:
+    """Yield what KHO itself has of the running kernel's memory."""
+    yield from ((phys, 1, "KHO tree page") for phys in _map_pages(kho))
+    if kho.fdt_phys:
+        yield kho.fdt_phys, 1, "KHO root tree"
+    with contextlib.suppress(LuoError):  # or over the root tree
+        yield from _subtrees(kho)
 
 
 def _subtrees(kho: Kho) -> Iterator[tuple[int, int, str]]:
@@ -525,24 +519,20 @@ def _left_over(kernel: Any, incoming: Incoming) -> Iterator[tuple[int, int, str]
                 yield phys, nbytes, what
 
 
-def _map_pages(kho: Kho, memory: PhysicalMemory) -> list[int]:
-    """Return the pages of the map, as far as it can be read, if it is a radix tree."""
+def _map_pages(kho: Kho) -> list[int]:
+    """Return the pages of the map if it is a radix tree; as many as it has, whatever is in them."""
     if kho.generation.bitmap_bytes is not None or not kho.root_phys:
         return []
-    levels = kho.generation.radix_geometry(memory.page_size, kho.bugs).levels
-    level = pages = [kho.root_phys]
-    for _ in range(levels - 1):
-        slots = [np.frombuffer(memory.view(phys, memory.page_size), np.uint64) for phys in level]
-        children = np.concatenate([words[words != 0] for words in slots]).tolist()
-        level = [
-            phys
-            for phys in children
-            if phys % memory.page_size == 0 and memory.contains(phys, memory.page_size)
-        ]
+    memory, page = kho.memory, kho.memory.page_size
+    pages = level = [kho.root_phys]
+    for _ in range(kho.generation.radix_geometry(page, kho.bugs).levels - 1):
+        slots = np.concatenate([np.frombuffer(memory.view(p, page), np.uint64) for p in level])
+        children = np.unique(slots[slots % np.uint64(page) == 0]).tolist()
+        level = [p for p in children if p and memory.contains(p, page)][: kho.tree_pages]
         pages = pages + level
         if not level:
             break
-    return pages
+    return pages[: kho.tree_pages]
 
 
 def _hits(

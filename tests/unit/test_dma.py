@@ -406,10 +406,12 @@ def test_whose_names_what_the_previous_kernel_left(machine):
 
 def test_whose_without_kho_knows_blocks_only(machine):
     """With kho=off there is nothing of KHO's, and asking is no error."""
-    with ring_kernels.kernel(machine, cmdline="kho=off").boot() as kernel:
+    cmdline = "kho=off reserve_mem=16K:4K:log"
+    with ring_kernels.kernel(machine, cmdline=cmdline).boot() as kernel:
         phys = kernel.rings[NIC][NIC]
 
         assert owners(kernel, phys, NBYTES) == [f"allocated {phys:#x}/order 2"]
+        assert owners(kernel, kernel.reserved.regions["log"].phys) == ["reserve_mem log"]
 
 
 @pytest.mark.parametrize(
@@ -443,11 +445,17 @@ def test_check_names_a_ring_that_was_freed_under_its_device(machine):
     kernel.close()
 
 
-def test_check_names_kho_pages_under_a_device(machine):
-    """A device that writes over the root tree is caught even if the tree cannot be read then."""
+@pytest.mark.parametrize(
+    ("place", "owner"), [("fdt_phys", "KHO root tree"), ("root_phys", "KHO tree page")]
+)
+@pytest.mark.parametrize(
+    "pattern", [None, b"\xff" * 64, b"\0\x10\0\0\0\0\0\0" * 8], ids=["stamp", "ones", "pages"]
+)
+def test_check_names_kho_pages_under_a_device(machine, place, owner, pattern):
+    """A device that writes over the trees is caught even if they cannot be read any more."""
     with ring_kernels.kernel(machine).boot() as kernel:
         kernel.kho.save_subtree("blob", b"*")
-        stream = machine.dma(NIC, kernel.kho.fdt_phys, 4096)
+        stream = machine.dma(NIC, getattr(kernel.kho, place), 4096, pattern)
         stream.lap()
 
-        assert dma.check(kernel) == [dma.Stray(NIC, stream.phys, 4096, "KHO root tree")]
+        assert dma.check(kernel) == [dma.Stray(NIC, stream.phys, 4096, owner)]

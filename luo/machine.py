@@ -387,9 +387,11 @@ class Machine:
         running: the kernel that runs on it, here or in another process; None if it is off.
         elsewhere: in a process that has a kernel of the machine and not its hardware: what devices
             write, as the process that has it said when the kernel started. Otherwise None.
+        watchers: each is called with the path below ``/sys`` of an attribute whose value has
+            changed, as who polls it is woken (``sysfs_notify()``).
     """
 
-    __slots__ = ("_streams", "devices", "elsewhere", "memory", "running")
+    __slots__ = ("_streams", "devices", "elsewhere", "memory", "running", "watchers")
 
     def __init__(
         self, memory: PhysicalMemory | SupportsIndex | str, devices: DeviceTree | None = None
@@ -403,6 +405,12 @@ class Machine:
         self.running: Any = None
         self.elsewhere: list[Target] | None = None
         self._streams: list[weakref.ref[Dma]] = []
+        self.watchers: list[Callable[[str], None]] = []
+
+    def notify(self, path: str) -> None:
+        """Wake who watches the attribute at *path* below ``/sys``."""
+        for watcher in tuple(self.watchers):
+            watcher(path)
 
     def __repr__(self) -> str:
         return f"<Machine of {self.memory.size:#x} bytes and {len(self.devices)} devices>"

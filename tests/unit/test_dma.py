@@ -29,11 +29,18 @@ both_successors = pytest.mark.parametrize(
 
 @pytest.fixture
 def machine():
-    """A machine whose devices stop when the test is over."""
+    """A machine whose devices have stopped when the test is over."""
     made = ring_kernels.machine()
     yield made
     for stream in made.streams:
         stream.stop()
+    for thread in dma_threads():  # of streams that were collected
+        thread.join(30)
+
+
+def dma_threads():
+    """Return the threads of devices."""
+    return [thread for thread in threading.enumerate() if thread.name.startswith("dma ")]
 
 
 def running(machine, *devices, **kwargs):
@@ -166,6 +173,21 @@ def test_dma_goes_on_when_no_kernel_runs(machine):
     assert ring(machine, stream) == done.expected()
 
 
+def test_dma_begun_under_a_kernel_in_another_process_is_known_to_the_next(machine):
+    """Page state is in the other process; a successor of that kernel is told of the device."""
+    kernel, stream = running(machine, DISK, disk=CUT)
+    stream.stop()
+    image = KernelImage(IMAGE, args={"disk": CUT})
+    first = live_update(kernel, image).kernel
+    stream = machine.dma(DISK, stream.phys, NBYTES)
+    first.devices.request(DISK)
+
+    second = live_update(first, image).kernel
+
+    second.close()
+    assert stream.stop().strays == (dma.Stray(DISK, stream.phys + NBYTES - 4096, 4096, "free"),)
+
+
 def test_dma_from_the_process_of_a_kernel_is_refused():
     """The hardware is in another process; one that it plays would end with its kernel."""
     with ring_kernels.kernel(ring_kernels.machine()).boot() as kernel:
@@ -266,14 +288,14 @@ def test_stop_twice_gives_the_same_report_and_ends_the_thread(machine):
     assert stream.stop() == first
     assert (stream.running, machine.streams) == (False, [])
     assert first.bytes_written == 64 * first.writes == 64 * stream.writes
-    assert not any(thread.name == f"dma {NIC}" for thread in threading.enumerate())
+    assert dma_threads() == []
     assert errno_of(stream.lap) == errno.ESHUTDOWN
 
 
 def test_stream_that_nobody_refers_to_stops(machine):
     """The machine does not hold its streams; their threads do not either."""
     stream = machine.dma(NIC, 0x100000, NBYTES)
-    (thread,) = (thread for thread in threading.enumerate() if thread.name == f"dma {NIC}")
+    (thread,) = dma_threads()
 
     del stream
     gc.collect()

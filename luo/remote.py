@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from luo import dma
 from luo._kho import CallRecorder
 from luo.channel import (
     Closed,
@@ -312,7 +313,14 @@ class RemoteKernel:
         self._committed = True
         self.machine.memory.detach()
         self.machine.running = self
-        self.result = self._ask("start", record=record, preflight=preflight, verify=verify)
+        self.result = self._ask(
+            "start",
+            record=record,
+            preflight=preflight,
+            verify=verify,
+            devices=dma.targets(self.machine),
+        )
+        dma.note(self.machine, (dma.Stray(**stray) for stray in self.result["dma"]))
         return self
 
     # ---- as the kernel that goes ----
@@ -705,6 +713,7 @@ class _Server:
             memory["fd"], ranges, offset=memory["offset"], page_size=memory["page_size"]
         )
         machine = Machine(mapped, DeviceTree.from_memfd(tree))
+        machine.elsewhere = []
         machine.devices.index()  # an image that waits has time; after the jump there is none
         kernel = KernelImage(image["name"], image["cmdline"], image["args"]).build(machine)
         kernel.observer = partial(self._observe, kernel.observer)
@@ -727,9 +736,12 @@ class _Server:
         self._plan = self.kernel.validate(handover_of(self.kernel.arch, record))
         return {}
 
-    def do_start(self, record: str | None, preflight: bool, verify: bool) -> dict[str, Any]:
-        """Boot, restore, and report."""
+    def do_start(
+        self, record: str | None, preflight: bool, verify: bool, devices: list[Any]
+    ) -> dict[str, Any]:
+        """Boot, restore, and report; *devices* go on writing meanwhile."""
         kernel = self.kernel
+        kernel.machine.elsewhere = devices
         kernel.machine.memory.writable()
         if preflight:
             kernel.take_over(self._plan, verify)

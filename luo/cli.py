@@ -24,6 +24,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from luo import abi, drivers, workloads
 from luo.cli_errors import FAILED, INTERRUPTED, WRONG, Wrong, wrong_input
 from luo.cli_image import image as image_commands
+from luo.cli_quirks import quirks as quirk_commands
 from luo.errors import KhoNoMemoryError, LuoError
 from luo.image import Image
 from luo.kernel import Kernel, KernelImage, live_update
@@ -82,6 +83,7 @@ def main() -> None:
 
 
 main.add_command(image_commands)
+main.add_command(quirk_commands)
 
 
 @main.command()

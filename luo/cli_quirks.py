@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+from typing import Literal
 
 import click
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -33,13 +33,9 @@ def quirks(context: click.Context, as_json: bool) -> None:
         rows = [dataclasses.asdict(quirk) for quirk in QUIRKS.values()]
         click.echo(json.dumps({"schema": "luo-quirks/1", "quirks": rows}, indent=1))
         return
-    table = _table()
-    for column in ("", "name", "sev", "what goes wrong"):
-        table.add_column(column, no_wrap=column == "name")
+    table = _table("", "name", "sev", "what goes wrong")
     for quirk in QUIRKS.values():
-        table.add_row(
-            Text(str(quirk.number), "dim", justify="right"), quirk.name, quirk.severity, quirk.wrong
-        )
+        table.add_row(str(quirk.number), quirk.name, quirk.severity, quirk.wrong)
     Console(highlight=False).print(table)
 
 
@@ -64,26 +60,30 @@ def show(name: str | None, every: bool) -> None:
 
 
 def _show(console: Console, quirk: Quirk) -> None:
-    console.print(f"[bold]{quirk.number} {quirk.name}[/]: {escape(quirk.wrong)}")
+    console.print(f"{quirk.number} {quirk.name}", style="bold")
+    console.print(f"intended: {quirk.intended}\nrfc1: {quirk.wrong}", markup=False)
     intended, rfc1 = run(quirk.name), run(quirk.name, quirks=(quirk.name,))
-    table = _table()
-    for column in ("", "", "intended", "rfc1"):
-        table.add_column(column)
+    table = _table("", "step", "intended", "rfc1", "")
     steps = 0
     for meant, does in zip(intended.rows, rfc1.rows, strict=True):
         steps += meant.step
         differs = meant.seen != does.seen
         table.add_row(
-            Text(str(steps) if meant.step else "", "dim", justify="right"),
+            str(steps) if meant.step else "",
             Text(meant.text if meant.step else f"  {meant.text}"),
             Text(meant.seen, "green" if differs else ""),
-            Text(f"{does.seen} *", "bold red") if differs else Text(does.seen),
+            Text(does.seen, "red" if differs else ""),
+            Text("*" if differs else "", "bold red"),
         )
     console.print(table)
     if quirk.name in HIDDEN:
         other, why = HIDDEN[quirk.name]
-        console.print(f"Within all of rfc1 {other} hides it: {escape(why)}.", style="dim")
+        console.print(f"Within all of rfc1 {other} hides it: {why}.", style="dim", markup=False)
 
 
-def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    for place, column in enumerate(columns):
+        justify: Literal["left", "right"] = "left" if place else "right"
+        table.add_column(column, overflow="fold", justify=justify, no_wrap=column == "name")
+    return table

@@ -183,10 +183,10 @@ class Stage:
         self._rows.append(Row(what, str(seen), False))
 
     def request(self, kernel: Kernel, *paths: str) -> None:
-        """Ask for devices to be kept."""
+        """Write 1 to the ``requested`` of devices."""
         for path in paths:
-            file = f"{path}/liveupdate/requested"
-            self.do(f"echo 1 > {file}", partial(setattr, kernel.devices[path], "requested", True))
+            device = kernel.devices[path]
+            self.do(f"request {device.name}", partial(setattr, device, "requested", True))
 
     def called(self, *events: str) -> str:
         """Return who was called since this was last asked, of *events* or of all."""

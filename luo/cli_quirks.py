@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from luo.cli_errors import Wrong
-from luo.demonstrations import HIDDEN, run
+from luo.demonstrations import run
 from luo.quirks import QUIRKS, Quirk
 
 __all__ = ["quirks"]
@@ -76,9 +76,6 @@ def _show(console: Console, quirk: Quirk) -> None:
             Text("*" if differs else "", "bold red"),
         )
     console.print(table)
-    if quirk.name in HIDDEN:
-        other, why = HIDDEN[quirk.name]
-        console.print(f"Within all of rfc1 {other} hides it: {why}.", style="dim", markup=False)
 
 
 def _table(*columns: str) -> Table:

@@ -642,10 +642,12 @@ def _disabled_by_user(stage: Stage) -> None:
 
 @_demonstration
 def _all_ancestors(stage: Stage) -> None:
-    stage.device("port", supported=False)
-    stage.device("nic0", "port")
+    stage.device("pci0")
+    stage.device("port", "pci0", supported=False)
+    stage.device("nic0", "pci0/port")
     kernel = stage.boot()
-    stage.request(kernel, "port/nic0")
+    stage.do("port's driver does not support live update")
+    stage.request(kernel, "pci0/port/nic0")
     stage.do(_PREPARE, kernel.luo.prepare)
     stage.see("called", stage.called())
     stage.see("preserved", _preserved(kernel))

@@ -228,10 +228,11 @@ SEEN = {
         "dmesg": (re.compile(r"(?i)(?!.*user).*\bkho\b.*"), re.compile(".*disabled by user.*")),
     },
     "all-ancestors": {
+        "port's driver does not support live update": "",
         "request nic0": ("ok", "EINVAL"),
         "echo 1 > prepare": "ok",
-        "called": ("PREPARE nic0", "nobody"),
-        "preserved": ("port/nic0", "none"),
+        "called": ("PREPARE nic0 pci0", "nobody"),
+        "preserved": ("pci0 pci0/port/nic0", "none"),
     },
 }
 

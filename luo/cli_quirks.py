@@ -65,7 +65,7 @@ def _show(console: Console, quirk: Quirk) -> None:
     intended, rfc1 = run(quirk.name), run(quirk.name, quirks=(quirk.name,))
     table = _table("", "step", "intended", "rfc1", "")
     steps = 0
-    for meant, does in zip(intended.rows, rfc1.rows, strict=True):
+    for meant, does in zip(intended, rfc1, strict=True):
         steps += meant.step
         differs = meant.seen != does.seen
         table.add_row(

@@ -581,10 +581,10 @@ def _written_in_reboot(stage: Stage) -> None:
         context.kho.add_node(None, "log", node)
         context.kho.add_prop(node, "lines", bytes(1 << 16))
 
-    log = stage.subsystem(
-        "log", prepare=save, cancel=lambda context: context.kho.remove_node(None, "log") and None
-    )
-    kernel = stage.boot(log, stage.subsystem("disk"))
+    def drop(context: Context) -> None:
+        context.kho.remove_node(None, "log")
+
+    kernel = stage.boot(stage.subsystem("log", prepare=save, cancel=drop), stage.subsystem("disk"))
     stage.do("echo 32768 > kho/out/fdt_max", partial(setattr, kernel.kho, "fdt_max", 1 << 15))
     stage.do("kexec -l the next kernel", kernel.kexec_load, stage.kernel())
     stage.do("echo 1 > prepare; log saves 64 KiB", kernel.luo.prepare)

@@ -58,7 +58,9 @@ def _chart(name: str, **attributes: str) -> graphviz.Digraph:
     return chart
 
 
-def _back(chart: graphviz.Digraph, tail: str, head: str, label: str, **attributes: str) -> None:
+def _back(
+    chart: graphviz.Digraph, tail: str, head: str, label: str = "", **attributes: str
+) -> None:
     """Draw an arrow that a failure takes."""
     chart.edge(tail, head, label, color=_BACK, fontcolor=_BACK, style="dashed", **attributes)
 
@@ -190,7 +192,7 @@ class _Engine:
         self, cast: Cast, behaviour: str, quirks: tuple[str, ...], kho_abi: str | None
     ) -> None:
         self._cast = cast
-        self._settings = {"behaviour": behaviour, "quirks": quirks, "kho_abi": kho_abi or "kho-v4"}
+        self._settings = {"behaviour": behaviour, "quirks": quirks, "kho_abi": kho_abi}
         # Records of at most 1 KiB, twice: in either kernel. They are never read by a callback.
         self._machine = Machine(max(64 << 20, len(cast.tree) << 12), cast.tree)
 
@@ -280,7 +282,7 @@ class _Picture:
         self._column(Event.CANCEL.name, self._cancelled)
         self.chart.node("jump", fillcolor="#f6e8c3", shape="cds", style="filled")
         self.chart.edge(self._last[Event.REBOOT.name], "jump")
-        self.chart.edge("jump", RESTORE, constraint="false", style="bold")
+        self.chart.edge("jump:e", f"{RESTORE}:w", constraint="false", style="bold")
         for event, script in ((Event.PREPARE.name, _cancel), (Event.REBOOT.name, _dry_reboot)):
             ways = {
                 box: self._way_back(self._engine.run(script, fails=number))
@@ -292,9 +294,9 @@ class _Picture:
             for box, (head, label) in ways.items():
                 # CANCEL stands between the two.
                 tail, into = ("e", "w") if event == Event.PREPARE.name else ("w", "e")
-                _back(self.chart, f"{box}:{tail}", f"{head}:{into}", label, constraint="false")
+                self._go_back(f"{box}:{tail}", f"{head}:{into}", label)
         head, label = self._way_back(self._engine.run(_dry_reboot))
-        _back(self.chart, "jump:w", f"{head}:e", label, constraint="false")
+        self._go_back("jump:w", f"{head}:e", label)
         return self.chart
 
     def _column(self, event: str, calls: list[_Call]) -> None:
@@ -338,6 +340,10 @@ class _Picture:
                 self._at[event, *key] = port
             if event not in BACKWARDS:
                 self._fallible.append((number, port))
+
+    def _go_back(self, tail: str, head: str, label: str) -> None:
+        # At its tail: a label in the middle would bend the line.
+        _back(self.chart, tail, head, taillabel=label, constraint="false")
 
     def _way_back(self, calls: list[_Call]) -> tuple[str, str]:
         """Return the first CANCEL box after a failure, and what there is to say about the way."""

@@ -40,7 +40,7 @@ from luo.kexec import (
 from luo.kho import Handover, Incoming, Kho, KhoNode
 from luo.liveupdate import LuoIncoming, Orchestrator
 from luo.memory import PhysicalMemory
-from luo.notifier import State, Subsystem
+from luo.notifier import Subsystem
 from luo.remote import RemoteKernel
 from luo.report import Report, describe
 from luo.reserve_mem import ReservedMemory, ReserveMem
@@ -675,15 +675,16 @@ class Kernel:
                 _log.warning("shutdown of %s failed", device.path, exc_info=True)
 
     def shutdown(self) -> None:
-        """Switch the machine off: a prepared update is cancelled, the kernel is gone.
+        """Switch the machine off; the kernel is gone.
+
+        LUO has no part in it: a prepared update is not cancelled, and its devices are not shut down
+        (RFC v1 1.4, 1.11).
 
         Raises:
             StateError: ESHUTDOWN if it is gone already, EDEADLK from a callback.
         """
         self._require("shutdown", "built", "running")
         self.luo.refuse_callback("shutdown")
-        if self.booted and self.luo.state is State.PREPARED:
-            self.luo.cancel()
         self.depart()
 
     def close(self) -> None:

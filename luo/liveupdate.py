@@ -607,7 +607,8 @@ class Orchestrator(Mortal):
                 yield from participant.steps(event.name, bulk)
             finally:
                 failures = participant.collect()
-                collected += self._reported(event, participant, failures)
+                if self.__dict__:  # else the kernel went while steps were open
+                    collected += self._reported(event, participant, failures)
             if failures and self._stops_here(participant):
                 return
         freed = event is Event.REBOOT and "list-freed-at-reboot" in self._quirks

@@ -21,6 +21,7 @@ import luo
 
 RINGS = 4  # of a card; each is a page of descriptors
 ENTRY = struct.Struct("=Q")
+COMPATIBLE = b"example,nic-v1\0"  # of what this driver leaves behind
 
 # What a slot holds, in the byte order of the CPU: how many rings, and how long they are; then for
 # each ring where it is, which PREPARE knows, and how far it is, which only REBOOT knows.
@@ -104,6 +105,7 @@ class Nics:
         """Keep the rings, and say where they are; the card goes on working."""
         nic = self.nics[dev]
         dev.kho.preserve_folios(nic.rings, 0)
+        dev.kho_node.properties["compatible"] = COMPATIBLE
         HEADER.pack_into(dev.slot, 0, len(nic.rings), dev.memory.page_size)
         self.write(dev, nic)
 
@@ -130,6 +132,8 @@ class Nics:
         """Take the rings over, and let the card go on where it stopped."""
         if dev.bus_slot != ids(dev):
             raise OSError(errno.ENODEV, "another card answers")
+        if dev.kho_node.properties.get("compatible") != COMPATIBLE:
+            raise OSError(errno.EPROTO, "another driver wrote this")
         nr_rings, ring_bytes = HEADER.unpack_from(dev.slot)
         if (nr_rings, ring_bytes) != (RINGS, dev.memory.page_size):
             raise OSError(errno.EPROTO, f"{nr_rings} rings of {ring_bytes} bytes")

@@ -395,19 +395,26 @@ def callbacks(
     return _Picture(_Engine(cast, behaviour, quirks, kho_abi), kernel).draw()
 
 
-def example(drivers: Sequence[Driver] = (), buses: Sequence[Bus] = ()) -> Cast:
+def example(
+    drivers: Sequence[Driver] = (),
+    buses: Sequence[Bus] = (),
+    subsystems: Sequence[Subsystem] = (),
+) -> Cast:
     """Make a small cast: the built-in subsystems, and one device of each driver below a port.
 
     Args:
         drivers: the drivers; without any, one that has every callback.
         buses: the devices are on the first; without any, on one that has every callback.
+        subsystems: others, behind the built-in ones.
     """
     every = LiveUpdateOps(**dict.fromkeys(_CALLBACKS, lambda device: None))  # type: ignore[arg-type]
+    port_ops = LiveUpdateOps() if drivers else every
     drivers = drivers or [Driver("nic", every)]
     buses = buses or [Bus("pci", every)]
     tree = DeviceTree()
     port = tree.add("port", None, buses[0].name, "port")
     for number, driver in enumerate(drivers):
         tree.add(f"{driver.name}{number}", port, buses[0].name, driver.name)
-    parts = [part().subsystem for part in (Regions, Kvm, Iommu, Interrupts)]
-    return Cast(tree, [Driver("port", every), *drivers], buses, parts)
+    parts = {part.name: part for part in (p().subsystem for p in (Regions, Kvm, Iommu, Interrupts))}
+    parts.update({part.name: part for part in subsystems})
+    return Cast(tree, [Driver("port", port_ops), *drivers], buses, list(parts.values()))

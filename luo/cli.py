@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from luo.cli_errors import FAILED, INTERRUPTED, WRONG, Wrong, wrong_input
+from luo.cli_graph import graph
 from luo.cli_host import (
     Duration,
     HostSource,
@@ -74,6 +75,7 @@ def main() -> None:
 
 main.add_command(image_commands)
 main.add_command(quirk_commands)
+main.add_command(graph)
 
 
 @main.command()

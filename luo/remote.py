@@ -345,6 +345,11 @@ class RemoteKernel:
         """Run REBOOT and say what is handed over."""
         return Departure(**self._ask("reboot", verify=verify))
 
+    @property
+    def kexec_loaded(self) -> bool:
+        """Whether a next kernel is loaded, as ``/sys/kernel/kexec_loaded`` says."""
+        return self._next is not None
+
     def kexec_load(self, next: KernelImage, *, timeout: float = 60.0) -> None:
         """Load the next kernel, as :meth:`luo.kernel.Kernel.kexec_load` does."""
         from luo.kernel import KernelImage  # the kernel module imports this one

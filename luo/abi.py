@@ -28,6 +28,7 @@ __all__ = [
     "LUO_DEVICES_PROPERTIES",
     "LUO_EXTENT_BYTES",
     "LUO_NODE",
+    "LUO_NODES_COMPATIBLE",
     "LUO_RECORD_BYTES",
     "LUO_SHARD_OVERHEAD",
     "LUO_VERSION",
@@ -367,13 +368,14 @@ LUO_NODE: Final = "liveupdate_orchestrator"
     /devices            count         u64 devices that were preserved
                         records       u64 phys of a chain of LUO_EXTENT entries: shards of records
                         slabs         u64 phys of another: slabs of slots
+                        nodes         u64 phys of the tree of KHO nodes; 0 or absent: none
     /subsystems/<name>  data          u64 of the subsystem's own
 
 ``LUO`` is mainline's name, with another format under it.
 """
 
 LUO_VERSION: Final = (1, 0)
-LUO_DEVICES_PROPERTIES: Final = ("count", "records", "slabs")
+LUO_DEVICES_PROPERTIES: Final = ("count", "records", "slabs", "nodes")
 
 LUO_EXTENT_BYTES: Final = 32
 """An entry of the two chains. 0: u64 phys. 8: u64 bytes. 16: u64 first record. 24: u64 records."""
@@ -386,6 +388,16 @@ LUO_DEVICES_COMPATIBLE: Final = "luo-devices-v1"
     driver  string; absent without a driver
     state   u64 phys and u64 bytes of the driver's slot, then of the bus's; 0 bytes: none
     index   u64 number of the device in the kernel before, a hint
+"""
+
+LUO_NODES_COMPATIBLE: Final = "luo-nodes-v1"
+"""Root of the tree of KHO nodes, which drivers fill with properties of their own:
+
+    /devices/device<record>   of a device, by the number of its record
+    /drivers/<name>           of a driver, for all of its devices
+    /buses/<name>             of a bus; a ``/`` in a name is written ``!``
+
+In kho-v5-series this tree is the child ``nodes`` of LUO's node.
 """
 
 LUO_SHARD_OVERHEAD: Final = 256

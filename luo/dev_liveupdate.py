@@ -1,8 +1,8 @@
 """The devices in a live update: order, records, slots and callbacks.
 
-Mirrors RFC v1's ``drivers/base/dev_liveupdate.c`` in its intended form (``spec/luo-rfc-v1.md``
-1.8 to 1.12), and adds what its list left to do: state slots in preserved memory, a record for
-each device, and the way back in the next kernel.
+Mirrors RFC v1's ``drivers/base/dev_liveupdate.c`` (``spec/luo-rfc-v1.md`` 1.8 to 1.12), and adds
+what its list left to do: state slots in preserved memory, a record and a KHO node for each
+device, and the way back in the next kernel.
 
 Happy path: PREPARE orders the requested devices and their ancestors, children first; lays out
 slots in slabs and records in shards; calls driver then bus of each. REBOOT calls who has a
@@ -27,11 +27,12 @@ from numpy.typing import NDArray
 
 from luo import abi
 from luo._kho import CallTable, call_devices, pack_slots
-from luo.device import Batch, Device, DeviceBatch, Devices
+from luo.device import Batch, Bus, Device, DeviceBatch, Devices, Driver
 from luo.device_records import SIDES, Address, DeviceRecords, Index, slot_digests
-from luo.errors import CallbackError, from_errno
+from luo.errors import CallbackError, StateError, from_errno
 from luo.fdt import Column, FdtWriter
 from luo.kho import KhoNode
+from luo.kho_tree import to_fdt
 from luo.notifier import (
     BACKWARDS,
     RESTORE,
@@ -91,6 +92,8 @@ class _Saved:
     chains: dict[str, int] = field(default_factory=dict)
     slab_entries: NDArray[np.uint64] = field(default_factory=lambda: np.zeros((0, 4), np.uint64))
     node: KhoNode | None = None  # of an inline tree, instead of shards and chains
+    nodes: int = 0  # address of the tree of KHO nodes
+    nodes_bytes: int = 0
     nr_records: int = 0
     shard_bytes: int = 0
 
@@ -113,6 +116,10 @@ class DeviceParticipant:
         self._done = np.zeros(len(devices.requested), np.uint8)
         self._walk: _Walk | None = None
         self._saved = _Saved()
+        self._nodes: KhoNode | None = None  # what drivers put beside their slots
+        self._nodes_closed = False
+        self._place_of: Index | None = None
+        self._listed: NDArray[np.bool_] | None = None  # whom CANCEL still reaches; None: everyone
         self._failures: list[CallbackError] = []
 
     # ---- the chain's side ----
@@ -150,7 +157,11 @@ class DeviceParticipant:
                 yield from self._single_steps(walk, event, run, self._sides(event))
             self._mark(event, walk.chosen[event][run.start : run.stop])
         self._mark(event, walk.order)
-        if event == Event.CANCEL.name:
+        if event == Event.PREPARE.name:
+            self._write_nodes()
+        elif event == Event.REBOOT.name:
+            self._patch_nodes()
+        elif event == Event.CANCEL.name:
             self._discard()
         elif event == Event.FINISH.name:
             self._release()
@@ -213,7 +224,10 @@ class DeviceParticipant:
         """Set the flags that *event* leaves on devices that are through with it."""
         if event == Event.PREPARE.name:
             self.devices.preserved[which] = True
-        elif event in (Event.CANCEL.name, Event.FINISH.name):
+            return
+        if event == Event.CANCEL.name and self._listed is not None:
+            which = which[self._listed[which]]
+        if event in (Event.CANCEL.name, Event.FINISH.name):
             self.devices.preserved[which] = False
             self.devices.reclaimed[which] = False
 
@@ -372,12 +386,16 @@ class DeviceParticipant:
             outcome = callback(devices)
         except Exception as error:
             outcome = error
-        self._recorder.add(key, self._recorder.read_clock() - start, len(index))
+        elapsed = self._recorder.read_clock() - start
+        self._recorder.add(key, elapsed, len(index))
         wrong = self._wrong(outcome, len(index))
         if event == Event.PREPARE.name:
             ran = np.ones(len(index), np.bool_)
             ran[[place for place, _ in wrong]] = False
             self._done[index[ran]] |= bit
+        if not wrong and (late := self._recorder.overdue(elapsed)) is not None:
+            outcome = late
+            wrong = [(0, late)]
         errors = [self._error(event, side, int(index[place]), what) for place, what in wrong]
         if event in BACKWARDS:
             # One outcome for the whole run is one failure.
@@ -401,30 +419,55 @@ class DeviceParticipant:
         """Order the devices, allocate slots, write records: all that can fail for memory."""
         devices = self.devices
         tree = devices.tree
-        devices.rescan()
-        requested = devices.requested & tree.alive
-        lost = np.flatnonzero(requested & ~devices.eligible())
-        if lost.size:  # RFC v1 quirk 12: somebody bound another driver since the request
+        requested = devices.scan()
+        lost = np.flatnonzero(requested & (~devices.eligible() | devices.orphans()))
+        if lost.size and not self._has("eligibility-checked-once"):
             first = int(lost[0])
-            raise from_errno(
-                errno.EINVAL, f"PREPARE {tree.path(first)}: {devices.why_not_eligible(first)}"
-            )
-        order = tree.preserve_order(requested)
+            why = devices.why_not_eligible(first) or "its driver has gone since the request"
+            raise from_errno(errno.EINVAL, f"PREPARE {tree.path(first)}: {why}")
+        order = self._order(requested)
         nbytes = {side: self._state_sizes(side, order) for side in SIDES}
         group = self._batch_groups(order, nbytes)
         if group is not None:
             by_device = {side: np.zeros(len(requested), np.uint64) for side in SIDES}
             for side in SIDES:
                 by_device[side][order] = nbytes[side]
-            order = tree.preserve_order(requested, group)
+            order = self._order(requested, group)
             nbytes = {side: by_device[side][order] for side in SIDES}
         phys = self._allocate_slots(order, nbytes)
         self._write_records(order, phys, nbytes)
         self._done = np.zeros(len(devices.requested), np.uint8)
         self._walk = _Walk(order, phys, nbytes)
+        devices.references[order] += 1
+        if self._has("reference-leak"):
+            devices.references[devices.leaked(requested)] += 1  # and nobody drops it
         devices.set_slots(order, phys, nbytes)
         for event in (Event.PREPARE, Event.REBOOT, Event.CANCEL):
             self._arrange(self._walk, event.name)  # REBOOT shall not do it in blackout
+
+    def _has(self, quirk: str) -> bool:
+        return quirk in self.devices.kernel.quirks
+
+    def _order(self, requested: NDArray[np.bool_], group: Index | None = None) -> Index:
+        """Return the devices of an update, children first; who does not support it is left out."""
+        tree = self.devices.tree
+        if self._has("depth-from-garbage"):
+            # What an uninitialised pointer leads to is anybody's guess. Here it is the device that
+            # was listed before.
+            listed: dict[int, None] = {}
+            for index in np.flatnonzero(requested).tolist():
+                while index >= 0 and index not in listed:
+                    listed[index] = None
+                    index = int(tree.parents[index])
+            order = np.fromiter(listed, np.int32, len(listed))
+            depths = np.concatenate(([0], tree.depths[order]))[:-1]
+            order = order[np.argsort(-depths, kind="stable")]
+        else:
+            order = tree.preserve_order(requested, group)
+        supported = self.devices.supported()[order]
+        if self._has("eligibility-checked-once"):
+            supported |= requested[order]
+        return order if supported.all() else order[supported]
 
     def _state_sizes(self, side: str, order: Index, one_by_one: bool = True) -> Address:
         """Return the slot size of each device in *order* on one side.
@@ -524,10 +567,8 @@ class DeviceParticipant:
         entries[:, 2] = np.searchsorted(slab, np.arange(len(used)))
         entries[:, 3] = np.bincount(slab[slab < len(used)], minlength=len(used))[: len(used)]
         self._saved.slab_entries = entries
-        if not kho.generation.inline:
-            self._saved.chains["slabs"] = (
-                kho.write_blocks(entries.tobytes(), abi.LUO_EXTENT_BYTES) if len(used) else 0
-            )
+        if not kho.generation.inline and len(used) and not self._has("flags-not-restored"):
+            self._saved.chains["slabs"] = kho.write_blocks(entries.tobytes(), abi.LUO_EXTENT_BYTES)
         # A slot of no bytes after the last full slab has no slab; its address is never used.
         start = np.array([*self._saved.slabs, 0], np.uint64)[np.minimum(slab, len(used))] + offset
         return {
@@ -541,6 +582,8 @@ class DeviceParticipant:
         """Write one FDT node a device into shards that a kernel can allocate in one piece."""
         kernel, tree = self.devices.kernel, self.devices.tree
         kho: Kho = kernel.kho
+        if self._has("flags-not-restored"):
+            return
         self._saved.nr_records = len(order)
         if kho.generation.inline:
             self._saved.node = KhoNode()
@@ -564,7 +607,7 @@ class DeviceParticipant:
         ends = np.cumsum(FdtWriter.nodes_size(names, properties))
         if self._saved.node is not None:
             self._saved.shard_bytes = int(ends[-1])
-            if self._saved.shard_bytes > kho.fdt_max:
+            if self._saved.shard_bytes > kho.fdt_max and not self._has("written-in-reboot"):
                 raise from_errno(
                     errno.E2BIG,
                     f"PREPARE: records of {self._saved.shard_bytes} bytes, fdt_max is"
@@ -612,11 +655,108 @@ class DeviceParticipant:
         data = rows[np.arange(width) < lengths[ids][:, None]]
         return Column(data, offsets, ids >= 0)
 
+    # ---- KHO nodes ----
+
+    def kho_node(self, owner: Device | Driver | Bus) -> KhoNode:
+        """Return the node of *owner*, made now if PREPARE runs; see :attr:`Device.kho_node`."""
+        if self._walk is None:
+            state = self.devices.kernel.luo.state
+            raise StateError(
+                errno.EINVAL,
+                f"kho_node of {_name(owner)}: there are nodes from PREPARE to FINISH,"
+                f" the state is {state.name}",
+            )
+        kind, name = self._node_name(owner)
+        found = self._nodes.children.get(kind) if self._nodes is not None else None
+        node = found.children.get(name) if found is not None else None
+        if node is not None:
+            return node
+        if self.records is not None:
+            return KhoNode()
+        if self._nodes_closed:
+            raise StateError(
+                errno.EINVAL, f"kho_node of {_name(owner)}: PREPARE, which makes it, is over"
+            )
+        self._nodes = self._nodes or KhoNode()
+        level = self._nodes.children.setdefault(kind, KhoNode())
+        return level.children.setdefault(name, KhoNode())
+
+    def _node_name(self, owner: Device | Driver | Bus) -> tuple[str, str]:
+        """Return under which two names the node of *owner* stands in the tree."""
+        if isinstance(owner, Device):
+            place = self._place(owner.index)
+            if place < 0:
+                raise StateError(
+                    errno.EINVAL, f"kho_node of {owner.path}: takes no part in this update"
+                )
+            number = place if self.records is None else int(self.records.numbers[place])
+            return "devices", f"device{number}"
+        return ("drivers" if isinstance(owner, Driver) else "buses"), owner.name.replace("/", "!")
+
+    def _place(self, index: int) -> int:
+        """Return the place of device number *index* in the walk, -1 if it has none."""
+        assert self._walk is not None
+        if self._place_of is None:
+            self._place_of = np.full(len(self._done), -1, np.int32)
+            self._place_of[self._walk.order] = np.arange(len(self._walk.order), dtype=np.int32)
+        return int(self._place_of[index]) if index < len(self._place_of) else -1
+
+    def nodes_root(self) -> KhoNode | None:
+        """Return the tree of the KHO nodes of devices, drivers and buses, if there are any."""
+        return self._nodes
+
+    def _write_nodes(self) -> None:
+        """Allocate the tree of the nodes that PREPARE has made, and write it."""
+        self._nodes_closed = True
+        kernel = self.devices.kernel
+        if self._nodes is None or kernel.kho.generation.inline:
+            return  # an inline tree takes them as they are
+        blob = to_fdt(self._nodes, abi.LUO_NODES_COMPATIBLE)
+        self._saved.nodes = kernel.kho.alloc_preserve(len(blob))
+        self._saved.nodes_bytes = len(blob)
+        kernel.memory.view(self._saved.nodes, len(blob))[:] = blob
+
+    def _patch_nodes(self) -> None:
+        """Write again what REBOOT has changed; nothing can be allocated any more."""
+        if not self._saved.nodes:
+            return
+        assert self._nodes is not None
+        blob = to_fdt(self._nodes, abi.LUO_NODES_COMPATIBLE)
+        if len(blob) != self._saved.nodes_bytes:
+            raise from_errno(
+                errno.EINVAL,
+                f"REBOOT: KHO nodes of {self._saved.nodes_bytes} bytes have {len(blob)} now;"
+                " REBOOT may change values, not their lengths",
+            )
+        self.devices.kernel.memory.view(self._saved.nodes, len(blob))[:] = blob
+
     # ---- the end of an update ----
+
+    def free_list(self, failure: BaseException | None = None) -> None:
+        """Forget which devices CANCEL has to reach (quirks of RFC v1's REBOOT).
+
+        Args:
+            failure: of a REBOOT callback: the devices before it are reached as yet, and if it is a
+                bus's then so is the driver of its device. None: nobody is.
+        """
+        if self._walk is None or not (failure is None or isinstance(failure, CallbackError)):
+            return
+        kept = np.zeros(len(self._done), np.bool_)
+        done = np.zeros_like(self._done)
+        if failure is not None and failure.device is not None:
+            index = self.devices.tree[failure.device]
+            kept[self._walk.order[: self._place(index)]] = True
+            if failure.kind == "bus":
+                done[index] = self._done[index] & _BIT["driver"]
+        done[kept] = self._done[kept]
+        self._done[:] = done
+        self._listed = kept
 
     def _discard(self) -> None:
         """Free what PREPARE allocated (CANCEL)."""
         kho: Kho = self.devices.kernel.kho
+        if self._saved.nodes:
+            kho.unpreserve_free(self._saved.nodes)
         for head in self._saved.chains.values():
             if head:
                 kho.free_blocks(head)
@@ -631,7 +771,13 @@ class DeviceParticipant:
         self._forget()
 
     def _forget(self) -> None:
+        if self._walk is not None:
+            self.devices.references[self._walk.order] -= 1
         self._saved = _Saved()
+        self._nodes = None
+        self._nodes_closed = False
+        self._place_of = None
+        self._listed = None
         self._walk = None
         self.records = None
         self._done[:] = 0
@@ -645,7 +791,7 @@ class DeviceParticipant:
         """
         devices, memory = self.devices, self.devices.kernel.memory
         tree = devices.tree
-        order = tree.preserve_order(devices.requested & tree.alive)
+        order = self._order(devices.requested & tree.alive)
         sizes = sum(self._state_sizes(side, order, False) for side in SIDES)
         nbytes = int(np.sum(sizes)) + len(order) * abi.LUO_RECORD_BYTES
         memory.prefault_free(nbytes, memory.max_order)
@@ -658,6 +804,7 @@ class DeviceParticipant:
             "count": self._saved.nr_records,
             "records": self._saved.chains.get("records", 0),
             "slabs": self._saved.chains.get("slabs", 0),
+            "nodes": self._saved.nodes,
         }
 
     def luo_node(self) -> KhoNode:
@@ -696,29 +843,64 @@ class DeviceParticipant:
 
     def adopt(self, records: DeviceRecords) -> None:
         """Take over the records of the previous kernel: flags and slots of the matched devices."""
-        found = np.flatnonzero(records.devices >= 0)
+        found = records.numbers
         matched = records.devices[found]
         self.records = records
+        self._nodes = records.nodes
         self._walk = _Walk(
             matched,
             {side: records.phys[side][found] for side in SIDES},
             {side: records.nbytes[side][found] for side in SIDES},
         )
         self.devices.preserved[matched] = True
+        self.devices.references[matched] += 1
         self.devices.set_slots(matched, self._walk.phys, self._walk.nbytes)
 
-    def unreclaimed(self) -> tuple[str, ...]:
-        """Return the paths of the devices that came over and do not run again."""
-        lost = np.flatnonzero(self.devices.preserved & ~self.devices.reclaimed)
-        return tuple(self.devices.tree.path(int(index)) for index in lost)
+    def unreclaimed(self) -> Index:
+        """Return the devices that came over and do not run again."""
+        lost = self.devices.preserved & ~self.devices.reclaimed
+        return np.flatnonzero(lost).astype(np.int32)
+
+    def restore_device(self, index: int) -> None:
+        """Call the restore callback of a driver that was bound to a device after boot.
+
+        Raises:
+            CallbackError: it failed.
+        """
+        walk, records = self._walk, self.records
+        assert walk is not None
+        assert records is not None
+        self._arrange(walk, RESTORE)  # with the driver in it
+        called = np.flatnonzero(walk.chosen[RESTORE] == index)
+        if called.size and self._callback("driver", index, RESTORE) is not None:
+            run = _Run(int(called[0]), int(called[0]) + 1, False)
+            if isinstance(self._callback("driver", index, RESTORE), Batch):
+                self._call_batch(walk, RESTORE, run, "driver")
+            else:
+                self._call(walk, RESTORE, run, ("driver",))
+        else:
+            self._reclaim_the_rest(walk)
+        failures = self.collect()
+        if failures:
+            raise failures[0]
 
     def _reclaim_the_rest(self, walk: _Walk) -> None:
-        """Reclaim the devices that have no restore callback: nobody else would."""
-        silent = np.ones(len(walk.order), np.bool_)
+        """Reclaim the devices that have no restore callback: nobody else would.
+
+        Not those whose driver is not here: they wait for it.
+        """
+        assert self.records is not None
+        had_driver = self.records.owners["driver"][self.records.numbers] != -1
+        silent = ~(had_driver & (self.devices.driver_ids[walk.order] < 0))
         for side in SIDES:
             silent &= (self._kinds(side, RESTORE) == 0)[self._ids(side)[walk.order]]
+        silent &= ~self.devices.reclaimed[walk.order]
         if silent.any():
             self.devices.reclaim(walk.order[silent])
+
+
+def _name(owner: Device | Driver | Bus) -> str:
+    return owner.path if isinstance(owner, Device) else owner.name
 
 
 def _strings(data: NDArray[np.uint8], offsets: Address) -> Column:

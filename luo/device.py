@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import operator
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
@@ -17,7 +18,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from luo._kho import DeviceRef
-from luo.errors import KhoNotFoundError, StateError, from_errno
+from luo.errors import KernelPanic, KhoNotFoundError, StateError, from_errno
+from luo.kho_tree import KhoNode
 from luo.notifier import Mortal, State
 
 if TYPE_CHECKING:
@@ -260,6 +262,19 @@ class Device(DeviceRef):
         """The bus's state of this device, in preserved memory."""
         return self.devices.slot(self.index, "bus")
 
+    @property
+    def kho_node(self) -> KhoNode:
+        """The device's own node in what is handed over: ``.properties`` maps names to bytes.
+
+        For what is too small or too rare for a slot. Made on first use from PREPARE on; REBOOT may
+        change values but not their lengths; read from RESTORE to FINISH in the next kernel, where
+        it is empty if there was none.
+
+        Raises:
+            StateError: EINVAL outside an update, or if the device takes no part in it.
+        """
+        return self.devices.kho_node(self)
+
     def reclaim(self) -> None:
         """Say that the device runs again in this kernel.
 
@@ -269,11 +284,16 @@ class Device(DeviceRef):
         self.devices.reclaim(np.array([self.index], np.int32))
 
     def bind(self, driver: str | Driver) -> None:
-        """Bind *driver*, as writing to ``/sys/bus/…/drivers/…/bind`` does; NORMAL only.
+        """Bind *driver*, as writing to ``/sys/bus/…/drivers/…/bind`` does, and probe.
+
+        In NORMAL only; but a device that came over and that nobody has reclaimed may be bound in
+        UPDATED, and is restored instead of probed.
 
         Raises:
             StateError: EBUSY while the device is preserved or an update is under way.
-            KhoError: ENODEV if the kernel has no such driver, EBUSY if one is bound already.
+            KhoError: ENODEV if the kernel has no such driver, EBUSY if one is bound already; what
+                the driver's probe raised, which leaves the device unbound.
+            CallbackError: restore failed; the device stays bound, and unreclaimed.
         """
         self.devices.bind(self.index, driver if isinstance(driver, str) else driver.name)
 
@@ -355,6 +375,10 @@ class Devices(Mortal):
         driver_ids: number of the bound driver in :attr:`drivers`, -1 for none; ``int32``.
         bus_ids: number in :attr:`buses`, -1 for none; ``int32``.
         requested, preserved, reclaimed: flag columns, ``bool``.
+        grouped: which have a ``liveupdate`` directory in ``/sys``; ``bool``.
+        references: how many references live update holds on each; ``int32``.
+        nr_linked: links in the list of requested devices.
+        owners: (uid, gid) of the directory, of those whose owner was changed.
     """
 
     def __init__(
@@ -375,6 +399,13 @@ class Devices(Mortal):
         self.requested = np.zeros(0, np.bool_)
         self.preserved = np.zeros(0, np.bool_)
         self.reclaimed = np.zeros(0, np.bool_)
+        self.references: NDArray[np.int32] = np.zeros(0, np.int32)
+        self.nr_linked = 0
+        self.owners: dict[int, tuple[int, int]] = {}
+        self._writing = threading.Lock()  # readers of the state write flags beside each other
+        self._moved: dict[int, int] = {}  # bound anew: place behind all that were not
+        self._orphans: set[int] = set()  # lost their driver while they were requested
+        self._nr_early = 0  # enumerated before it was known whether KHO is on
         self._slots: dict[str, tuple[NDArray[np.uint64], NDArray[np.uint64]]] = {}
         self.rescan()
 
@@ -398,6 +429,9 @@ class Devices(Mortal):
         for flags in ("requested", "preserved", "reclaimed"):
             column = np.concatenate((getattr(self, flags), np.zeros(count, np.bool_)))
             setattr(self, flags, column)
+        self.references = np.concatenate((self.references, np.zeros(count, np.int32)))
+        if not self.kernel.booted:
+            self._nr_early = len(self.requested)
 
     # ---- looking ----
 
@@ -426,12 +460,31 @@ class Devices(Mortal):
         number = int(self.bus_ids[index])
         return None if number < 0 else self.buses[number]
 
-    def eligible(self) -> NDArray[np.bool_]:
-        """Return which devices may be requested: they and all above them support live update.
+    @property
+    def grouped(self) -> NDArray[np.bool_]:
+        """Which devices have a ``liveupdate`` directory in ``/sys``; ``bool``."""
+        mask = np.full(len(self.requested), self.kernel.luo.enabled)
+        if "groups-stay" in self.kernel.quirks and self.kernel.parameters.liveupdate:
+            mask[: self._nr_early] = True
+        return mask
 
-        A device or ancestor with a driver passes if the driver has a table, one with a bus if
-        the bus has a table, one with neither passes (RFC v1 1.9). What is bound now counts, not
-        what the hardware names.
+    def change_owner(self, index: int, uid: int, gid: int) -> None:
+        """Change who owns a device's directory in ``/sys`` (``device_change_owner()``).
+
+        Raises:
+            KhoNotFoundError: ENOENT with live update off, under the quirk change-owner-fails.
+        """
+        if "change-owner-fails" in self.kernel.quirks and not self.grouped[index]:
+            raise from_errno(
+                errno.ENOENT, f"change owner of {self.tree.path(index)}: no liveupdate directory"
+            )
+        self.owners[index] = (uid, gid)
+
+    def supported(self) -> NDArray[np.bool_]:
+        """Return which devices support live update themselves.
+
+        One with a driver does if the driver has a table, one with a bus if the bus has one, one
+        with neither does. What is bound now counts, not what the hardware names.
         """
         self.rescan()
         has_ops = [driver.ops is not None for driver in self.drivers]
@@ -439,7 +492,19 @@ class Devices(Mortal):
         bus_ok = np.array([*(bus.ops is not None for bus in self.buses), True], np.bool_)[
             self.bus_ids
         ]
-        return self._from_root(driver_ok & bus_ok) & self.tree.alive
+        ok: NDArray[np.bool_] = driver_ok & bus_ok
+        return ok
+
+    def eligible(self) -> NDArray[np.bool_]:
+        """Return which devices may be requested: those that support live update.
+
+        Under the quirk all-ancestors, everything above them must support it too (RFC v1 1.9);
+        else ancestors that do not are left alone.
+        """
+        ok = self.supported()
+        if "all-ancestors" in self.kernel.quirks:
+            ok = self._from_root(ok)
+        return ok & self.tree.alive
 
     def _from_root(self, ok: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Return where *ok* holds on the device and on everything above it."""
@@ -461,20 +526,34 @@ class Devices(Mortal):
                 return f"driver {driver.name} of {where} does not support live update"
             if bus is not None and bus.ops is None:
                 return f"bus {bus.name} of {where} does not support live update"
-            at = int(self.tree.parents[at])
+            at = int(self.tree.parents[at]) if "all-ancestors" in self.kernel.quirks else -1
         return ""
 
     # ---- what user space writes ----
 
     def request_one(self, index: int, on: bool) -> None:
-        """Write ``requested`` of one device, with RFC v1's order of checks (1.9)."""
+        """Write ``requested`` of one device, with RFC v1's order of checks (1.9).
+
+        Raises:
+            StateError: EINVAL outside NORMAL, EAGAIN if killed while it waited for an event to
+                end, EDEADLK from a callback.
+            KhoError: EINVAL if the device is not eligible, ENODEV if it is gone.
+        """
         if bool(self.requested[index]) == on:
             return
-        with self.kernel.luo.read_state():
-            self.kernel.luo.require_normal(f"requested of {self.tree.path(index)}")
+        what = f"requested of {self.tree.path(index)}"
+        self.kernel.observe("write", self.tree.path(index))
+        with self.kernel.luo.writing_attribute(what), self._writing:
+            self.kernel.luo.require_normal(what)
+            if bool(self.requested[index]) == on and "requested-races" not in self.kernel.quirks:
+                return  # somebody else was quicker
+            if not self.tree.alive[index]:
+                raise from_errno(errno.ENODEV, f"{what}: the device is gone")
             if on and (why := self.why_not_eligible(index)):
-                raise from_errno(errno.EINVAL, f"requested of {self.tree.path(index)}: {why}")
+                raise from_errno(errno.EINVAL, f"{what}: {why}")
             self.requested[index] = on
+            self.nr_linked += 1 if on else -1
+            self._orphans.discard(index)
 
     def request(self, which: str | ArrayLike, on: bool = True) -> int:
         """Write ``requested`` of many devices, all or nothing.
@@ -493,7 +572,7 @@ class Devices(Mortal):
                 it names no device.
             TypeError, ValueError: numbers are no integers, a mask has another length.
         """
-        with self.kernel.luo.read_state():
+        with self.kernel.luo.writing_attribute("requested"), self._writing:
             self.kernel.luo.require_normal("requested")
             self.rescan()
             n = len(self.requested)
@@ -520,28 +599,61 @@ class Devices(Mortal):
                     raise from_errno(errno.EINVAL, f"requested of {self.tree.path(first)}: {why}")
             changed = mask & (self.requested != on)
             self.requested[changed] = on
-            return int(changed.sum())
+            self._orphans -= {index for index in self._orphans if changed[index]}
+            count = int(changed.sum())
+            self.nr_linked += count if on else -count
+            return count
 
     def bind(self, index: int, name: str) -> None:
-        """Bind the driver called *name* to device number *index*."""
+        """Bind the driver called *name* to device number *index*; see :meth:`Device.bind`."""
         what = f"bind {self.tree.path(index)}"
-        with self.kernel.luo.read_state():
-            self._require_unbindable(index, what)
+        with self.kernel.luo.writing_attribute(what), self._writing:
+            waits = self._waits_for_driver(index)
+            if not waits:
+                self._require_unbindable(index, what)
             if name not in self._driver_number:
                 raise from_errno(errno.ENODEV, f"{what}: this kernel has no driver {name}")
             if self.driver_ids[index] >= 0:
                 bound = self.drivers[self.driver_ids[index]].name
                 raise from_errno(errno.EBUSY, f"{what}: {bound} is bound")
             self.driver_ids[index] = self._driver_number[name]
+            self._orphans.discard(index)
+            # Probing moves a device behind all others in the kernel's list of devices.
+            self._moved.pop(index, None)
+            self._moved[index] = max(self._moved.values(), default=len(self.requested)) + 1
+        if waits:
+            self.kernel.restore_device(index)
+            return
+        probe = self.drivers[self._driver_number[name]].probe
+        if probe is not None:
+            try:
+                probe(Device(self, index))
+            except BaseException:
+                self.driver_ids[index] = -1
+                raise
+
+    def _waits_for_driver(self, index: int) -> bool:
+        """Whether the device came over, and is held back until a driver restores it."""
+        return bool(
+            self.kernel.luo.state is State.UPDATED
+            and self.preserved[index]
+            and not self.reclaimed[index]
+            and self.driver_ids[index] < 0
+        )
 
     def unbind(self, index: int) -> None:
         """Unbind the driver of device number *index*."""
-        with self.kernel.luo.read_state():
-            self._require_unbindable(index, f"unbind {self.tree.path(index)}")
+        what = f"unbind {self.tree.path(index)}"
+        with self.kernel.luo.writing_attribute(what), self._writing:
+            self._require_unbindable(index, what)
+            if self.requested[index] and self.driver_ids[index] >= 0:
+                self._orphans.add(index)
             self.driver_ids[index] = -1
 
     def _require_unbindable(self, index: int, what: str) -> None:
-        # RFC v1 quirk 12: a driver that goes while the device is preserved leaves nothing saved.
+        # A driver that goes while the device is preserved leaves nothing saved.
+        if "eligibility-checked-once" in self.kernel.quirks:
+            return
         if self.preserved[index]:
             raise StateError(errno.EBUSY, f"{what}: the device is preserved")
         state = self.kernel.luo.state
@@ -549,6 +661,58 @@ class Devices(Mortal):
             raise StateError(errno.EBUSY, f"{what}: needs NORMAL, the state is {state.name}")
 
     # ---- what the device layer keeps ----
+
+    def scan(self) -> NDArray[np.bool_]:
+        """Return which devices PREPARE starts from: those that are requested, and there.
+
+        Raises:
+            KernelPanic: one went while this looked at it, under the quirk scan-cursor-freed.
+        """
+        self.rescan()
+        before = self.requested & self.tree.alive
+        self.kernel.observe("scan", "devices")
+        found: NDArray[np.bool_] = self.requested & self.tree.alive
+        lost = np.flatnonzero(before & ~found)
+        if lost.size and "scan-cursor-freed" in self.kernel.quirks:
+            raise KernelPanic(f"PREPARE: use after free of {self.tree.path(int(lost[0]))}")
+        return found
+
+    def orphans(self) -> NDArray[np.bool_]:
+        """Return which devices have lost their driver since they were requested."""
+        mask = np.zeros(len(self.requested), np.bool_)
+        mask[[index for index in self._orphans if self.driver_ids[index] < 0]] = True
+        return mask
+
+    def leaked(self, requested: NDArray[np.bool_]) -> list[int]:
+        """Return the requested devices that have a requested one below and before them.
+
+        The list of an update holds a second reference on these (quirk reference-leak). Only who
+        was bound anew can stand behind its children in the kernel's list of devices.
+        """
+        found = []
+        for above, place in self._moved.items():
+            if not requested[above]:
+                continue
+            below = np.flatnonzero(requested & self.below(above))
+            if any(self._moved.get(index, index) < place for index in below.tolist()):
+                found.append(above)
+        return found
+
+    def below(self, index: int) -> NDArray[np.bool_]:
+        """Return which devices are descendants of device number *index*."""
+        mask = np.zeros(len(self.requested), np.bool_)
+        mask[index] = True
+        parents = self.tree.parents
+        for depth in range(int(self.tree.depths[index]) + 1, int(self.tree.depths.max()) + 1):
+            here = np.flatnonzero(self.tree.depths == depth)
+            mask[here] = mask[parents[here]]
+        mask[index] = False
+        return mask
+
+    def kho_node(self, owner: Device | Driver | Bus) -> KhoNode:
+        """Return the KHO node of a device, a driver or a bus; see :attr:`Device.kho_node`."""
+        node: KhoNode = self.kernel.kho_node(owner)
+        return node
 
     def set_slots(
         self,

@@ -18,6 +18,7 @@ from luo._kho import digest_slots, match_strings
 from luo.device import Devices
 from luo.errors import FdtError, HandoverError
 from luo.fdt import Column, Fdt
+from luo.kho_tree import KhoNode, to_node
 
 if TYPE_CHECKING:
     from luo.kho import Incoming
@@ -87,6 +88,9 @@ class DeviceRecords:
         heads: first block of the two chains.
         shards, slabs: ``uint64 (n, 4)``: phys, bytes, first record, count.
         expected: how many devices the previous kernel says that it preserved.
+        nodes: tree of the KHO nodes, None if there is none.
+        nodes_phys: its address, 0 if it is inline.
+        numbers: numbers of the records whose device is here; ``int64``.
     """
 
     devices: Index
@@ -99,6 +103,13 @@ class DeviceRecords:
     shards: NDArray[np.uint64]
     slabs: NDArray[np.uint64]
     expected: int
+    nodes: KhoNode | None = None
+    nodes_phys: int = 0
+
+    @property
+    def numbers(self) -> NDArray[np.intp]:
+        """Numbers of the records whose device is here."""
+        return np.flatnonzero(self.devices >= 0)
 
     @classmethod
     def read(cls, incoming: Incoming, found: LuoIncoming, devices: Devices) -> DeviceRecords:
@@ -110,10 +121,11 @@ class DeviceRecords:
             HandoverError: a chain, a shard or a record breaks a rule.
         """
         heads = {name: found.devices.get(name, 0) for name in ("records", "slabs")}
+        nodes_phys = found.devices.get("nodes", 0)
+        taken: set[int] = set()
         if incoming.generation.inline:
             shards, slabs, sources = _read_inline(incoming, found)
         else:
-            taken: set[int] = set()
             shards, slabs = (_read_chain(incoming, heads[name], name, taken) for name in heads)
             sources = (
                 (phys, first, _read_shard(incoming, phys, nbytes, count))
@@ -154,6 +166,8 @@ class DeviceRecords:
             shards,
             slabs,
             found.devices.get("count", 0),
+            _read_nodes(incoming, nodes_phys, taken),
+            nodes_phys,
         )
         records._check_slots()
         return records
@@ -211,7 +225,9 @@ class DeviceRecords:
         return slot_digests(memory, self.slabs, self.phys, self.nbytes, self.owners, self.names)
 
     def free(self, incoming: Incoming) -> None:
-        """Free shards, slabs and both chains in the new kernel."""
+        """Free shards, slabs, nodes and both chains in the new kernel."""
+        if self.nodes_phys:
+            incoming.restore_free(self.nodes_phys)
         for head in self.heads.values():
             if head:
                 incoming.restore_free_blocks(head)
@@ -264,6 +280,27 @@ def _read_inline(
     slabs = np.frombuffer(raw, np.uint64).reshape(-1, 4)
     _check_extents(incoming, slabs, "slabs", set())
     return none, slabs, [(where, 0, columns)]
+
+
+def _read_nodes(incoming: Incoming, phys: int, taken: set[int]) -> KhoNode | None:
+    """Return the tree of KHO nodes, None if there is none."""
+    try:
+        if incoming.generation.inline:
+            top = incoming.root.node(f"/{abi.LUO_NODE}")
+            return next((to_node(node) for node in top.children if node.name == "nodes"), None)
+        if not phys:
+            return None
+        nbytes = incoming.memory.page_size << (incoming.order_of(phys) or 0)
+        _check_extents(incoming, np.array([[phys, nbytes, 0, 0]], np.uint64), "nodes", taken)
+        if not incoming.memory.is_populated(phys, 1):
+            raise HandoverError("nodes: never written", phys)
+        size = Fdt(incoming.memory.view(phys, nbytes), check=False).totalsize
+        tree = Fdt(incoming.memory.view(phys, min(size, nbytes)))
+        if bytes(tree.root.get("compatible") or b"") != abi.LUO_NODES_COMPATIBLE.encode() + b"\0":
+            raise HandoverError(f"nodes: not compatible with {abi.LUO_NODES_COMPATIBLE}", phys)
+        return to_node(tree.root)
+    except FdtError as error:
+        raise HandoverError(f"nodes: {error}", phys) from error
 
 
 def _checked(columns: dict[str, Column], count: int, phys: int) -> dict[str, Column]:

@@ -101,6 +101,7 @@ class CallbackError(KhoError):
         kind: ``"subsystem"``, ``"driver"`` or ``"bus"``.
         name: of the subsystem, driver or bus.
         device: path of the device, or None for a subsystem.
+        returned: the number that it returned, None if it raised or took too long.
         rolled_back: whether everything is again as it was before PREPARE.
         undo_errors: what failed while undoing; also attached as notes.
         file, line: where the user's callback stands, if that is known.
@@ -115,6 +116,7 @@ class CallbackError(KhoError):
         kind: str,
         name: str,
         device: str | None = None,
+        returned: int | None = None,
         file: str | None = None,
         line: int | None = None,
     ) -> None:
@@ -123,6 +125,7 @@ class CallbackError(KhoError):
         self.kind = kind
         self.name = name
         self.device = device
+        self.returned = returned
         self.file = file
         self.line = line
         self.rolled_back = False

@@ -6,13 +6,16 @@ import contextlib
 import errno
 import importlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from luo import abi
+from luo import quirks as rfc1
 from luo._kho import CallRecorder
 from luo.dev_liveupdate import DeviceParticipant
 from luo.device import Bus, Device, Devices, Driver
@@ -34,7 +37,7 @@ from luo.kexec import (
     jump,
     record_of,
 )
-from luo.kho import Handover, Incoming, Kho
+from luo.kho import Handover, Incoming, Kho, KhoNode
 from luo.liveupdate import LuoIncoming, Orchestrator
 from luo.memory import PhysicalMemory
 from luo.notifier import State, Subsystem
@@ -51,8 +54,6 @@ _log = logging.getLogger(__name__)
 
 _RELEASE: Final = "7.3.0"
 Digests: TypeAlias = dict[tuple[str, str], tuple[int, int]]
-
-_BEHAVIOURS: Final = ("intended",)
 
 
 def _kstrtobool(text: str) -> bool | None:
@@ -176,20 +177,31 @@ class Kernel:
     Args:
         machine: the machine.
         drivers, buses, subsystems: what this kernel has.
-        kho_abi: generation of the handover, a name in :data:`luo.abi.GENERATIONS`.
+        kho_abi: generation of the handover, a name in :data:`luo.abi.GENERATIONS`; None is
+            ``"kho-v4"``, and RFC v1's own ``"kho-v5-series"`` for its behaviour.
         kho_bugs: mistakes of that generation's kernels to reproduce, as of
             :class:`~luo.kho.Kho`.
         release: what ``uname -r`` would say; handed over in the metadata.
         cmdline: ``kho=``, ``liveupdate=``, ``kho_scratch=`` and ``reserve_mem=`` are read.
         arch: ``"x86_64"`` or ``"arm64"``, which hand over each in its own way; any other has no
             KHO and no live update.
-        behaviour, quirks, workers: ``"intended"``, none and 1.
+        behaviour: ``"intended"``, what RFC v1 meant, or ``"rfc1"``, what its code does.
+        quirks: names in :data:`luo.quirks.QUIRKS` that it has besides; with a ``-`` in front, has
+            not.
+        workers: 1.
+        callback_limit: seconds that a callback may take, None for as long as it likes. A later one
+            is ETIMEDOUT when it returns, and in PREPARE and REBOOT everything is rolled back.
         clock: returns nanoseconds; None is the system's monotonic clock.
         observer: called as ``observer(what, name)``, ``what`` being ``"phase"`` when a phase
-            begins or ``"state"`` when a state has been reached.
+            begins or ``"state"`` when a state has been reached; also ``"scan"`` when PREPARE
+            begins to look for requested devices, and ``"write"`` before the path of a device whose
+            ``requested`` is about to change.
 
     Attributes:
         machine: its machine.
+        behaviour: as given.
+        quirks: names of all quirks that it has.
+        sysfs: directories in ``/sys/kernel`` that somebody else has made.
         luo: its :class:`~luo.liveupdate.Orchestrator`.
         devices: its :class:`~luo.device.Devices`.
         profile: what callbacks cost; stays readable after the kernel is gone.
@@ -208,37 +220,52 @@ class Kernel:
         drivers: Iterable[Driver] = (),
         buses: Iterable[Bus] = (),
         subsystems: Iterable[Subsystem] = (),
-        kho_abi: str = "kho-v4",
+        kho_abi: str | None = None,
         kho_bugs: Iterable[str] = (),
         release: str = _RELEASE,
         cmdline: str = "kho=on liveupdate=on",
         arch: str = "x86_64",
         behaviour: str = "intended",
-        quirks: Sequence[str] = (),
+        quirks: Iterable[str] = (),
         workers: int = 1,
+        callback_limit: float | None = None,
         clock: Callable[[], int] | None = None,
         observer: Callable[[str, str], None] | None = None,
     ) -> None:
-        for name, value, known in (
-            ("kho_abi", kho_abi, tuple(abi.GENERATIONS)),
-            ("behaviour", behaviour, _BEHAVIOURS),
-            ("workers", workers, (1,)),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} {value!r}: this engine has {', '.join(map(str, known))}")
-        if quirks:
-            raise ValueError(f"quirks {quirks!r}: the intended behaviour has none")
+        if workers != 1:
+            raise ValueError(f"workers {workers!r}: this engine has 1")
+        if callback_limit is not None and not callback_limit > 0:
+            raise ValueError(f"callback_limit {callback_limit!r}: seconds, more than 0")
+        if kho_abi is None:
+            kho_abi = rfc1.HOME if behaviour == "rfc1" else "kho-v4"
+        self.behaviour = behaviour
+        self.quirks = rfc1.resolve(behaviour, quirks, kho_abi)
+        if "stubs-do-not-compile" in self.quirks and arch != "x86_64":
+            raise from_errno(
+                errno.ENOEXEC, f"kernel for {arch}: its CONFIG_LIVEUPDATE=n stubs do not compile"
+            )
         self.machine = machine
         self.kho_abi = kho_abi
         self.kho_bugs = abi.generation(kho_abi).check_bugs(kho_bugs)
         self.release = release
         self.arch = arch
         self.profile = CallRecorder(clock)
+        if callback_limit is not None and "no-callback-limit" not in self.quirks:
+            self.profile.limit_ns = max(1, round(callback_limit * 1e9))
         self.phases: dict[str, int] = {}
+        self.sysfs: set[str] = set()
+        self._status = "built"  # then "running", then "gone"
         self.devices = Devices(
             self, machine.devices, _by_name("drivers", drivers), _by_name("buses", buses)
         )
-        self.luo = Orchestrator(self, self.profile, phase=self._phase, observer=self._observe)
+        self.luo = Orchestrator(
+            self,
+            self.profile,
+            quirks=self.quirks,
+            phase=self._phase,
+            observer=self.observe,
+            notify=machine.notify,
+        )
         for subsystem in subsystems:
             self.luo.register(subsystem)
         self._layer = DeviceParticipant(self.devices, self.profile)
@@ -247,7 +274,6 @@ class Kernel:
         self.on_handover: Callable[[Handover], None] | None = None
         self._kho: Kho | None = None
         self._plan = _Plan()
-        self._status = "built"  # then "running", then "gone"
         self.arrival: Arrival | None = None
         self._next: LocalSuccessor | RemoteKernel | None = None
         self._restore_failures: tuple[CallbackError, ...] = ()
@@ -315,14 +341,15 @@ class Kernel:
     def __repr__(self) -> str:
         return f"<Kernel {self.release} {self._status}>"
 
-    def _observe(self, what: str, name: str) -> None:
+    def observe(self, what: str, name: str) -> None:
+        """Tell the observer, if there is one."""
         if self.observer is not None:
             self.observer(what, name)
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         """Time a phase, and tell the observer that it begins."""
-        self._observe("phase", name)
+        self.observe("phase", name)
         start = self.profile.read_clock()
         try:
             yield
@@ -412,6 +439,7 @@ class Kernel:
                     release=self.release,
                 )
             self.reserved.reserve(self.machine.memory, self._kho if self.kho_enabled else None)
+            self._initialise()
             self.luo.startup(plan.luo)
         if plan.luo is not None and plan.records is not None:
             if verify:  # outside both phases: an instrument, not a part of the update
@@ -419,14 +447,41 @@ class Kernel:
                 self._digests = plan.records.digests(self.machine.memory)
                 self._digest_ns = self.profile.read_clock() - began
             with self._phase("restore"):
-                self._layer.adopt(plan.records)
+                if "flags-not-restored" not in self.quirks:
+                    self._layer.adopt(plan.records)
                 self._restore_failures = self.luo.restore()
-        self._probe()
+        self._probe(self._each("probe"))
         return self
 
-    def _probe(self) -> None:
-        """Probe the bound devices that were not preserved; who fails stays unbound."""
-        for device in self._each("probe"):
+    def _initialise(self) -> None:
+        """Make LUO's directory in ``/sys/kernel``, unless live update is off (RFC v1 1.2)."""
+        if not self.luo.enabled:
+            if self.parameters.liveupdate and "disabled-by-user" not in self.quirks:
+                _log.info("live update: disabled, KHO is off")
+            else:
+                _log.info("live update: disabled by user")
+            return
+        made = "liveupdate" not in self.sysfs
+        if not made:
+            _log.error("live update: /sys/kernel/liveupdate: %s", os.strerror(errno.EEXIST))
+        self.luo.initialised = made or "initialised-despite-failure" in self.quirks
+
+    def probe(self, indices: NDArray[np.int32]) -> None:
+        """Probe the devices with these numbers, those whose driver has a probe."""
+        wanted = set(indices.tolist())
+        self._probe([device for device in self._each("probe") if device.index in wanted])
+
+    def restore_device(self, index: int) -> None:
+        """Restore a device that came over and was bound to a driver after boot."""
+        self._layer.restore_device(index)
+
+    def kho_node(self, owner: Device | Driver | Bus) -> KhoNode:
+        """Return the KHO node of *owner*; see :attr:`luo.device.Device.kho_node`."""
+        return self._layer.kho_node(owner)
+
+    def _probe(self, devices: Iterable[Device]) -> None:
+        """Probe bound devices; who fails stays unbound."""
+        for device in devices:
             driver = device.driver
             assert driver is not None
             assert driver.probe is not None
@@ -531,6 +586,8 @@ class Kernel:
         self._require("kexec", "running")
         self.luo.refuse_callback("kexec")
         if self._next is None:
+            if "no-image-check" in self.quirks and self.luo.reboot():
+                self.cancel_reboot()
             raise StateError(errno.EINVAL, "kexec: no kernel image is loaded")
         successor, self._next = self._next, None
         return jump(
@@ -577,6 +634,7 @@ class Kernel:
         if self._kho is not None and self._finalized_here:
             self._kho.unfinalize()
         self._finalized_here = False
+        self.luo.take_back()
 
     def image_sizes(self) -> dict[str, int]:
         """Return the ``image`` object of ``luo run --json``: bytes and pages handed over."""

@@ -449,15 +449,7 @@ class Kho(PreservedMemory):
     def _finalize_tree(self) -> None:
         self._call_notifiers(KhoEvent.FINALIZE)
         self._freeze(True)
-        generation = self.generation
-        phys = self._publish() if self.nr_preserved else 0
-        flat = flatten(
-            self._tree,
-            generation.compatible,
-            generation.map_node or "",
-            generation.map_property,
-            phys,
-        )
+        flat = self._flatten(self._publish() if self.nr_preserved else 0)
         if len(flat) > self.fdt_max:
             raise from_errno(
                 errno.ENOMEM, f"finalize: tree of {len(flat)} bytes, above fdt_max {self.fdt_max}"
@@ -654,6 +646,20 @@ class Kho(PreservedMemory):
         if self.generation.inline:
             return memoryview(self._flat)
         return self.memory.view(self.fdt_phys, self.memory.page_size)
+
+    def tree_bytes(self) -> int:
+        """Return how large the tree of kho-v5-series would be, flattened now; in bytes."""
+        return len(self._flatten(0))
+
+    def _flatten(self, map_phys: int) -> bytes:
+        generation = self.generation
+        return flatten(
+            self._tree,
+            generation.compatible,
+            generation.map_node or "",
+            generation.map_property,
+            map_phys,
+        )
 
     @property
     def root(self) -> Fdt:

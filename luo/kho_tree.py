@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from luo.fdt import FdtWriter
+from luo.fdt import FdtWriter, Node
 
-__all__ = ["KhoInNode", "KhoNode", "flatten"]
+__all__ = ["KhoInNode", "KhoNode", "flatten", "to_fdt", "to_node"]
 
 
 class KhoNode:
@@ -79,6 +79,29 @@ def flatten(root: KhoNode, compatible: str, map_node: str, map_property: str, ph
             writer.property_native_u64(map_property, phys)
         _children(writer, root)
     return bytes(writer.finish())
+
+
+def to_fdt(root: KhoNode, compatible: str) -> bytes:
+    """Return *root* and all below it as one FDT of its own."""
+    writer = FdtWriter()
+    with writer.node(""):
+        writer.property_string("compatible", compatible)
+        _properties(writer, root)
+        _children(writer, root)
+    return bytes(writer.finish())
+
+
+def to_node(found: Node) -> KhoNode:
+    """Return a copy of *found* and all below it; values are bytes."""
+    root = KhoNode()
+    waiting = [(found, root)]
+    while waiting:
+        source, node = waiting.pop()
+        node.properties = {name: bytes(value) for name, value in source.properties.items()}
+        for child in source.children:
+            below = node.children[child.name] = KhoNode()
+            waiting.append((child, below))
+    return root
 
 
 def _properties(writer: FdtWriter, node: KhoNode) -> None:

@@ -1,7 +1,7 @@
 """The live update orchestrator: the state machine and its events.
 
-Mirrors RFC v1's ``kernel/liveupdate.c`` in its intended form (``spec/luo-rfc-v1.md`` 1.3, 1.4,
-1.6): what it meant to do where its code had a hole.
+Mirrors RFC v1's ``kernel/liveupdate.c`` (``spec/luo-rfc-v1.md`` 1.3, 1.4, 1.6): what it meant to
+do; and where its code does otherwise, that too, by the name of the quirk (:mod:`luo.quirks`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import itertools
 import logging
 import struct
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -96,27 +96,34 @@ class FinishResult:
 
 
 class StateLock:
-    """Many readers or one writer; the writer's own thread is refused instead of deadlocked."""
+    """Many readers or one writer, and who waits can be killed.
 
-    def __init__(self) -> None:
+    A writer that waits keeps new readers out, as in an rwsem. A thread that would wait for itself
+    is refused; with *deadlocks* it waits until it is killed.
+    """
+
+    def __init__(self, deadlocks: bool = False) -> None:
         self._changed = threading.Condition()
+        self._deadlocks = deadlocks
         self._writer: int | None = None
         self._readers: dict[int, int] = {}
+        self._waiting: dict[int, bool] = {}  # thread: whether to write
+        self._killed: set[int] = set()
 
     @contextlib.contextmanager
     def writing(self, what: str) -> Iterator[None]:
         """Hold the lock alone.
 
         Raises:
-            StateError: EDEADLK if this thread holds it already: *what* was called by a callback.
+            StateError: EDEADLK if this thread holds it already: *what* was called by a callback;
+                EAGAIN if it was killed while it waited.
         """
         me = threading.get_ident()
         with self._changed:
             self.refuse_deadlock(what)
-            if me in self._readers:
+            if me in self._readers and not self._deadlocks:
                 raise StateError(errno.EDEADLK, f"{what}: this thread is reading the state")
-            while self._writer is not None or self._readers:
-                self._changed.wait()
+            self._wait(what, errno.EAGAIN, True, lambda: self._writer is None and not self._readers)
             self._writer = me
         try:
             yield
@@ -126,13 +133,17 @@ class StateLock:
                 self._changed.notify_all()
 
     @contextlib.contextmanager
-    def reading(self, what: str) -> Iterator[None]:
-        """Hold the lock together with other readers."""
+    def reading(self, what: str, killed: int = errno.EAGAIN) -> Iterator[None]:
+        """Hold the lock together with other readers.
+
+        Raises:
+            StateError: EDEADLK if this thread holds it for writing; *killed* if it was killed
+                while it waited.
+        """
         me = threading.get_ident()
         with self._changed:
             self.refuse_deadlock(what)
-            while self._writer is not None:
-                self._changed.wait()
+            self._wait(what, killed, False, lambda: self._may_read(me))
             self._readers[me] = self._readers.get(me, 0) + 1
         try:
             yield
@@ -143,14 +154,51 @@ class StateLock:
                     del self._readers[me]
                 self._changed.notify_all()
 
+    def _may_read(self, me: int) -> bool:
+        return self._writer is None and (me in self._readers or not any(self._waiting.values()))
+
+    def _wait(self, what: str, killed: int, write: bool, free: Callable[[], bool]) -> None:
+        me = threading.get_ident()
+        try:
+            while not free():
+                self._waiting[me] = write
+                self._changed.wait()
+                if me in self._killed:
+                    raise StateError(killed, f"{what}: killed while it waited for the state")
+        finally:
+            if self._waiting.pop(me, False):
+                self._changed.notify_all()  # a writer that gives up has kept readers out
+            self._killed.discard(me)
+
+    def kill(self, thread: int) -> bool:
+        """Have *thread* (as of ``threading.get_ident()``) give up waiting.
+
+        Returns:
+            whether it waits; if not, nothing is done.
+        """
+        with self._changed:
+            if thread not in self._waiting:
+                return False
+            self._killed.add(thread)
+            self._changed.notify_all()
+            return True
+
     def refuse_deadlock(self, what: str) -> None:
         """Raise ``StateError(EDEADLK)`` if this thread holds the lock for writing."""
-        if self._writer == threading.get_ident():
+        if self._writer == threading.get_ident() and not self._deadlocks:
             raise StateError(errno.EDEADLK, f"{what}: called from a callback of a running event")
+
+
+class _WrongState(StateError):
+    """The state does not allow the event."""
 
 
 class DeviceLayer(Participant, Protocol):
     """The devices in the chain; :mod:`luo.dev_liveupdate` has them."""
+
+    def free_list(self, failure: BaseException | None = None) -> None:
+        """Forget which devices CANCEL has to reach; all, or those from *failure* on."""
+        ...
 
     def luo_properties(self) -> dict[str, int]:
         """Return the values of the ``devices`` node: count and chain heads."""
@@ -160,8 +208,12 @@ class DeviceLayer(Participant, Protocol):
         """Return the ``devices`` node of an inline tree, with everything in it."""
         ...
 
-    def unreclaimed(self) -> tuple[str, ...]:
-        """Return the paths of the devices that came over and do not run again."""
+    def nodes_root(self) -> KhoNode | None:
+        """Return the tree of the KHO nodes of devices, drivers and buses, if there are any."""
+        ...
+
+    def unreclaimed(self) -> Any:
+        """Return the numbers of the devices that came over and do not run again."""
         ...
 
 
@@ -219,7 +271,11 @@ class LuoIncoming:
             for node in root.children:
                 if node.name == "devices":
                     names = ("count",) if inline else abi.LUO_DEVICES_PROPERTIES
-                    found.devices = {name: _native_u64(node, name, phys) for name in names}
+                    found.devices = {
+                        name: _native_u64(node, name, phys)
+                        for name in names
+                        if name != "nodes" or name in node
+                    }
                 elif node.name == "subsystems":
                     found.data = {
                         child.name: _native_u64(child, "data", phys) for child in node.children
@@ -246,8 +302,13 @@ class Orchestrator(Mortal):
         kernel: the kernel; callbacks see it as ``context.kernel``.
         recorder: where every callback's time goes.
         enabled: whether ``liveupdate=`` and ``kho=`` are both on.
+        quirks: names of what it does as RFC v1's code (:mod:`luo.quirks`).
         phase: context manager that times a phase by name.
         observer: called as ``observer("state", name)`` after each change of state.
+        notify: called with the path below ``/sys`` of an attribute whose value has changed.
+
+    Attributes:
+        initialised: whether its directory in ``/sys/kernel`` is there.
     """
 
     def __init__(
@@ -256,23 +317,31 @@ class Orchestrator(Mortal):
         recorder: CallRecorder,
         *,
         enabled: bool = True,
+        quirks: Set[str] = frozenset(),
         phase: Callable[[str], AbstractContextManager[object]] = contextlib.nullcontext,
         observer: Callable[[str, str], None] | None = None,
+        notify: Callable[[str], None] | None = None,
     ) -> None:
         self.kernel = kernel
         self.enabled = enabled
+        self.initialised = False
+        self._quirks = quirks
+        self._notify = notify
         self._recorder = recorder
         self._phase = phase
         self._observer = observer
         self._state = State.NORMAL
-        self._chain = NotifierChain()
+        self._chain = NotifierChain(quirks)
         self._layer: DeviceLayer | None = None
-        self._lock = StateLock()
+        self._lock = StateLock("callback-deadlock" in quirks)
         self._page = 0  # LUO's blob of the outgoing side, allocated in PREPARE
-        self._joined = False  # LUO's node is in KHO's root tree
+        self._joined: KhoNode | int = 0  # LUO's node in KHO's root tree, or the blob's address
+        self._left: KhoNode | None = None  # quirk node-left-behind: a node of an earlier update
         self._published = False  # REBOOT has run; only the jump or CANCEL may follow
         self._before: Snapshot | None = None  # what was preserved before PREPARE
         self._collected: list[CallbackError] = []
+        self._warned: set[tuple[str, str]] = set()  # quirk warn-once
+        self._at: Participant | None = None  # who is being called
         self.incoming: LuoIncoming | None = None
         self.reboot_began_ns = 0
         self.last_reclaim_ns = 0
@@ -289,10 +358,32 @@ class Orchestrator(Mortal):
         """Hold the state as it is while the block runs (``liveupdate_read_state_enter()``).
 
         Raises:
-            StateError: EDEADLK from a callback of a running event, which holds the lock.
+            StateError: EDEADLK from a callback of a running event, which holds the lock; EINTR
+                if the thread was killed while it waited.
         """
-        with self._lock.reading("read_state"):
+        with self._lock.reading("read_state", errno.EINTR):
             yield self._state
+
+    def writing_attribute(self, what: str) -> AbstractContextManager[None]:
+        """Hold the state while a device's attribute is written; as :meth:`read_state`, but EAGAIN.
+
+        Raises:
+            StateError: EDEADLK from a callback, EAGAIN if killed while it waited.
+        """
+        return self._lock.reading(what)
+
+    def kill(self, thread: int) -> bool:
+        """Have *thread* give up waiting for the state, as a fatal signal does (RFC v1 1.4).
+
+        Its event or write fails with EAGAIN, its :meth:`read_state` with EINTR.
+
+        Args:
+            thread: as of ``threading.get_ident()``.
+
+        Returns:
+            whether it waited.
+        """
+        return self._lock.kill(thread)
 
     def require_normal(self, what: str) -> None:
         """Raise ``StateError(EINVAL)`` unless the state is NORMAL."""
@@ -318,7 +409,9 @@ class Orchestrator(Mortal):
         """
         with self._lock.reading(f"register {subsystem.name}"):
             self._require_unprepared(f"register {subsystem.name}")
-            self._chain.register(SubsystemParticipant(subsystem, self.kernel, self._recorder))
+            participant = SubsystemParticipant(subsystem, self.kernel, self._recorder)
+            participant.prepared = self._state is State.PREPARED
+            self._chain.register(participant)
 
     def unregister(self, subsystem: Subsystem | str) -> None:
         """Remove a subsystem from the chain.
@@ -335,7 +428,7 @@ class Orchestrator(Mortal):
             self._chain.unregister(name)
 
     def _require_unprepared(self, what: str) -> None:
-        if self._state is State.PREPARED:
+        if self._state is State.PREPARED and "register-when-prepared" not in self._quirks:
             raise from_errno(errno.EBUSY, f"{what}: a live update is prepared")
 
     def join_devices(self, layer: DeviceLayer) -> None:
@@ -371,7 +464,10 @@ class Orchestrator(Mortal):
         if self._state is not State.PREPARED:
             return False
         self.reboot_began_ns = self._recorder.read_clock()
-        self._run(Event.REBOOT)
+        try:
+            self._run(Event.REBOOT)
+        except _WrongState:
+            return False  # somebody cancelled between the test and the lock
         return True
 
     def dry_reboot(self) -> CancelResult:
@@ -401,8 +497,12 @@ class Orchestrator(Mortal):
         Raises:
             StateError: EINVAL in another state.
         """
-        unreclaimed = self._layer.unreclaimed() if self._layer is not None else ()
-        return FinishResult(unreclaimed, self._run(Event.FINISH))
+        lost = self._layer.unreclaimed() if self._layer is not None else ()
+        paths = tuple(self.kernel.devices.tree.path(int(index)) for index in lost)
+        result = FinishResult(paths, self._run(Event.FINISH))
+        if len(lost):
+            self.kernel.probe(lost)  # what nobody restored is a device like any other now
+        return result
 
     def steps(self, event: Event) -> Generator[Step, None, None]:
         """Run *event* one callback at a time; ``prepare()`` and the others run the same steps.
@@ -435,10 +535,13 @@ class Orchestrator(Mortal):
             self._collected = []
             steps = self._steps(event, bulk)
             step: Step | None = None
-            ended = False
+            ended = stopped = False
 
-            def fail(error: BaseException) -> None:
-                nonlocal ended
+            def fail(error: BaseException) -> bool:
+                nonlocal ended, stopped
+                if self._passes_for_success(event, error):
+                    stopped = True
+                    return True
                 ended = True
                 left: Iterator[Step] = steps
                 if step is not None and not step.done:  # handed out, and never run
@@ -448,9 +551,10 @@ class Orchestrator(Mortal):
                     if step is not None:
                         step.done = True
                     steps.close()
-                    self._roll_back(error)
+                    self._roll_back(event, error)
                 else:
                     self._complete(event, left)
+                return False
 
             try:
                 if event is Event.PREPARE:
@@ -464,14 +568,18 @@ class Orchestrator(Mortal):
                         step.run()
                     if ended:
                         return
+                    if stopped:
+                        steps.close()
+                        break
                 if event is Event.PREPARE:
                     self._close_map()
                 elif event is Event.REBOOT:
                     self._publish()
                 self._enter(event)
             except BaseException as error:
-                if not ended and self.__dict__:  # else the kernel went while steps were open
-                    fail(error)
+                # else the kernel went while steps were open
+                if not ended and self.__dict__ and fail(error):
+                    return
                 raise
 
     def _require(self, event: Event) -> None:
@@ -479,9 +587,10 @@ class Orchestrator(Mortal):
             raise StateError(
                 errno.EOPNOTSUPP, f"{event.name}: live update is off (liveupdate= or kho=)"
             )
-        if (self._state, event) not in NEXT:
+        retested = event is not Event.REBOOT or "state-tested-unlocked" not in self._quirks
+        if (self._state, event) not in NEXT and retested:
             wanted = " or ".join(state.name for state, wants in NEXT if wants is event)
-            raise StateError(
+            raise _WrongState(
                 errno.EINVAL, f"{event.name}: needs {wanted}, the state is {self._state.name}"
             )
         if event is Event.REBOOT and self._published:
@@ -492,17 +601,58 @@ class Orchestrator(Mortal):
     def _steps(self, event: Event, bulk: bool) -> Generator[Step, None, None]:
         collected = self._collected
         for participant in self._chain.order(event.name):
+            self._at = participant
+            failures: list[CallbackError] = []
             try:
                 yield from participant.steps(event.name, bulk)
             finally:
-                collected += participant.collect()
+                failures = participant.collect()
+                collected += self._reported(event, participant, failures)
+            if failures and self._stops_here(participant):
+                return
+        freed = event is Event.REBOOT and "list-freed-at-reboot" in self._quirks
+        if freed and self._layer is not None:
+            self._layer.free_list()
+
+    def _reported(
+        self, event: Event, participant: Participant, failures: list[CallbackError]
+    ) -> list[CallbackError]:
+        """Return which of the collected *failures* are told: all, or under warn-once the first."""
+        if "warn-once" not in self._quirks or not failures:
+            return failures
+        key = (participant.name, event.name)
+        told = [] if key in self._warned else failures[:1]
+        self._warned.add(key)
+        return told
+
+    def _stops_here(self, participant: Participant) -> bool:
+        """Whether a collected failure of *participant* keeps those behind it from being called."""
+        return participant is not self._layer and "failure-stops-the-rest" in self._quirks
+
+    def _passes_for_success(self, event: Event, error: BaseException) -> bool:
+        """Whether *error* stops the chain and is no failure: RFC v1 1.7."""
+        if not (
+            "positive-return-stops" in self._quirks
+            and event in (Event.PREPARE, Event.REBOOT)
+            and isinstance(error, CallbackError)
+            and (error.returned or 0) > 0
+        ):
+            return False
+        if self._at is self._layer:
+            self._undo_devices(event, error)
+        if event is Event.PREPARE:
+            self._undo(Event.CANCEL)
+            for participant in self._chain:  # CANCEL will go to everyone
+                if isinstance(participant, SubsystemParticipant):
+                    participant.prepared = True
+        return True
 
     def _enter(self, event: Event) -> None:
         if event is Event.CANCEL:
             self._withdraw()
         elif event is Event.FINISH:
             self._discard_incoming()
-        self._set_state(NEXT[self._state, event])
+        self._set_state(NEXT.get((self._state, event), self._state))
 
     def _set_state(self, state: State) -> None:
         if state is self._state:
@@ -511,14 +661,17 @@ class Orchestrator(Mortal):
         self._state = state
         if self._observer is not None:
             self._observer("state", state.name.lower())
+        if self._notify is not None and self.initialised:
+            lost = "poll-never-wakes" in self._quirks
+            self._notify("kernel/state" if lost else "kernel/liveupdate/state")
 
-    def _roll_back(self, error: BaseException) -> None:
+    def _roll_back(self, event: Event, error: BaseException) -> None:
         # The first error is the one that is raised; what fails here is attached to it.
         undo: list[BaseException] = []
         self._kho.unfinalize()
-        for participant in self._chain.order(Event.CANCEL.name):
-            undo += self._finish_steps(participant.steps(Event.CANCEL.name, True))
-            undo += participant.collect()
+        if self._at is self._layer:
+            undo += self._undo_devices(event, error)
+        undo += self._undo(event)
         self._withdraw()
         self._set_state(State.NORMAL)
         self._collected = []
@@ -527,6 +680,36 @@ class Orchestrator(Mortal):
         if isinstance(error, CallbackError):
             error.undo_errors = undo
             error.rolled_back = not undo
+
+    def _undo_devices(self, event: Event, error: BaseException) -> list[BaseException]:
+        """Undo what the device layer does by itself when one of its callbacks fails.
+
+        Intended, CANCEL reaches every prepared device, and that is in :meth:`_undo`.
+        """
+        layer = self._layer
+        assert layer is not None
+        if event is Event.REBOOT:
+            if "reboot-half-cancelled" not in self._quirks:
+                return []
+            layer.free_list(error)
+        elif "cancel-not-reversed" not in self._quirks:
+            return []  # nobody is cancelled before it anyway
+        return self._cancel(layer)[0]
+
+    def _undo(self, event: Event) -> list[BaseException]:
+        """Send CANCEL to whoever was prepared."""
+        undo: list[BaseException] = []
+        for participant in self._chain.order(Event.CANCEL.name):
+            problems, failed = self._cancel(participant)
+            undo += problems
+            if failed and self._stops_here(participant):
+                break
+        return undo
+
+    def _cancel(self, participant: Participant) -> tuple[list[BaseException], bool]:
+        problems = self._finish_steps(participant.steps(Event.CANCEL.name, True))
+        failures = participant.collect()
+        return [*problems, *self._reported(Event.CANCEL, participant, failures)], bool(failures)
 
     def _complete(self, event: Event, steps: Iterator[Step]) -> None:
         for problem in self._finish_steps(steps):
@@ -567,6 +750,9 @@ class Orchestrator(Mortal):
         node, devices, subsystems = KhoNode(), KhoNode(), KhoNode()
         node.properties["version"] = struct.pack("=II", *abi.LUO_VERSION)
         node.children["devices"] = devices if self._layer is None else self._layer.luo_node()
+        nodes = None if self._layer is None else self._layer.nodes_root()
+        if nodes is not None:
+            node.children["nodes"] = nodes
         devices.properties["count"] = bytes(8)
         node.children["subsystems"] = subsystems
         for participant in self._chain:
@@ -590,12 +776,24 @@ class Orchestrator(Mortal):
             self._page = self._kho.alloc_preserve(len(self._blob()))
 
     def _close_map(self) -> None:
-        if self._kho.generation.finalize == "prepare":
+        when = self._kho.generation.finalize
+        if when == "prepare":
             self._join()
             self._kho.finalize()
+        elif when == "jump" and "written-in-reboot" not in self._quirks:
+            # What does not fit is found out while there is a way back.
+            self._join()
+            nbytes = self._kho.tree_bytes()
+            self._leave()
+            if nbytes > self._kho.fdt_max:
+                raise from_errno(
+                    errno.E2BIG, f"PREPARE: tree of {nbytes} bytes, fdt_max is {self._kho.fdt_max}"
+                )
 
     def _publish(self) -> None:
         when = self._kho.generation.finalize
+        if not self._page and not self._kho.generation.inline:
+            self._open()  # quirk state-tested-unlocked: nothing has been prepared
         if when == "prepare":
             self._write_blob()
         else:
@@ -610,17 +808,28 @@ class Orchestrator(Mortal):
         return len(blob)
 
     def _join(self) -> None:
-        if self._kho.generation.inline:
-            self._kho.add_node(None, abi.LUO_NODE, self._node())
-        else:
+        if not self._kho.generation.inline:
             self._kho.add_subtree(abi.LUO_NODE, self._page, self._write_blob())
-        self._joined = True
+            self._joined = self._page
+            return
+        if self._left is not None:
+            code = self._kho.add_node(None, abi.LUO_NODE, self._left)
+            raise KhoError(code, f"REBOOT: kho_add_node() returned {code}: {abi.LUO_NODE} is there")
+        self._joined = node = self._node()
+        self._kho.add_node(None, abi.LUO_NODE, node)
+
+    def take_back(self) -> None:
+        """Withdraw LUO's node after a jump that did not happen, from outside of any event."""
+        if self._published:
+            self._withdraw()
 
     def _withdraw(self) -> None:
-        # RFC v1 quirk 5: a node that stays behind makes the next ordinary kexec boot UPDATED.
+        if isinstance(self._joined, KhoNode) and "node-left-behind" in self._quirks:
+            # RFC v1's node has nothing but the version; what ours points to is gone.
+            self._left, self._joined = self._joined, 0
+            self._left.children.clear()
         if self._joined:
             self._leave()
-            self._joined = False
         self._published = False
         if self._page:
             self._kho.unpreserve_free(self._page)
@@ -630,11 +839,12 @@ class Orchestrator(Mortal):
             self._before = None
 
     def _leave(self) -> None:
-        if self._kho.generation.inline:
+        where, self._joined = self._joined, 0
+        if isinstance(where, KhoNode):
             self._kho.remove_node(None, abi.LUO_NODE)
             return
         try:
-            self._kho.remove_subtree(self._page)
+            self._kho.remove_subtree(where)
         except KhoError as error:
             if error.errno != errno.ENOENT:  # an abort has forgotten it already
                 raise
@@ -651,11 +861,14 @@ class Orchestrator(Mortal):
             return
         if not self.enabled:
             raise KernelPanic(f"{abi.LUO_NODE}: found, but live update is off in this kernel")
+        _log.info("live update boot")
         self.incoming = found
         for participant in self._chain:
             if isinstance(participant, SubsystemParticipant):
                 participant.context.data = found.data.get(participant.name, 0)
-        self._set_state(State.UPDATED)
+        self._state = State.UPDATED  # the first state is no transition, and wakes nobody
+        if self._observer is not None:
+            self._observer("state", "updated")
 
     def restore(self) -> tuple[CallbackError, ...]:
         """Call the restore callbacks, against the order of PREPARE; failures are collected.

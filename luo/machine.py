@@ -9,7 +9,7 @@ compiled core, and no Python object per device exists unless somebody asks for o
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias, cast
 
 import numpy as np
@@ -383,9 +383,11 @@ class Machine:
         memory: the :class:`luo.memory.PhysicalMemory`.
         devices: the :class:`DeviceTree`.
         running: the kernel that runs on it, here or in another process; None if it is off.
+        watchers: each is called with the path below ``/sys`` of an attribute whose value has
+            changed, as who polls it is woken (``sysfs_notify()``).
     """
 
-    __slots__ = ("devices", "memory", "running")
+    __slots__ = ("devices", "memory", "running", "watchers")
 
     def __init__(
         self, memory: PhysicalMemory | SupportsIndex | str, devices: DeviceTree | None = None
@@ -397,6 +399,12 @@ class Machine:
         self.memory = memory
         self.devices = DeviceTree() if devices is None else devices
         self.running: Any = None
+        self.watchers: list[Callable[[str], None]] = []
+
+    def notify(self, path: str) -> None:
+        """Wake who watches the attribute at *path* below ``/sys``."""
+        for watcher in tuple(self.watchers):
+            watcher(path)
 
     def __repr__(self) -> str:
         return f"<Machine of {self.memory.size:#x} bytes and {len(self.devices)} devices>"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import operator
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -56,7 +56,7 @@ class Event(IntEnum):
 #: RFC v1 left the new kernel's side to its list of things to do.
 RESTORE: Final = "RESTORE"
 
-#: An event in which the chain runs against the order of PREPARE.
+#: Events in which the chain runs against the order of PREPARE, and failures are collected.
 BACKWARDS: Final = frozenset({Event.FINISH.name, Event.CANCEL.name, RESTORE})
 
 
@@ -192,7 +192,7 @@ class Step:
         self.devices = devices
         self.done = False
         self._call = call
-        self._fail: Callable[[BaseException], None] | None = None
+        self._fail: Callable[[BaseException], bool] | None = None  # True: no failure after all
 
     def run(self) -> None:
         """Call it.
@@ -207,9 +207,8 @@ class Step:
         try:
             self._call()
         except BaseException as error:
-            if self._fail is not None:
-                self._fail(error)
-            raise
+            if self._fail is None or not self._fail(error):
+                raise
 
     def __repr__(self) -> str:
         where = f" {self.device.path}" if self.device is not None else ""
@@ -244,6 +243,7 @@ def callback_error(
     ``OSError`` keeps its errno, any other exception is EIO with the exception as cause, a
     negative number is an errno, and everything else is EINVAL.
     """
+    returned = None
     cause = outcome if isinstance(outcome, BaseException) else None
     if isinstance(outcome, OSError) and outcome.errno:
         code, why = outcome.errno, f"{type(outcome).__name__}: {outcome}"
@@ -251,14 +251,14 @@ def callback_error(
         code, why = errno.EIO, f"{type(cause).__name__}: {cause}"
     else:
         try:
-            number = operator.index(outcome)  # type: ignore[arg-type]
+            returned = operator.index(outcome)  # type: ignore[arg-type]
         except TypeError:
             code, why = errno.EINVAL, f"returned {outcome!r}, neither None nor a number"
         else:
-            code = -number if number < 0 else errno.EINVAL
-            why = f"returned {number}"
-            if number > 0:
-                why += f", positive: did you mean -{errno_name(number)}?"
+            code = -returned if returned < 0 else errno.EINVAL
+            why = f"returned {returned}"
+            if returned > 0:
+                why += f", positive: did you mean -{errno_name(returned)}?"
     file, line = _location(callback, cause)
     where = f" of {device}" if device is not None else ""
     at = f" ({file}:{line})" if file else ""
@@ -269,6 +269,7 @@ def callback_error(
         kind=kind,
         name=name,
         device=device,
+        returned=returned,
         file=file,
         line=line,
     )
@@ -357,11 +358,15 @@ class SubsystemParticipant:
             outcome = callback(self.context)
         except Exception as raised:
             outcome = raised
-        self._recorder.add(key, self._recorder.read_clock() - start, 0)
+        elapsed = self._recorder.read_clock() - start
+        self._recorder.add(key, elapsed, 0)
         if not failed(outcome):
-            # Here and not only in steps(): who is interrupted now must get its CANCEL.
+            # Here and not only in steps(): who is interrupted now must get its CANCEL, and so must
+            # who was done too late.
             self.prepared |= event == Event.PREPARE.name
-            return
+            outcome = self._recorder.overdue(elapsed)
+            if outcome is None:
+                return
         error = callback_error(
             outcome, event=event, kind="subsystem", name=self.name, callback=callback
         )
@@ -377,10 +382,16 @@ class SubsystemParticipant:
 
 
 class NotifierChain:
-    """Participants in order of priority, then of registration."""
+    """Participants in order of priority, then of registration.
 
-    def __init__(self) -> None:
+    Args:
+        quirks: of these, ``priorities-inverted`` and ``cancel-not-reversed`` change the order.
+    """
+
+    def __init__(self, quirks: Set[str] = frozenset()) -> None:
         self._links: list[Participant] = []
+        self._sign = -1 if "priorities-inverted" in quirks else 1
+        self._backwards = {RESTORE} if "cancel-not-reversed" in quirks else BACKWARDS
 
     def __iter__(self) -> Iterator[Participant]:
         return iter(self._links)
@@ -394,7 +405,9 @@ class NotifierChain:
         if any(link.name == participant.name for link in self._links):
             raise from_errno(errno.EEXIST, f"register {participant.name}: is registered")
         self._links.append(participant)
-        self._links.sort(key=lambda link: link.priority)  # stable: equal ones stay in order
+        self._links.sort(
+            key=lambda link: self._sign * link.priority
+        )  # stable: equal ones stay in order
 
     def unregister(self, name: str) -> None:
         """Remove the participant called *name*.
@@ -410,4 +423,4 @@ class NotifierChain:
 
     def order(self, event: str) -> list[Participant]:
         """Return the participants in the order of *event*."""
-        return self._links[::-1] if event in BACKWARDS else list(self._links)
+        return self._links[::-1] if event in self._backwards else list(self._links)

@@ -42,9 +42,11 @@ cdef class CallRecorder:
 
     Attributes:
         clock: None for ``CLOCK_MONOTONIC``, or a callable that returns nanoseconds.
+        limit_ns: nanoseconds that a callback may take, 0 for as long as it likes.
     """
 
     cdef readonly object clock
+    cdef public int64_t limit_ns
     cdef dict key_of
     cdef list names
     cdef call_stats **stats
@@ -69,6 +71,13 @@ cdef class CallRecorder:
     def read_clock(self):
         """Return the recorder's clock, in nanoseconds."""
         return self.now()
+
+    def overdue(self, int64_t ns):
+        """Return a ``TimeoutError`` if a callback of *ns* nanoseconds took too long, else None."""
+        if self.limit_ns == 0 or ns <= self.limit_ns:
+            return None
+        return TimeoutError(
+            c_errno.ETIMEDOUT, f"took {ns / 1e6:.3f} ms, the limit is {self.limit_ns / 1e6:.3f} ms")
 
     def key(self, str subsystem not None, str event not None, str kind not None, str name not None):
         """Return the row number of (subsystem, event, kind, name), made on first use."""
@@ -334,6 +343,11 @@ def call_devices(
                     outcome = error
                 now = recorder.now()
                 recorder.record(table.keys[number], now - last, 1)
+                if outcome is None and recorder.limit_ns:
+                    outcome = recorder.overdue(now - last)
+                    # It did its work, late: whoever undoes has to undo it too.
+                    if outcome is not None and table.mode == CALL_SET:
+                        done[device] |= table.bit
                 last = now
                 if outcome is not None:
                     if failures is None:

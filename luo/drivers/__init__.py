@@ -52,10 +52,9 @@ def kernel(
     *,
     vms: Sequence[VM] = (),
     modules: Iterable[str] = (),
-    kho_abi: str = "kho-v4",
-    kho_bugs: Iterable[str] = (),
     cmdline: str = "kho=on liveupdate=on",
     observer: Callable[[str, str], None] | None = None,
+    **settings: Any,
 ) -> Kernel:
     """Build a kernel with the built-in drivers and subsystems.
 
@@ -65,10 +64,9 @@ def kernel(
             handed.
         modules: the user's drivers and subsystems, as :func:`load` takes them; a driver or bus
             of a built-in name replaces it.
-        kho_abi: as of :class:`~luo.kernel.Kernel`.
-        kho_bugs: as of :class:`~luo.kernel.Kernel`.
-        cmdline: likewise.
+        cmdline: as of :class:`~luo.kernel.Kernel`.
         observer: likewise.
+        **settings: likewise: ``kho_abi``, ``behaviour``, ``quirks``…
     """
     tree = machine.devices
     drivers = {driver.name: driver for driver in _drivers(tree)}
@@ -91,10 +89,9 @@ def kernel(
         drivers=drivers.values(),
         buses=buses.values(),
         subsystems=subsystems.values(),
-        kho_abi=kho_abi,
-        kho_bugs=kho_bugs,
         cmdline=cmdline,
         observer=observer,
+        **settings,
     )
 
 

@@ -201,7 +201,7 @@ NOT_ELIGIBLE = [
 @pytest.mark.parametrize(("drivers", "buses", "path", "why"), NOT_ELIGIBLE)
 def test_requested_not_eligible_is_einval_and_says_why(drivers, buses, path, why):
     """A driver or bus without a table, on the device or above it, keeps it from being requested."""
-    kernel = kernel_with(drivers, buses)
+    kernel = kernel_with(drivers, buses, quirks=["all-ancestors"])
     with pytest.raises(KhoError, match=why) as caught:
         kernel.devices[path].requested = True
 
@@ -213,7 +213,7 @@ def test_requested_not_eligible_is_einval_and_says_why(drivers, buses, path, why
 @pytest.mark.parametrize(("drivers", "buses", "path", "why"), NOT_ELIGIBLE)
 def test_request_glob_takes_the_eligible_ones(drivers, buses, path, why):
     """A glob takes of what it matches those that support live update."""
-    kernel = kernel_with(drivers, buses)
+    kernel = kernel_with(drivers, buses, quirks=["all-ancestors"])
     kernel.devices.request("*")
 
     assert kernel.devices.requested.tolist() == kernel.devices.eligible().tolist()
@@ -221,7 +221,10 @@ def test_request_glob_takes_the_eligible_ones(drivers, buses, path, why):
 
 
 def test_eligible_passes_nodes_without_driver_and_bus():
-    """A node with neither passes; a device without driver passes if its bus has a table."""
+    """A node with neither passes; a device without driver passes if its bus has a table.
+
+    What is above a device counts only under the quirk.
+    """
     tree = forest(
         {
             "root": (None, None),
@@ -234,10 +237,24 @@ def test_eligible_passes_nodes_without_driver_and_bus():
             "root/other": ("usb", None),
         }
     )
-    kernel = plain_kernel(Machine("16MiB", tree), {"good": OPS, "bad": None}, {"pci": OPS})
-    expected = [True, True, True, True, True, False, False, False]
+    machine = Machine("16MiB", tree)
+    drivers, buses = {"good": OPS, "bad": None}, {"pci": OPS}
+    announced = plain_kernel(machine, drivers, buses)
+    coded = plain_kernel(machine, drivers, buses, quirks=["all-ancestors"])
+    expected = [True, True, True, True, True, False, True, False]
 
-    assert kernel.devices.eligible().tolist() == expected
+    assert announced.devices.eligible().tolist() == expected
+    expected[6] = False  # root/bad is above it
+    assert coded.devices.eligible().tolist() == expected
+
+
+def test_prepare_leaves_ancestors_without_support_alone():
+    """A device is kept with those of its ancestors that support live update."""
+    kernel = kernel_with({"portdrv": None})
+    kernel.devices[NIC0].requested = True
+    kernel.luo.prepare()
+
+    assert kernel.devices.preserved.tolist() == [True, False, True, False, False]
 
 
 def test_requested_of_an_ancestor_does_not_exclude_it(kernel):

@@ -114,8 +114,8 @@ def test_image_in_a_namespace_is_found(machine):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"kho_abi": "kho-v9"}, {"behaviour": "rfc1"}, {"workers": 2},
-     {"quirks": ["x"]}],
+    [{"kho_abi": "kho-v9"}, {"behaviour": "rfc2"}, {"workers": 2},
+     {"quirks": ["x"]}, {"callback_limit": 0}],
     ids=str,
 )  # fmt: skip
 def test_kernel_unknown_setting_is_value_error(wrong, machine):

@@ -243,7 +243,7 @@ class _Handle:
 class Mount:
     """A tree mounted on a directory.
 
-    Its lower-case methods without documentation here are FUSE's callbacks, by libfuse's names.
+    :meth:`mounted` and :meth:`run` are for whoever mounts, the others are FUSE's callbacks.
 
     Args:
         tree: what is shown.
@@ -326,11 +326,13 @@ class Mount:
             self._jobs.put(None)
 
     def init(self, path: str) -> None:
+        """Note that the mount works: the first request of all."""
         self._ready.set()
 
     # ---- writing ----
 
     def write(self, path: str, data: bytes, offset: int, fh: int) -> int:
+        """Have the write done, wait for it, and return how many bytes it took."""
         job = _Job(partial(self.tree.write, path, data))
         if path.startswith("/kernel/"):
             self._jobs.put(job)
@@ -353,17 +355,20 @@ class Mount:
             raise
 
     def truncate(self, path: str, length: int, fh: int | None = None) -> int:
-        return 0  # as sysfs: what "echo 1 >" asks for before it writes
+        """Do nothing, as sysfs: ``echo 1 >`` asks for it before it writes."""
+        return 0
 
     # ---- reading and looking ----
 
     def open(self, path: str, flags: int) -> int:
+        """Return the number of a new open file."""
         handle = _Handle(self.tree.open(path))
         number = next(self._numbers)
         self._handles[number] = handle
         return number
 
     def release(self, path: str, fh: int) -> int:
+        """Forget an open file: its last descriptor is closed."""
         handle = self._handles.pop(fh)
         with self._lock:
             poller = handle.take_poller()
@@ -372,12 +377,15 @@ class Mount:
         return 0
 
     def read(self, path: str, size: int, offset: int, fh: int) -> bytes:
+        """Return a part of the content."""
         return self._handles[fh].file.read(size, offset)
 
     def readdir(self, path: str, fh: int) -> list[str]:
+        """Return the names in a directory."""
         return [".", "..", *self.tree.list(path)]
 
     def getattr(self, path: str, fh: int | None = None) -> dict[str, int]:
+        """Return what ``stat()`` says."""
         found = self.tree.stat(path)
         return {
             "st_mode": found.mode,
@@ -389,26 +397,32 @@ class Mount:
         }
 
     def chown(self, path: str, uid: int, gid: int) -> int:
+        """Change the owner; -1 leaves it."""
         shown = zip((uid, gid), self._mounter, strict=True)
         self.tree.chown(path, *(0 if number == mine else number for number, mine in shown))
         return 0
 
     def chmod(self, path: str, mode: int) -> int:
+        """Change the permissions."""
         self.tree.chmod(path, mode)
         return 0
 
     def utimens(self, path: str, times: tuple[int, int] | None = None) -> int:
-        return 0  # touch; nobody asks an attribute how old it is
+        """Do nothing, so that ``touch`` is no error: nobody asks an attribute how old it is."""
+        return 0
 
     def create(self, path: str, mode: int, flags: int) -> int:
+        """Refuse a new file."""
         raise OSError(errno.EACCES, "files come with the kernel")
 
     def mknod(self, path: str, mode: int, device: int) -> int:
+        """Refuse a new file of another kind."""
         raise OSError(errno.EPERM, "files come with the kernel")
 
     # ---- polling ----
 
     def poll(self, path: str, fh: int, poller: int | None, events: Any) -> int:
+        """Say what is ready, and remember who wants to be woken."""
         handle = self._handles[fh]
         with self._lock:
             old = handle.take_poller() if poller else None

@@ -254,7 +254,7 @@ class _Children:
         """Return the names of the children of *device*, -1 being above the roots."""
         below = self._below[self._starts[device + 1] : self._starts[device + 2]]
         first, last = self._offsets[below].tolist(), self._offsets[below + 1].tolist()
-        data = memoryview(self._data)
+        data = memoryview(self._data.data)
         return [
             str(data[start:end], "utf-8", "surrogateescape")
             for start, end in zip(first, last, strict=True)
@@ -324,11 +324,9 @@ class Tree:
         does, as does one that is an event, until :meth:`kill`.
 
     Example:
-        >>> tree = Tree(machine, image=image)                       # doctest: +SKIP
-        >>> tree.write("kernel/liveupdate/prepare", b"1\\n")         # doctest: +SKIP
-        2
-        >>> tree.read("kernel/liveupdate/state")                    # doctest: +SKIP
-        b'prepared\\n'
+        >>> tree = Tree(machine, image=image)               # doctest: +SKIP
+        >>> tree.write("kernel/liveupdate/prepare", "1")    # doctest: +SKIP
+        1
     """
 
     def __init__(
@@ -511,6 +509,8 @@ class Tree:
         """Return whether *device* has a ``liveupdate`` directory: settled when it was added."""
         known = self._grouped
         if known is None or known[0] is not kernel or device >= len(known[1]):
+            if isinstance(kernel, Kernel):
+                kernel.devices.rescan()  # it may have been plugged in
             known = self._grouped = kernel, kernel.devices.grouped
         return device < len(known[1]) and bool(known[1][device])
 
@@ -558,7 +558,7 @@ class Tree:
         return _directory(lambda: names, 0o700 if path == "kernel/debug" else 0o755)
 
     def _kernel_files(self, kernel: AnyKernel, path: str) -> dict[str, _Node]:
-        """Return the files below ``kernel/``; those of KHO with content only if *path* asks."""
+        """Return the files below ``kernel/``; those of KHO only if *path* asks for them."""
         luo = kernel.luo
         files: dict[str, _Node] = {}
         if luo.enabled and luo.initialised:
@@ -571,15 +571,12 @@ class Tree:
             )
             files[f"{group}/finish"] = _attribute(0o200, None, lambda _: luo.finish(), (1,))
         debug = "kernel/debug/liveupdate"
-        for name, action in (
-            ("reboot", luo.dry_reboot),
-            ("kexec", partial(self._kexec, kernel)),
-        ):
-            files[f"{debug}/{name}"] = _attribute(
-                0o200, None, lambda _, action=action: action(), (1,), size=0
-            )
+        files[f"{debug}/reboot"] = _attribute(0o200, None, lambda _: luo.dry_reboot(), (1,), size=0)
+        files[f"{debug}/kexec"] = _attribute(
+            0o200, None, lambda _: self._kexec(kernel), (1,), size=0
+        )
         debug = "kernel/debug/kho"
-        if path.startswith(debug) or debug.startswith(f"{path}/"):
+        if path == "kernel/debug" or path.startswith(debug):
             for name, content in debug_files(kernel).items():
                 files[f"{debug}/{name}"] = self._debug_file(kernel, name, content)
         return files
@@ -710,9 +707,7 @@ class Tree:
         path = path.strip("/")
         kernel = self._kernel()
         node = self._find(kernel, path)
-        mine = tuple(
-            old if new < 0 else new for new, old in zip((uid, gid), node.owner, strict=True)
-        )
+        mine = node.owner[0] if uid < 0 else uid, node.owner[1] if gid < 0 else gid
         if node.device >= 0 and path == f"devices/{self.machine.devices.path(node.device)}":
             kernel.devices.change_owner(node.device, *mine)
             group = f"{path}/liveupdate"
@@ -720,7 +715,7 @@ class Tree:
                 self._inodes[changed] = self._inodes[changed][0], None
         else:
             mode, _ = self._inodes.get(path, (None, None))
-            self._inodes[path] = mode, (mine[0], mine[1])
+            self._inodes[path] = mode, mine
 
     def chmod(self, path: str, mode: int) -> None:
         """Change the permissions of *path*, until a jump makes the tree anew.

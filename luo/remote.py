@@ -390,6 +390,15 @@ class RemoteKernel:
         phases: dict[str, int] = self._ask("profile")["phases"]
         return phases
 
+    def debug_files(self) -> dict[str, bytes]:
+        """As :func:`luo.sysfs.debug_files`."""
+        files = self._ask("debug_files")["files"]
+        return {name: base64.b64decode(content) for name, content in files.items()}
+
+    def write_debug_file(self, name: str, value: int) -> None:
+        """As :func:`luo.sysfs.write_debug_file`."""
+        self._ask("write_debug_file", name=name, value=value)
+
     def close(self) -> None:
         """End the process; the machine is off, its memory keeps the bytes."""
         if self._next is not None:
@@ -563,7 +572,7 @@ class RemoteDevices:
 
 #: Answered by the channel's thread, whatever the main thread does.
 _QUESTIONS: Final = frozenset(
-    ("change_owner", "flags", "interrupt", "kill", "owners", "profile", "references")
+    ("change_owner", "debug_files", "flags", "interrupt", "kill", "owners", "profile", "references")
 )
 #: May wait for the end of an event, in a thread of their own.
 _WRITES: Final = frozenset(("request", "request_one"))
@@ -819,6 +828,20 @@ class _Server:
     def do_change_owner(self, index: int, uid: int, gid: int) -> dict[str, Any]:
         """Change who owns a device's directory."""
         self.kernel.devices.change_owner(index, uid, gid)
+        return {}
+
+    def do_debug_files(self) -> dict[str, Any]:
+        """Tell what debugfs shows of KHO."""
+        from luo.sysfs import debug_files  # which imports this module
+
+        files = debug_files(self.kernel)
+        return {"files": {name: base64.b64encode(text).decode() for name, text in files.items()}}
+
+    def do_write_debug_file(self, name: str, value: int) -> dict[str, Any]:
+        """Write a file of KHO in debugfs."""
+        from luo.sysfs import write_debug_file
+
+        write_debug_file(self.kernel, name, value)
         return {}
 
     def do_profile(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ KEXEC = "kernel/debug/liveupdate/kexec"
 DISK = "devices/pci0/disk"
 GROUP = ["requested", "preserved", "reclaimed"]
 PLAIN = KernelImage("kernels:plain")
-WHERE = pytest.mark.parametrize("in_process", [True], ids=["here"])
+WHERE = pytest.mark.parametrize("in_process", [True, False], ids=["here", "process"])
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ from luo.cli_host import (
 )
 from luo.cli_image import image as image_commands
 from luo.cli_quirks import quirks as quirk_commands
+from luo.cli_mount import mount
 from luo.errors import KhoNoMemoryError, LuoError
 from luo.image import Image
 from luo.kernel import Kernel, dry_run, live_update
@@ -76,6 +77,7 @@ def main() -> None:
 main.add_command(image_commands)
 main.add_command(quirk_commands)
 main.add_command(graph)
+main.add_command(mount)
 
 
 @main.command()

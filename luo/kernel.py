@@ -523,6 +523,11 @@ class Kernel:
 
     # ---- kexec ----
 
+    @property
+    def kexec_loaded(self) -> bool:
+        """Whether a next kernel is loaded, as ``/sys/kernel/kexec_loaded`` says."""
+        return self._next is not None
+
     def kexec_load(self, next: Kernel | KernelImage, *, timeout: float = 60.0) -> None:
         """Load the next kernel, which waits until the jump.
 

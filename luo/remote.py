@@ -338,6 +338,11 @@ class RemoteKernel:
         """Run REBOOT and say what is handed over."""
         return Departure(**self._ask("reboot", verify=verify))
 
+    @property
+    def kexec_loaded(self) -> bool:
+        """Whether a next kernel is loaded, as ``/sys/kernel/kexec_loaded`` says."""
+        return self._next is not None
+
     def kexec_load(self, next: KernelImage, *, timeout: float = 60.0) -> None:
         """Load the next kernel, as :meth:`luo.kernel.Kernel.kexec_load` does."""
         from luo.kernel import KernelImage  # the kernel module imports this one
@@ -392,6 +397,15 @@ class RemoteKernel:
         """Nanoseconds of each phase that it has passed."""
         phases: dict[str, int] = self._ask("profile")["phases"]
         return phases
+
+    def debug_files(self) -> dict[str, bytes]:
+        """As :func:`luo.sysfs.debug_files`."""
+        files = self._ask("debug_files")["files"]
+        return {name: base64.b64decode(content) for name, content in files.items()}
+
+    def write_debug_file(self, name: str, value: int) -> None:
+        """As :func:`luo.sysfs.write_debug_file`."""
+        self._ask("write_debug_file", name=name, value=value)
 
     def close(self) -> None:
         """End the process; the machine is off, its memory keeps the bytes."""
@@ -566,7 +580,7 @@ class RemoteDevices:
 
 #: Answered by the channel's thread, whatever the main thread does.
 _QUESTIONS: Final = frozenset(
-    ("change_owner", "flags", "interrupt", "kill", "owners", "profile", "references")
+    ("change_owner", "debug_files", "flags", "interrupt", "kill", "owners", "profile", "references")
 )
 #: May wait for the end of an event, in a thread of their own.
 _WRITES: Final = frozenset(("request", "request_one"))
@@ -826,6 +840,20 @@ class _Server:
     def do_change_owner(self, index: int, uid: int, gid: int) -> dict[str, Any]:
         """Change who owns a device's directory."""
         self.kernel.devices.change_owner(index, uid, gid)
+        return {}
+
+    def do_debug_files(self) -> dict[str, Any]:
+        """Tell what debugfs shows of KHO."""
+        from luo.sysfs import debug_files  # which imports this module
+
+        files = debug_files(self.kernel)
+        return {"files": {name: base64.b64encode(text).decode() for name, text in files.items()}}
+
+    def do_write_debug_file(self, name: str, value: int) -> dict[str, Any]:
+        """Write a file of KHO in debugfs."""
+        from luo.sysfs import write_debug_file
+
+        write_debug_file(self.kernel, name, value)
         return {}
 
     def do_profile(self) -> dict[str, Any]:

@@ -189,8 +189,8 @@ class RemoteKernel:
         if self._line.here:
             raise StateError(errno.EDEADLK, f"{command}: called from an observer of {self}")
         number, asked = next(self._numbers), _Asked()
-        self._waiting[number] = asked
         try:
+            self._waiting[number] = asked
             with contextlib.suppress(Closed):
                 self._line.post({"id": number, "command": command, **arguments})
                 if not asked.answered.wait(timeout):
@@ -203,6 +203,7 @@ class RemoteKernel:
                 self._interrupt(number, asked)
                 if undo is not None and "result" in (asked.answer or ()):
                     undo()
+            self._waiting.pop(number, None)
             raise
 
     def _result(self, asked: _Asked, command: str, step: str) -> dict[str, Any]:

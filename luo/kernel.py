@@ -48,7 +48,7 @@ from luo.reserve_mem import ReservedMemory, ReserveMem
 if TYPE_CHECKING:
     from luo.machine import Machine
 
-__all__ = ["Kernel", "KernelImage", "RemoteKernel", "Report", "live_update"]
+__all__ = ["Kernel", "KernelImage", "RemoteKernel", "Report", "dry_run", "live_update"]
 
 _log = logging.getLogger(__name__)
 
@@ -495,6 +495,7 @@ class Kernel:
 
     def _each(self, callback: str) -> list[Device]:
         """Return the devices, not preserved, whose driver has *callback*."""
+        self.devices.rescan()
         wanted = [getattr(driver, callback) is not None for driver in self.devices.drivers]
         mask = np.array([*wanted, False], np.bool_)[self.devices.driver_ids]
         mask &= ~self.devices.preserved & self.devices.tree.alive
@@ -697,6 +698,28 @@ class Kernel:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def dry_run(kernel: Kernel | RemoteKernel, *, report: Report | None = None) -> Report:
+    """Run PREPARE and REBOOT of *kernel*, and cancel instead of the jump.
+
+    Args:
+        kernel: the running kernel, with devices requested.
+        report: where to write; filled as far as it went when an exception is raised.
+
+    Returns:
+        the report; the kernel is NORMAL as before.
+
+    Raises:
+        CallbackError: a callback failed; the update was cancelled.
+    """
+    report = report if report is not None else Report()
+    report.begin(kernel)
+    with report.watch(kernel):
+        kernel.luo.prepare()
+        report.note_state(kernel)
+        report.note_dry(kernel, kernel.luo.dry_reboot())
+    return report
 
 
 def live_update(

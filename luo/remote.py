@@ -323,9 +323,11 @@ class RemoteKernel:
 
         One that dies on the way has gone as well; there is no way back to it.
         """
-        with contextlib.suppress(HostCrashError):
-            self._ask("depart")
-        self._leave()
+        try:
+            with contextlib.suppress(HostCrashError):
+                self._ask("depart")
+        finally:
+            self._leave()
 
     def reboot(self, verify: bool) -> Departure:
         """Run REBOOT and say what is handed over."""

@@ -654,7 +654,9 @@ def test_remote_undo_errors_arrive(tmp_path):
 def test_remote_positive_errno_1_arrives():
     """Under node-left-behind the second reboot is KhoError 1, as the system call returns it."""
     home = {"kho_abi": "kho-v5-series"}
-    image = KernelImage("kernels:plain", args=home | {"quirks": ["node-left-behind", "written-in-reboot"]})
+    image = KernelImage(
+        "kernels:plain", args=home | {"quirks": ["node-left-behind", "written-in-reboot"]}
+    )
     with running(image, **home) as remote:
         remote.luo.prepare()
         remote.luo.dry_reboot()

@@ -118,9 +118,8 @@ class Line:
                         return
                     data += part
                     for message in _take_messages(data):
-                        self._receive(message)
-                        if not self._open:
-                            return
+                        if self._open:
+                            self._receive(message)
         except (ConnectionError, ValueError):
             pass  # it is gone, or talks nonsense: the same to us
         finally:

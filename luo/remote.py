@@ -321,7 +321,7 @@ class RemoteKernel:
             verify=verify,
             devices=dma.targets(self.machine),
         )
-        dma.note(self.machine, (dma.Stray(**stray) for stray in self.result["dma"]))
+        dma.note(self.machine, self.strays)
         return self
 
     # ---- as the kernel that goes ----
@@ -401,13 +401,23 @@ class RemoteKernel:
         phases: dict[str, int] = self._ask("profile")["phases"]
         return phases
 
+    @property
+    def strays(self) -> list[dma.Stray]:
+        """As :attr:`luo.kernel.Kernel.strays`."""
+        return [dma.Stray(**stray) for stray in self.result.get("dma", ())]
+
+    def whose(self, phys: int, nbytes: int) -> list[dma.Extent]:
+        """As :func:`luo.dma.whose`."""
+        told = self._ask("whose", phys=phys, nbytes=nbytes)["extents"]
+        return [dma.Extent(*extent) for extent in told]
+
     def debug_files(self) -> dict[str, bytes]:
         """As :func:`luo.sysfs.debug_files`."""
         files = self._ask("debug_files")["files"]
         return {name: base64.b64decode(content) for name, content in files.items()}
 
     def write_debug_file(self, name: str, value: int) -> None:
-        """As :func:`luo.sysfs.write_debug_file`."""
+        """As :func:`luo.sysfs.write_debug_file`; waits until a running event has ended."""
         self._ask("write_debug_file", name=name, value=value)
 
     def close(self) -> None:
@@ -583,10 +593,20 @@ class RemoteDevices:
 
 #: Answered by the channel's thread, whatever the main thread does.
 _QUESTIONS: Final = frozenset(
-    ("change_owner", "debug_files", "flags", "interrupt", "kill", "owners", "profile", "references")
+    {
+        "change_owner",
+        "debug_files",
+        "flags",
+        "interrupt",
+        "kill",
+        "owners",
+        "profile",
+        "references",
+        "whose",
+    }
 )
 #: May wait for the end of an event, in a thread of their own.
-_WRITES: Final = frozenset(("request", "request_one"))
+_WRITES: Final = frozenset({"request", "request_one"})
 
 
 class _Server:
@@ -803,6 +823,13 @@ class _Server:
         self.kernel.prefault()
         return {}
 
+    def do_write_debug_file(self, name: str, value: int) -> dict[str, Any]:
+        """Write a file of KHO in debugfs."""
+        from luo.sysfs import write_debug_file  # which imports this module
+
+        write_debug_file(self.kernel, name, value)
+        return {}
+
     # ---- writes of requested ----
 
     def do_request_one(self, index: int, on: bool) -> dict[str, Any]:
@@ -852,12 +879,9 @@ class _Server:
         files = debug_files(self.kernel)
         return {"files": {name: base64.b64encode(text).decode() for name, text in files.items()}}
 
-    def do_write_debug_file(self, name: str, value: int) -> dict[str, Any]:
-        """Write a file of KHO in debugfs."""
-        from luo.sysfs import write_debug_file
-
-        write_debug_file(self.kernel, name, value)
-        return {}
+    def do_whose(self, phys: int, nbytes: int) -> dict[str, Any]:
+        """Tell whose memory it is."""
+        return {"extents": dma.whose(self.kernel, phys, nbytes)}
 
     def do_profile(self) -> dict[str, Any]:
         """Tell what callbacks and phases cost."""

@@ -18,6 +18,7 @@ import pytest
 from rig import errno_of
 
 from luo.channel import Closed, Line, decode_error, encode_error
+from luo.dma import Extent, whose
 from luo.errors import (
     CallbackError,
     FdtError,
@@ -34,6 +35,7 @@ from luo.errors import (
 )
 from luo.kernel import KernelImage, RemoteKernel
 from luo.liveupdate import State
+from luo.sysfs import debug_files, write_debug_file
 
 PLAIN = KernelImage("kernels:plain")
 DISK = 4  # number of the device whose callbacks wait and fail
@@ -135,7 +137,7 @@ def busy(tmp_path, event="PREPARE", **args):
 
 
 def test_remote_questions_are_answered_while_an_event_runs(tmp_path):
-    """State, flags, references, owners and profile do not wait for a slow callback."""
+    """Whatever can be asked does not wait for a slow callback."""
     with busy(tmp_path) as (remote, gate, thread):
         assert remote.luo.state is State.NORMAL
         assert (remote.luo.enabled, remote.luo.initialised) == (True, True)
@@ -146,6 +148,8 @@ def test_remote_questions_are_answered_while_an_event_runs(tmp_path):
         assert remote.devices.nr_linked == 5
         assert remote.devices.owners == {}
         assert isinstance(remote.profile.dump(), list)
+        assert "out/scratch_phys" in remote.debug_files()
+        assert whose(remote, 0, 4096) == [(0, 4096, "reserved")]
         assert thread.is_alive()
         gate.open()
         thread.outcome()
@@ -333,6 +337,40 @@ def test_remote_live_update_off_is_not_enabled():
         assert (remote.luo.enabled, remote.luo.initialised) == (False, False)
         assert not remote.devices.grouped.any()
         assert errno_of(remote.luo.prepare) == errno.EOPNOTSUPP
+
+
+@pytest.mark.parametrize("kho_abi", ["kho-v4", "kho-v5-series"])
+def test_remote_debug_files_and_owners_are_those_of_the_kernel(kho_abi):
+    """debugfs and owners of memory are the same, wherever the kernel runs."""
+    seen = []
+    for where in (KernelImage, None):
+        machine = kernels.machine()
+        kernel = kernels.plain(machine, kho_abi=kho_abi).boot()
+        image = KernelImage("kernels:plain", args={"kho_abi": kho_abi})
+        kernel.kexec_load(image if where else image.build(machine))
+        with kernel.kexec() as successor:
+            extents = whose(successor, 0, machine.memory.size)
+            assert type(extents[0]) is Extent
+            with pytest.raises(KhoNotFoundError):
+                write_debug_file(successor, "out/nothing", 1)
+            seen.append((debug_files(successor), extents, successor.strays))
+    assert seen[0] == seen[1]
+
+
+def test_remote_write_of_debugfs_waits_for_the_event(tmp_path):
+    """KHO is finalized when the event that runs has ended, not in the midst of it."""
+    home = {"kho_abi": "kho-v5-series"}
+    gate = Gate(tmp_path, "PREPARE", outcome=-errno.EBUSY, **home)
+    with running(gate.image, **home) as remote:
+        thread = Caller(remote.luo.prepare)
+        gate.wait()
+        write = Caller(remote.write_debug_file, "out/finalize", 1)
+        assert remote.debug_files()["out/finalize"] == b"0\n"
+        assert write.is_alive()
+        gate.open()
+        assert errno_of(thread.outcome) == errno.EBUSY
+        write.outcome()
+        assert remote.debug_files()["out/finalize"] == b"1\n"
 
 
 def test_remote_change_owner(remote):

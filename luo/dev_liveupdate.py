@@ -263,8 +263,16 @@ class DeviceParticipant:
         # PREPARE leaves its mark on every device; elsewhere who has no callback costs nothing.
         everyone = event == Event.PREPARE.name
         places = np.arange(len(walk.order)) if everyone else np.flatnonzero(called)
-        chosen = walk.order[places]
         batch = (kinds["driver"][places] == 2) | (kinds["bus"][places] == 2)
+        if event == Event.FINISH.name:
+            # RFC v1 1.12 looks for devices anew: who went is not found, equal depths come in the
+            # order of registration. Batch runs stay together, as their slots do.
+            here = self.devices.tree.alive[walk.order[places]]
+            places, batch = places[here], batch[here]
+            if not batch.any():
+                order = walk.order[places]
+                places = places[np.lexsort((order, -self.devices.tree.depths[order]))]
+        chosen = walk.order[places]
         walk.places[event] = places
         walk.chosen[event] = chosen
         walk.runs[event] = list(self._cut(walk, places, chosen, batch))
@@ -858,7 +866,7 @@ class DeviceParticipant:
 
     def unreclaimed(self) -> Index:
         """Return the devices that came over and do not run again."""
-        lost = self.devices.preserved & ~self.devices.reclaimed
+        lost = self.devices.preserved & ~self.devices.reclaimed & self.devices.tree.alive
         return np.flatnonzero(lost).astype(np.int32)
 
     def restore_device(self, index: int) -> None:

@@ -617,7 +617,6 @@ class Devices(Mortal):
                 bound = self.drivers[self.driver_ids[index]].name
                 raise from_errno(errno.EBUSY, f"{what}: {bound} is bound")
             self.driver_ids[index] = self._driver_number[name]
-            self._orphans.discard(index)
             # Probing moves a device behind all others in the kernel's list of devices.
             self._moved.pop(index, None)
             self._moved[index] = max(self._moved.values(), default=len(self.requested)) + 1

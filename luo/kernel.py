@@ -40,7 +40,7 @@ from luo.kexec import (
 from luo.kho import Handover, Incoming, Kho, KhoNode
 from luo.liveupdate import LuoIncoming, Orchestrator
 from luo.memory import PhysicalMemory
-from luo.notifier import State, Subsystem
+from luo.notifier import Subsystem
 from luo.remote import RemoteKernel
 from luo.report import Report, describe
 from luo.reserve_mem import ReservedMemory, ReserveMem
@@ -48,7 +48,7 @@ from luo.reserve_mem import ReservedMemory, ReserveMem
 if TYPE_CHECKING:
     from luo.machine import Machine
 
-__all__ = ["Kernel", "KernelImage", "RemoteKernel", "Report", "live_update"]
+__all__ = ["Kernel", "KernelImage", "RemoteKernel", "Report", "dry_run", "live_update"]
 
 _log = logging.getLogger(__name__)
 
@@ -495,6 +495,7 @@ class Kernel:
 
     def _each(self, callback: str) -> list[Device]:
         """Return the devices, not preserved, whose driver has *callback*."""
+        self.devices.rescan()
         wanted = [getattr(driver, callback) is not None for driver in self.devices.drivers]
         mask = np.array([*wanted, False], np.bool_)[self.devices.driver_ids]
         mask &= ~self.devices.preserved & self.devices.tree.alive
@@ -675,15 +676,16 @@ class Kernel:
                 _log.warning("shutdown of %s failed", device.path, exc_info=True)
 
     def shutdown(self) -> None:
-        """Switch the machine off: a prepared update is cancelled, the kernel is gone.
+        """Switch the machine off; the kernel is gone.
+
+        LUO has no part in it: a prepared update is not cancelled, and its devices are not shut down
+        (RFC v1 1.4, 1.11).
 
         Raises:
             StateError: ESHUTDOWN if it is gone already, EDEADLK from a callback.
         """
         self._require("shutdown", "built", "running")
         self.luo.refuse_callback("shutdown")
-        if self.booted and self.luo.state is State.PREPARED:
-            self.luo.cancel()
         self.depart()
 
     def close(self) -> None:
@@ -696,6 +698,28 @@ class Kernel:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def dry_run(kernel: Kernel | RemoteKernel, *, report: Report | None = None) -> Report:
+    """Run PREPARE and REBOOT of *kernel*, and cancel instead of the jump.
+
+    Args:
+        kernel: the running kernel, with devices requested.
+        report: where to write; filled as far as it went when an exception is raised.
+
+    Returns:
+        the report; the kernel is NORMAL as before.
+
+    Raises:
+        CallbackError: a callback failed; the update was cancelled.
+    """
+    report = report if report is not None else Report()
+    report.begin(kernel)
+    with report.watch(kernel):
+        kernel.luo.prepare()
+        report.note_state(kernel)
+        report.note_dry(kernel, kernel.luo.dry_reboot())
+    return report
 
 
 def live_update(

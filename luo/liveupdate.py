@@ -342,6 +342,7 @@ class Orchestrator(Mortal):
         self._collected: list[CallbackError] = []
         self._warned: set[tuple[str, str]] = set()  # quirk warn-once
         self._at: Participant | None = None  # who is being called
+        self._lost: Any = ()  # numbers of the devices that FINISH found unreclaimed
         self.incoming: LuoIncoming | None = None
         self.reboot_began_ns = 0
         self.last_reclaim_ns = 0
@@ -497,12 +498,9 @@ class Orchestrator(Mortal):
         Raises:
             StateError: EINVAL in another state.
         """
-        lost = self._layer.unreclaimed() if self._layer is not None else ()
-        paths = tuple(self.kernel.devices.tree.path(int(index)) for index in lost)
-        result = FinishResult(paths, self._run(Event.FINISH))
-        if len(lost):
-            self.kernel.probe(lost)  # what nobody restored is a device like any other now
-        return result
+        failures = self._run(Event.FINISH)
+        tree = self.kernel.devices.tree
+        return FinishResult(tuple(tree.path(int(index)) for index in self._lost), failures)
 
     def steps(self, event: Event) -> Generator[Step, None, None]:
         """Run *event* one callback at a time; ``prepare()`` and the others run the same steps.
@@ -533,6 +531,8 @@ class Orchestrator(Mortal):
         with self._lock.writing(event.name):
             self._require(event)
             self._collected = []
+            if event is Event.FINISH and self._layer is not None:
+                self._lost = self._layer.unreclaimed()
             steps = self._steps(event, bulk)
             step: Step | None = None
             ended = stopped = False
@@ -607,7 +607,8 @@ class Orchestrator(Mortal):
                 yield from participant.steps(event.name, bulk)
             finally:
                 failures = participant.collect()
-                collected += self._reported(event, participant, failures)
+                if self.__dict__:  # else the kernel went while steps were open
+                    collected += self._reported(event, participant, failures)
             if failures and self._stops_here(participant):
                 return
         freed = event is Event.REBOOT and "list-freed-at-reboot" in self._quirks
@@ -652,6 +653,8 @@ class Orchestrator(Mortal):
             self._withdraw()
         elif event is Event.FINISH:
             self._discard_incoming()
+            if len(self._lost):
+                self.kernel.probe(self._lost)  # what nobody restored is a device like any other
         self._set_state(NEXT.get((self._state, event), self._state))
 
     def _set_state(self, state: State) -> None:

@@ -3,6 +3,11 @@
 The process is started by exec from the image's name with two memfds, the memory and the
 hardware's columns. It builds its kernel, says that it is ready and waits, as a loaded kexec image
 does. The channel carries commands and results; whatever restoring needs comes from memory.
+
+There, the main thread runs commands one after the other, callbacks and all. The channel's thread
+answers questions meanwhile, and each write of ``requested``, which waits while an event runs, has a
+thread of its own. Changes of state and woken pollers are pushed. Here, any number of threads may
+ask at once.
 """
 
 from __future__ import annotations
@@ -10,28 +15,36 @@ from __future__ import annotations
 import base64
 import contextlib
 import errno
-import json
+import itertools
+import logging
 import os
-import select
 import signal
 import socket
-import struct
 import subprocess
 import sys
-import time
+import threading
+import weakref
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from luo._kho import CallRecorder
+from luo.channel import (
+    Closed,
+    Line,
+    decode_error,
+    encode_error,
+    pack_mask,
+    unpack_mask,
+)
 from luo.errors import (
     CallbackError,
-    FdtError,
-    HandoverError,
     HostCrashError,
-    KernelPanic,
     KhoError,
     StateError,
     SuccessorError,
@@ -47,135 +60,47 @@ if TYPE_CHECKING:
 
 __all__ = ["RemoteKernel"]
 
-_FRAME_LIMIT: Final = 256 << 20  # bytes of one message; a peer that asks for more is broken
-_INTERRUPTIBLE: Final = ("event", "reboot")  # commands that run callbacks which can be undone
+_log = logging.getLogger(__name__)
+
 _START: Final = "from luo.remote import serve; serve()"
 
-
-class Closed(Exception):
-    """The other end of the channel is gone."""
-
-
-class Channel:
-    """Length-prefixed JSON over a socket."""
-
-    def __init__(self, peer: socket.socket) -> None:
-        self._peer = peer
-
-    def send(self, message: dict[str, Any]) -> None:
-        """Send one message; raise :class:`Closed` if nobody is there."""
-        body = json.dumps(message).encode()
-        try:
-            self._peer.sendall(struct.pack("=I", len(body)) + body)
-        except OSError as error:
-            raise Closed from error
-
-    def receive(self, timeout: float | None = None) -> dict[str, Any]:
-        """Return the next message.
-
-        Raises:
-            Closed: the peer is gone.
-            TimeoutError: nothing complete came within *timeout* seconds.
-        """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        (length,) = struct.unpack("=I", self._read(4, deadline))
-        if length > _FRAME_LIMIT:
-            raise Closed(f"message of {length} bytes")
-        message: dict[str, Any] = json.loads(self._read(length, deadline))
-        return message
-
-    def _read(self, nbytes: int, deadline: float | None) -> bytes:
-        parts = bytearray()
-        while len(parts) < nbytes:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not select.select([self._peer], [], [], left)[0]:
-                raise TimeoutError
-            try:
-                part = self._peer.recv(min(nbytes - len(parts), 1 << 20))
-            except ConnectionError as error:
-                raise Closed from error
-            if not part:
-                raise Closed
-            parts += part
-        return bytes(parts)
-
-    def close(self) -> None:
-        """Close this end."""
-        self._peer.close()
-
-
-# ---- errors across the channel ----
-
-
-def _encode_error(error: BaseException) -> dict[str, Any]:
-    kind = type(error).__name__
-    if isinstance(error, CallbackError):
-        fields = {name: getattr(error, name) for name in _CALLBACK_FIELDS}
-        return {
-            "type": "CallbackError",
-            "errno": error.errno,
-            "message": error.strerror,
-            "fields": fields,
-            "undo": [str(problem) for problem in error.undo_errors],
-        }
-    if isinstance(error, FdtError):
-        return {"type": kind, "args": [error.code, error.offset, error.message]}
-    if isinstance(error, HandoverError):
-        return {"type": kind, "args": [error.rule, error.phys]}
-    if isinstance(error, KernelPanic):
-        return {"type": kind, "args": [str(error)]}
-    if isinstance(error, StateError):
-        return {"type": kind, "args": [error.errno, error.strerror]}
-    if isinstance(error, KhoError):
-        return {"type": "KhoError", "args": [error.errno, error.strerror]}
-    return {"type": "other", "args": [errno.EIO, f"{kind}: {error}"]}
-
-
-_CALLBACK_FIELDS: Final = ("event", "kind", "name", "device", "file", "line")
-_PLAIN_ERRORS: Final[dict[str, type[Exception]]] = {
-    "FdtError": FdtError,
-    "HandoverError": HandoverError,
-    "KernelPanic": KernelPanic,
-    "StateError": StateError,
-}
-
-
-def _decode_error(told: dict[str, Any]) -> Exception:
-    kind = told["type"]
-    if kind == "CallbackError":
-        error = CallbackError(told["errno"], told["message"], **told["fields"])
-        error.undo_errors = [KhoError(errno.EIO, problem) for problem in told["undo"]]
-        error.rolled_back = not error.undo_errors
-        return error
-    if kind in _PLAIN_ERRORS:
-        return _PLAIN_ERRORS[kind](*told["args"])
-    return from_errno(*told["args"])
-
-
-def pack_mask(mask: NDArray[np.bool_]) -> str:
-    """Return a flag column as text for the channel."""
-    return base64.b64encode(np.packbits(mask).tobytes()).decode()
-
-
-def unpack_mask(text: str, n: int) -> NDArray[np.bool_]:
-    """Return the flag column of *n* devices that *text* holds."""
-    bits = np.frombuffer(base64.b64decode(text), np.uint8)
-    return np.unpackbits(bits, count=n).astype(np.bool_)
+#: Commands in the middle of which an interrupt is passed on, and waited for until it took effect.
+_INTERRUPTIBLE: Final = ("event", "reboot", "request", "request_one")
 
 
 # ---- the side that asks ----
+
+
+class _Asked:
+    """A command that was sent: who waits for its answer, and the answer when it is there."""
+
+    __slots__ = ("answer", "answered", "thread")
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+        self.answered = threading.Event()
+        self.answer: dict[str, Any] | None = None  # None with answered: there will be none
 
 
 class RemoteKernel:
     """A kernel that runs, or waits to run, in another process.
 
     Attributes:
-        machine: the machine that it runs on.
+        machine: the machine that it runs on; its watchers hear of the pollers that are woken there.
         image: what it was started from.
         luo, devices: its orchestrator and devices, as far as they can be reached from here.
+        kho_abi, behaviour, quirks: as of :class:`luo.kernel.Kernel`.
+        observer: called as there, of states only, in their order and before the call from here
+            that led to them returns. It, and the machine's watchers, run in the thread that
+            receives: they may look at ``luo.state``, any other question is EDEADLK.
         pid: its process.
         result: what its boot came to: phases, digests, records without a device.
         arrival: how it came to run.
+
+    Context:
+        Any thread, many at once. Questions are answered while an event runs. An event waits until
+        the one before it has ended, and so does a write of ``requested``: ^C ends the wait, and
+        :meth:`RemoteOrchestrator.kill` does.
     """
 
     def __init__(self, machine: Machine, image: KernelImage, timeout: float = 60.0) -> None:
@@ -189,15 +114,24 @@ class RemoteKernel:
         self.image = image
         self.luo = RemoteOrchestrator(self)
         self.devices = RemoteDevices(self)
+        self.observer: Callable[[str, str], None] | None = None
         self.result: dict[str, Any] = {}
         self.arrival: Arrival | None = None
         self._committed = False
-        self._count = 0
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, _Asked] = {}
         self._closed = False
         self._next: RemoteKernel | None = None
-        ours, theirs = socket.socketpair()
-        self._channel = Channel(ours)
+        receiver = weakref.WeakMethod(self._receive)  # the line must not keep the kernel alive
+
+        def receive(message: dict[str, Any] | None) -> None:
+            method = receiver()
+            if method is not None:
+                method(message)
+
         tree = machine.devices.to_memfd()
+        ours, theirs = socket.socketpair()
+        self._line = Line(ours, receive)
         try:
             self._process = subprocess.Popen(
                 # -P: the path is ours, and the directory that we happen to be in is no part of it.
@@ -213,7 +147,7 @@ class RemoteKernel:
             self.pid = self._process.pid
             theirs.close()
             memory = machine.memory
-            self._ask(
+            told = self._ask(
                 "load",
                 timeout,
                 step="load",
@@ -226,6 +160,9 @@ class RemoteKernel:
                 },
                 tree=tree,
             )
+            self.kho_abi: str = told["kho_abi"]
+            self.behaviour: str = told["behaviour"]
+            self.quirks = frozenset(told["quirks"])
         except BaseException:
             self.close()
             raise
@@ -236,51 +173,99 @@ class RemoteKernel:
     # ---- speaking ----
 
     def _ask(
-        self, command: str, timeout: float | None = None, step: str = "", **arguments: Any
+        self,
+        command: str,
+        timeout: float | None = None,
+        step: str = "",
+        undo: Callable[[], object] | None = None,
+        **arguments: Any,
     ) -> dict[str, Any]:
         """Send a command and return its result.
 
         With *step*, which is for what precedes the commit point, every failure is a
-        :class:`SuccessorError` that names it.
+        :class:`SuccessorError` that names it. *undo* is called if ^C comes when it was just done.
         """
         self._require(command)
-        self._count += 1
-        sent = False
+        if self._line.here:
+            raise StateError(errno.EDEADLK, f"{command}: called from an observer of {self}")
+        number, asked = next(self._numbers), _Asked()
+        self._waiting[number] = asked
         try:
-            self._channel.send({"id": self._count, "command": command, **arguments})
-            sent = True
-            answer = self._answer(timeout)
+            with contextlib.suppress(Closed):
+                self._line.post({"id": number, "command": command, **arguments})
+                if not asked.answered.wait(timeout):
+                    raise SuccessorError(
+                        errno.ETIMEDOUT, f"{step}: {self} gave no answer in {timeout:g} s", step
+                    )
+            return self._result(asked, command, step)
         except KeyboardInterrupt:
-            if sent and command in _INTERRUPTIBLE:
-                self._interrupt()
+            if command in _INTERRUPTIBLE:
+                self._interrupt(number, asked)
+                if undo is not None and "result" in (asked.answer or ()):
+                    undo()
             raise
-        except Closed:
-            raise self._gone(step or command, self._wait()) from None
-        except TimeoutError:
-            raise SuccessorError(
-                errno.ETIMEDOUT, f"{step}: {self} gave no answer in {timeout:g} s", step
-            ) from None
-        if "error" in answer:
-            error = _decode_error(answer["error"])
+
+    def _result(self, asked: _Asked, command: str, step: str) -> dict[str, Any]:
+        if asked.answer is None:
+            self._require(command)  # it may have been closed here meanwhile
+            raise self._gone(step or command, self._wait())
+        if "error" in asked.answer:
+            error = decode_error(asked.answer["error"])
             if step:
                 code = errno.ENOEXEC if step == "load" else errno.EPROTO
                 why = error.strerror if isinstance(error, KhoError) else error
                 raise SuccessorError(code, f"{step}: {self} refused: {why}", step) from error
             raise error
-        result: dict[str, Any] = answer["result"]
+        result: dict[str, Any] = asked.answer["result"]
         return result
 
-    def _answer(self, timeout: float | None = None) -> dict[str, Any]:
-        while True:
-            answer = self._channel.receive(timeout)
-            if answer["id"] == self._count:
-                return answer  # else it answers a question whose asker was interrupted
+    def _interrupt(self, number: int, asked: _Asked) -> None:
+        """Pass ^C on to the command there, and wait until it has taken effect."""
+        with contextlib.suppress(KhoError):  # it is gone, and the callback with it
+            while (told := self._ask("interrupt", of=number))["open"]:
+                if asked.answered.wait(None if told["stopped"] else 0.05):
+                    return
 
-    def _interrupt(self) -> None:
-        """Pass ^C on to the kernel's callback, and wait until it has been rolled back."""
-        self._process.send_signal(signal.SIGINT)
-        with contextlib.suppress(Closed):
-            self._answer()
+    def kill(self, thread: int) -> bool:
+        """Have a thread of this process give up waiting; see :meth:`RemoteOrchestrator.kill`."""
+        return any(
+            [
+                self._ask("kill", of=number)["killed"]
+                for number, asked in tuple(self._waiting.items())
+                if asked.thread == thread
+            ]
+        )
+
+    def _receive(self, message: dict[str, Any] | None) -> None:
+        """Hand on what came; called by the line."""
+        if message is None:
+            for left in tuple(self._waiting.values()):
+                left.answered.set()
+            return
+        self.luo.note(message.get("facts", {}))
+        if "notify" in message:
+            self._notified(message["notify"], message["name"])
+        elif (asked := self._waiting.pop(message["id"], None)) is not None:
+            asked.answer = message
+            asked.answered.set()
+
+    def _notified(self, what: str, name: str) -> None:
+        try:
+            if what == "sysfs":
+                self.machine.notify(name)
+                return
+            if what == "state":
+                self.luo.note({"state": name.upper()})
+            if self.observer is not None:
+                self.observer(what, name)
+        except Exception:
+            _log.warning("%s: told of %s %s", self, what, name, exc_info=True)
+
+    def require_alive(self, what: str) -> None:
+        """Raise what a question would, if there is nobody to answer it."""
+        self._require(what)
+        if not self._line.open:
+            raise self._gone(what, self._wait())
 
     def _require(self, what: str) -> None:
         if self._closed:
@@ -339,7 +324,7 @@ class RemoteKernel:
         """
         with contextlib.suppress(HostCrashError):
             self._ask("depart")
-        self.close()
+        self._leave()
 
     def reboot(self, verify: bool) -> Departure:
         """Run REBOOT and say what is handed over."""
@@ -362,10 +347,19 @@ class RemoteKernel:
         self, *, preflight: bool = True, timeout: float = 60.0, verify: bool = False
     ) -> RemoteKernel:
         """Jump, as :meth:`luo.kernel.Kernel.kexec` does."""
+        self._require("kexec")
         if self._next is None:
+            if "no-image-check" in self.quirks:
+                self._ask("event", event="reboot")
+                if self.luo.state is State.PREPARED:
+                    self.cancel_reboot()
             raise StateError(errno.EINVAL, "kexec: no kernel image is loaded")
         successor, self._next = self._next, None
-        kernel = jump(self, successor, preflight=preflight, timeout=timeout, verify=verify)
+        try:
+            kernel = jump(self, successor, preflight=preflight, timeout=timeout, verify=verify)
+        finally:
+            if self._closed:
+                self.close()  # its process ended while the next kernel booted
         assert isinstance(kernel, RemoteKernel)
         return kernel
 
@@ -396,8 +390,7 @@ class RemoteKernel:
         if self._next is not None:
             self._next.close()
             self._next = None
-        self._closed = True
-        self._channel.close()
+        self._leave()
         process = getattr(self, "_process", None)
         if process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -405,7 +398,11 @@ class RemoteKernel:
             if process.poll() is None:
                 process.kill()
                 process.wait()
-        if getattr(self.machine, "running", None) is self:
+
+    def _leave(self) -> None:
+        self._closed = True
+        self._line.close()
+        if self.machine.running is self:
             self.machine.running = None
 
     def __enter__(self) -> RemoteKernel:
@@ -425,20 +422,44 @@ class RemoteOrchestrator:
 
     def __init__(self, kernel: RemoteKernel) -> None:
         self._kernel = kernel
+        self._facts = {"state": State.NORMAL.name, "enabled": False, "initialised": False}
+
+    def note(self, facts: dict[str, Any]) -> None:
+        """Note what the other process told of itself."""
+        self._facts |= facts
 
     @property
     def state(self) -> State:
-        """The present state."""
-        return State[self._kernel._ask("state")["state"]]
+        """The present state: what it told last; asks, and waits for, nobody."""
+        self._kernel.require_alive("state")
+        return State[str(self._facts["state"])]
+
+    @property
+    def enabled(self) -> bool:
+        """Whether ``liveupdate=`` and ``kho=`` are both on there."""
+        self._kernel.require_alive("enabled")
+        return bool(self._facts["enabled"])
+
+    @property
+    def initialised(self) -> bool:
+        """Whether its directory in ``/sys`` exists."""
+        self._kernel.require_alive("initialised")
+        return bool(self._facts["initialised"])
 
     def prepare(self) -> None:
         """As :meth:`luo.liveupdate.Orchestrator.prepare`."""
-        try:
-            self._kernel._ask("event", event="prepare")
-        except KeyboardInterrupt:
-            if self.state is State.PREPARED:  # ^C came when it was just done
-                self.cancel()
-            raise
+        self._kernel._ask("event", event="prepare", undo=self.cancel)
+
+    def dry_reboot(self) -> CancelResult:
+        """As :meth:`luo.liveupdate.Orchestrator.dry_reboot`."""
+        return CancelResult(self._failures(self._kernel._ask("event", event="dry_reboot")))
+
+    def kill(self, thread: int) -> bool:
+        """As :meth:`luo.liveupdate.Orchestrator.kill`, for a thread of this process.
+
+        It is one that waits here for the other process, where its call waits for another event.
+        """
+        return self._kernel.kill(thread)
 
     def cancel(self) -> CancelResult:
         """As :meth:`luo.liveupdate.Orchestrator.cancel`."""
@@ -451,7 +472,7 @@ class RemoteOrchestrator:
 
     @staticmethod
     def _failures(told: dict[str, Any]) -> tuple[CallbackError, ...]:
-        errors = (_decode_error(failure) for failure in told["failures"])
+        errors = (decode_error(failure) for failure in told["failures"])
         return tuple(error for error in errors if isinstance(error, CallbackError))
 
 
@@ -463,6 +484,34 @@ class RemoteDevices:
 
     def __len__(self) -> int:
         return len(self._kernel.machine.devices)
+
+    def request_one(self, index: int, on: bool) -> None:
+        """As :meth:`luo.device.Devices.request_one`."""
+        self._kernel._ask("request_one", index=int(index), on=bool(on))
+
+    def change_owner(self, index: int, uid: int, gid: int) -> None:
+        """As :meth:`luo.device.Devices.change_owner`."""
+        self._kernel._ask("change_owner", index=int(index), uid=uid, gid=gid)
+
+    @property
+    def owners(self) -> dict[int, tuple[int, int]]:
+        """(uid, gid) of the directories whose owner was changed, by device number: a copy."""
+        told = self._kernel._ask("owners")["owners"]
+        return {index: (uid, gid) for index, uid, gid in told}
+
+    @property
+    def references(self) -> NDArray[np.int32]:
+        """How many references live update holds on each device: a copy."""
+        text = self._kernel._ask("references")["counts"]
+        counts = np.zeros(len(self._kernel.machine.devices.parents), np.int32)
+        told = np.frombuffer(base64.b64decode(text), np.int32)
+        counts[: len(told)] = told  # devices that came since are not known there
+        return counts
+
+    @property
+    def nr_linked(self) -> int:
+        """Links in its list of requested devices."""
+        return int(self._kernel._ask("references")["nr_linked"])
 
     def request(self, which: str | ArrayLike, on: bool = True) -> int:
         """As :meth:`luo.device.Devices.request`."""
@@ -498,18 +547,39 @@ class RemoteDevices:
         """Flag column: it runs again."""
         return self._flags("reclaimed")
 
+    @property
+    def grouped(self) -> NDArray[np.bool_]:
+        """Flag column: it has a ``liveupdate`` directory in ``/sys``."""
+        return self._flags("grouped")
+
 
 # ---- the side that answers ----
+
+
+#: Answered by the channel's thread, whatever the main thread does.
+_QUESTIONS: Final = frozenset(
+    ("change_owner", "flags", "interrupt", "kill", "owners", "profile", "references")
+)
+#: May wait for the end of an event, in a thread of their own.
+_WRITES: Final = frozenset(("request", "request_one"))
 
 
 class _Server:
     """The child's end: one kernel, and the commands that it obeys."""
 
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
+    def __init__(self, peer: socket.socket) -> None:
         self._kernel: Kernel | None = None
         self._plan: Any = None
-        self._interruptible = False
+        self._commands: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+        self._open: dict[int, threading.Thread] = {}  # not answered yet, and who does it
+        self._main = threading.main_thread()
+        self._lock = threading.Lock()  # of the three below
+        self._begun = 0  # what the main thread took last
+        self._current = 0  # the same while it is at it
+        self._interrupted: set[int] = set()
+        self._telling = False
+        signal.signal(signal.SIGINT, lambda number, frame: self._stop_here())
+        self._line = Line(peer, self._receive)
 
     @property
     def kernel(self) -> Kernel:
@@ -518,32 +588,111 @@ class _Server:
             raise StateError(errno.EINVAL, "no kernel is loaded")
         return self._kernel
 
-    def on_interrupt(self, number: int, frame: object) -> None:
-        """Raise KeyboardInterrupt in a callback that can be undone, and nowhere else."""
-        if self._interruptible:
-            self._interruptible = False
-            raise KeyboardInterrupt
+    # ---- whose turn it is ----
+
+    def _receive(self, message: dict[str, Any] | None) -> None:
+        """Give what came to the thread that obeys it; called by the line."""
+        if message is None:
+            self._commands.put(None)
+        elif message["command"] in _QUESTIONS:
+            self._obey(message)
+        elif message["command"] in _WRITES:
+            thread = threading.Thread(target=self._obey, args=(message,), daemon=True)
+            self._open[message["id"]] = thread
+            thread.start()
+        else:
+            self._open[message["id"]] = self._main
+            self._commands.put(message)
 
     def run(self) -> None:
         """Obey until the other end is gone."""
-        while True:
+        while (message := self._commands.get()) is not None:
+            self._obey(message)
+
+    def _obey(self, message: dict[str, Any]) -> None:
+        command, number = message.pop("command"), message.pop("id")
+        answer: dict[str, Any] = {"id": number}
+        main = threading.current_thread() is self._main
+        try:
             try:
-                message = self._channel.receive()
-            except Closed:
-                return
-            command, answer = message.pop("command"), {"id": message.pop("id")}
-            try:
-                try:
-                    self._interruptible = command in _INTERRUPTIBLE
-                    answer["result"] = getattr(self, f"do_{command}")(**message)
-                finally:
-                    self._interruptible = False
-            except BaseException as error:
-                answer["error"] = _encode_error(error)
-            with contextlib.suppress(Closed):
-                self._channel.send(answer)
-            if command == "depart" and "result" in answer:
-                return
+                if main:
+                    self._begin(number)
+                answer["result"] = getattr(self, f"do_{command}")(**message)
+            finally:
+                if main:
+                    self._current = 0
+        except BaseException as error:
+            if "result" not in answer:  # else it was interrupted when it was done
+                answer["error"] = encode_error(error)
+        if main and self._kernel is not None:
+            with contextlib.suppress(StateError):  # it is gone
+                luo = self._kernel.luo
+                answer["facts"] = {
+                    "state": luo.state.name,
+                    "enabled": luo.enabled,
+                    "initialised": luo.initialised,
+                }
+        self._post(answer)
+        self._open.pop(number, None)
+
+    def _post(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(Closed):
+            self._line.post(message)
+
+    def _tell(self, what: str, name: str) -> None:
+        """Push a notification; an interrupt waits until it is on its way."""
+        here = threading.current_thread() is self._main
+        if here:
+            self._telling = True
+        self._post({"notify": what, "name": name})
+        if here:
+            self._telling = False
+            self._stop_here()
+
+    # ---- interrupts: each is meant for one command, and finds it or comes too late ----
+
+    def _begin(self, number: int) -> None:
+        with self._lock:
+            self._begun = self._current = number
+        self._stop_here()
+
+    def _stop_here(self) -> None:
+        """Raise KeyboardInterrupt if what the main thread does was interrupted, but only once."""
+        if self._current in self._interrupted and not self._telling:
+            self._interrupted.discard(self._current)
+            raise KeyboardInterrupt
+
+    def _give_up(self, number: int) -> bool:
+        """Take back a command that waits for its turn; return whether it did."""
+        if self._open.get(number) is not self._main or number == self._begun:
+            return False
+        self._interrupted.add(number)
+        why = StateError(errno.EAGAIN, "killed while it waited for the event before it")
+        self._post({"id": number, "error": encode_error(why)})
+        return True
+
+    def do_interrupt(self, of: int) -> dict[str, Any]:
+        """Interrupt a command: raise KeyboardInterrupt in its callback, end its wait."""
+        thread = self._open.get(of)
+        if thread is not self._main:  # a write, which may be about to wait
+            stopped = thread is None or self.kernel.luo.kill(thread.ident or 0)
+            return {"open": thread is not None, "stopped": stopped}
+        with self._lock:
+            if not self._give_up(of):
+                self._interrupted.add(of)
+                signal.pthread_kill(self._main.ident or 0, signal.SIGINT)
+        return {"open": True, "stopped": True}
+
+    def do_kill(self, of: int) -> dict[str, Any]:
+        """Kill a command if it waits."""
+        thread = self._open.get(of)
+        with self._lock:
+            killed = self._give_up(of)
+        if thread is not None and not killed:
+            killed = self.kernel.luo.kill(thread.ident or 0)
+        return {"killed": killed}
+
+    # ---- commands ----
 
     def do_load(self, image: dict[str, Any], memory: dict[str, Any], tree: int) -> dict[str, Any]:
         """Map the memory read-only, build the kernel, enumerate and bind."""
@@ -557,8 +706,21 @@ class _Server:
         )
         machine = Machine(mapped, DeviceTree.from_memfd(tree))
         machine.devices.index()  # an image that waits has time; after the jump there is none
-        self._kernel = KernelImage(image["name"], image["cmdline"], image["args"]).build(machine)
-        return {}
+        kernel = KernelImage(image["name"], image["cmdline"], image["args"]).build(machine)
+        kernel.observer = partial(self._observe, kernel.observer)
+        machine.watchers.append(partial(self._tell, "sysfs"))
+        self._kernel = kernel
+        return {
+            "kho_abi": kernel.kho_abi,
+            "behaviour": kernel.behaviour,
+            "quirks": sorted(kernel.quirks),
+        }
+
+    def _observe(self, also: Callable[[str, str], None] | None, what: str, name: str) -> None:
+        if what == "state":  # phases are many, and the blackout is short
+            self._tell(what, name)
+        if also is not None:
+            also(what, name)
 
     def do_validate(self, record: str | None) -> dict[str, Any]:
         """Check what the old kernel left; reads only."""
@@ -577,11 +739,18 @@ class _Server:
 
     def do_event(self, event: str) -> dict[str, Any]:
         """Run an event of the orchestrator."""
-        result = getattr(self.kernel.luo, event)()
-        return {
-            "failures": [_encode_error(error) for error in getattr(result, "failures", ())],
-            "unreclaimed": list(getattr(result, "unreclaimed", ())),
-        }
+        luo = self.kernel.luo
+        before = luo.state
+        try:
+            result = getattr(luo, event)()
+            return {
+                "failures": [encode_error(error) for error in getattr(result, "failures", ())],
+                "unreclaimed": list(getattr(result, "unreclaimed", ())),
+            }
+        except KeyboardInterrupt:
+            if event == "prepare" and (before, luo.state) == (State.NORMAL, State.PREPARED):
+                luo.cancel()  # it came when it was just done
+            raise
 
     def do_reboot(self, verify: bool) -> dict[str, Any]:
         """Run REBOOT for the jump that the other side leads."""
@@ -593,8 +762,11 @@ class _Server:
         return {}
 
     def do_depart(self) -> dict[str, Any]:
-        """Go: the successor has acknowledged."""
-        self.kernel.depart()
+        """Go: the successor has acknowledged, and this process may last a little longer."""
+        kernel = self.kernel
+        kernel.depart()
+        with contextlib.suppress(OSError):  # then nothing but its end keeps it from writing
+            kernel.machine.memory.cut_off()
         return {}
 
     def do_prefault(self) -> dict[str, Any]:
@@ -602,9 +774,12 @@ class _Server:
         self.kernel.prefault()
         return {}
 
-    def do_state(self) -> dict[str, Any]:
-        """Tell the state."""
-        return {"state": self.kernel.luo.state.name}
+    # ---- writes of requested ----
+
+    def do_request_one(self, index: int, on: bool) -> dict[str, Any]:
+        """Write ``requested`` of one device."""
+        self.kernel.devices.request_one(index, on)
+        return {}
 
     def do_request(
         self, on: bool, glob: str | None = None, mask: str | None = None
@@ -614,21 +789,40 @@ class _Server:
         which: Any = glob if glob is not None else unpack_mask(mask or "", len(devices.requested))
         return {"changed": devices.request(which, on)}
 
+    # ---- questions ----
+
     def do_flags(self, name: str) -> dict[str, Any]:
         """Tell a flag column."""
-        if name not in ("requested", "preserved", "reclaimed"):
+        if name not in ("requested", "preserved", "reclaimed", "grouped"):
             raise ValueError(f"flags: {name!r}")
         return {"mask": pack_mask(getattr(self.kernel.devices, name))}
 
+    def do_references(self) -> dict[str, Any]:
+        """Tell how many references there are on each device, and links in the list."""
+        devices = self.kernel.devices
+        counts = np.ascontiguousarray(devices.references, np.int32)
+        return {
+            "counts": base64.b64encode(counts.tobytes()).decode(),
+            "nr_linked": devices.nr_linked,
+        }
+
+    def do_owners(self) -> dict[str, Any]:
+        """Tell who owns the directories of devices."""
+        owners = dict(self.kernel.devices.owners)
+        return {"owners": [[index, *owner] for index, owner in owners.items()]}
+
+    def do_change_owner(self, index: int, uid: int, gid: int) -> dict[str, Any]:
+        """Change who owns a device's directory."""
+        self.kernel.devices.change_owner(index, uid, gid)
+        return {}
+
     def do_profile(self) -> dict[str, Any]:
         """Tell what callbacks and phases cost."""
-        return {"calls": self.kernel.profile.dump(), "phases": self.kernel.phases}
+        return {"calls": self.kernel.profile.dump(), "phases": dict(self.kernel.phases)}
 
 
 def serve() -> None:
     """Be the second process: the channel is the file descriptor in the last argument."""
-    channel = Channel(socket.socket(fileno=int(sys.argv[-1])))
+    server = _Server(socket.socket(fileno=int(sys.argv[-1])))
     sys.argv = ["luo-kernel"]
-    server = _Server(channel)
-    signal.signal(signal.SIGINT, server.on_interrupt)
     server.run()

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from luo._kho import CallRecorder
 from luo.errors import LuoError, errno_name
-from luo.liveupdate import FinishResult, State
+from luo.liveupdate import CancelResult, FinishResult, State
 
 __all__ = ["Report", "describe", "parse_duration", "version"]
 
@@ -54,6 +54,7 @@ class Report:
         states: states passed, by name, in lower case.
         failures: restore, finish and cancel callbacks that failed.
         error: why the update failed, None if it did not.
+        dry: nanoseconds of prepare, reboot and cancel, if there was no jump; else empty.
     """
 
     def __init__(
@@ -69,11 +70,14 @@ class Report:
         self.states: list[str] = []
         self.failures: list[dict[str, Any]] = []
         self.error: dict[str, Any] | None = None
+        self.dry: dict[str, int] = {}
         self.image: dict[str, int] = {}
         self.devices: dict[str, Any] = {}
         self.successor = ""
         self._calls = CallRecorder()
         self._abi = ""
+        self._behaviour = "intended"
+        self._quirks: list[str] = []
 
     # ---- filling ----
 
@@ -81,6 +85,8 @@ class Report:
         """Start from the running *kernel*."""
         self.kernel = kernel
         self._abi = getattr(kernel, "kho_abi", self._abi)
+        self._behaviour = getattr(kernel, "behaviour", self._behaviour)
+        self._quirks = sorted(getattr(kernel, "quirks", self._quirks))
         self.devices = {"total": len(kernel.machine.devices)}
         self.note_state(kernel)
 
@@ -134,11 +140,25 @@ class Report:
         if self.error is None and lost:
             message = f"{len(lost)} devices were not reclaimed, the first is {lost[0]}"
             self.error = describe(LuoError(message)) | {"device": lost[0]}
+        known = result["reclaimed"] + len(lost) + len(result["records_without_device"])
+        if self.error is None and departure.preserved > known:
+            message = f"{departure.preserved - known} devices were preserved in vain"
+            self.error = describe(LuoError(f"{message}: the new kernel knows nothing of them"))
         stored, verified = arrival.state_bytes, arrival.verified_bytes
         if self.error is None and stored != verified:
             self.error = describe(
                 LuoError(f"{stored - verified} of {stored} bytes of state differ after the jump")
             )
+
+    def note_dry(self, kernel: Any, cancelled: CancelResult) -> None:
+        """Add one update of *kernel* that was cancelled instead of the jump."""
+        self.note_state(kernel)
+        self.devices["requested"] = int(kernel.devices.requested.sum())
+        self.dry = {name: kernel.phases.get(name, 0) for name in ("prepare", "reboot", "cancel")}
+        self._calls.merge(kernel.profile.dump())
+        self.failures += map(describe, cancelled.failures)
+        if self.failures:
+            self.error = self.failures[0]
 
     # ---- reading ----
 
@@ -206,7 +226,8 @@ class Report:
             "settings": self.settings,
             "source": self.source,
             "kho_abi": self._abi,
-            "behaviour": "intended",
+            "behaviour": self._behaviour,
+            "quirks": self._quirks,
             "successor": self.successor,
             "devices": self.devices,
             "states": self.states,
@@ -214,6 +235,7 @@ class Report:
             "callbacks": self.callbacks,
             "image": self.image,
             "runs": self.runs,
+            "dry_reboot_ns": self.dry or None,
             "failures": self.failures,
             "error": self.error,
         }

@@ -49,6 +49,9 @@ def show(console: Console, document: Mapping[str, Any], kernel_boot_ns: int = 0)
     parts: list[RenderableType] = [_headline(document), _states(document)]
     if document["runs"]:
         parts += [Text(), _timeline(document, kernel_boot_ns, console.width)]
+    if document.get("dry_reboot_ns"):
+        spent = (f"{name.upper()} {duration(ns)}" for name, ns in document["dry_reboot_ns"].items())
+        parts += [Text(), Text("dry reboot, no jump: " + ", ".join(spent))]
     if document["callbacks"]:
         parts += [Text(), _callbacks(document, console.width)]
     if document["runs"]:

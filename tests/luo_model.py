@@ -172,10 +172,12 @@ class Kernel:
         self.reclaimed: set[int] = set()
         self.list: list[int] | None = None  # of PREPARE
         self.held: list[int] = []  # of the next kernel, until FINISH
+        self.scanned: list[int] = []  # the kernel's list of devices: who is bound moves to its end
+        self.leaked: list[int] = []  # references that nobody drops (quirk 16)
         self.records: list[Record] = []
         self.waiting: set[int] = set()  # came over with a driver that is not here
         self.node = False  # LUO's node is in KHO
-        self.warned: set[str] = set()
+        self.warned: set[tuple[str, str]] = set()  # (participant, event)
         self.next: Kernel | None = None
         self.restore_failures: list[Failure] = []
         self._collected: list[Failure] = []  # of callbacks that stop nothing
@@ -186,6 +188,7 @@ class Kernel:
         for number in range(len(self.bound), len(self.machine.devices)):
             name = self.machine.devices[number].driver
             self.bound[number] = name if name in self.drivers else None
+            self.scanned.append(number)
 
     # ---- calling ----
 
@@ -200,7 +203,8 @@ class Kernel:
             return Failure(call, outcome.errno or errno.EIO, None)
         if outcome < 0:
             return Failure(call, -outcome, outcome)
-        return Failure(call, 0 if "positive-return-stops" in self.quirks else errno.EINVAL, outcome)
+        stops = "positive-return-stops" in self.quirks and event != RESTORE
+        return Failure(call, 0 if stops else errno.EINVAL, outcome)
 
     def _on_device(self, event: str, kind: str, device: int) -> Failure | None:
         """Call what driver or bus has for *event*; a missing table counts as success (1.10)."""
@@ -235,27 +239,30 @@ class Kernel:
 
     def _send(self, event: str, parts: list[Subsystem]) -> list[Failure]:
         """Send an event whose failures stop nothing, or with quirk 13 those behind them."""
+        heard: list[Failure] = []
         for part in self.order(event):
             if part not in parts:
                 continue
             failure = self._notify(part, event)
-            if failure is None:
+            failures = self._collect() if failure is None or not failure.errno else [failure]
+            heard += self._heard(event, part, failures)
+            if failure is None or event == RESTORE:
                 continue
-            if failure.errno:
-                self._collected.append(failure)
             if not failure.errno or "failure-stops-the-rest" in self.quirks:
                 break
+        return heard
+
+    def _collect(self) -> list[Failure]:
         collected, self._collected = self._collected, []
         return collected
 
-    def _warn(self, event: str, failures: list[Failure]) -> list[Failure]:
-        """What of *failures* anybody hears (quirk 23)."""
-        if "warn-once" not in self.quirks:
+    def _heard(self, event: str, part: Subsystem, failures: list[Failure]) -> list[Failure]:
+        """What anybody hears of the failures of one participant: quirk 23, the first per boot."""
+        if "warn-once" not in self.quirks or event == RESTORE or not failures:
             return failures
-        shown = [] if event in self.warned else failures[:1]
-        if failures:
-            self.warned.add(event)
-        return shown
+        told = [] if (part.name, event) in self.warned else failures[:1]
+        self.warned.add((part.name, event))
+        return told
 
     # ---- events (1.4) ----
 
@@ -268,11 +275,12 @@ class Kernel:
     def prepare(self) -> None:
         """Write 1 to ``prepare``: a robust chain, the failing one gets no CANCEL."""
         self._need(NORMAL)
+        self.list, self.records = None, []  # quirk 13 may have kept CANCEL from it: ours
         done: list[Subsystem] = []
         for part in self.order(PREPARE):
             failure = self._notify(part, PREPARE)
             if failure is not None:
-                undone = self._send(CANCEL, done)
+                undone = self._heard(CANCEL, DEVICES, self._collect()) + self._send(CANCEL, done)
                 if failure.errno:
                     raise Refused(failure.errno, failure, undone)
                 break  # 1.7: those before were cancelled, and yet it counts as success
@@ -282,7 +290,7 @@ class Kernel:
     def cancel(self) -> list[Failure]:
         """Write 0 to ``prepare``: always NORMAL; returns what failed."""
         self._need(PREPARED)
-        return self._warn(CANCEL, self._cancel())
+        return self._cancel()
 
     def _cancel(self) -> list[Failure]:
         failures = self._send(CANCEL, self.chain)
@@ -298,7 +306,8 @@ class Kernel:
         for part in self.order(REBOOT):
             failure = self._notify(part, REBOOT)
             if failure is not None and failure.errno:
-                raise Refused(failure.errno, failure, self._cancel())
+                undone = self._heard(CANCEL, DEVICES, self._collect()) + self._cancel()
+                raise Refused(failure.errno, failure, undone)
             if failure is not None:
                 break  # 1.7: the kexec goes ahead
         if self.node:  # only quirk 5 leaves it: kho_add_node() returns 1
@@ -317,7 +326,7 @@ class Kernel:
         """Write 1 to ``finish``: always NORMAL; returns who was not reclaimed and what failed."""
         self._need(UPDATED)
         lost = self._unreclaimed()
-        failures = self._warn(FINISH, self._send(FINISH, self.chain))
+        failures = self._send(FINISH, self.chain)
         self.state = NORMAL
         self._probe(lost)  # ours: what nobody restored is a new device
         return [self.machine.devices[number].path for number in lost], failures
@@ -402,6 +411,8 @@ class Kernel:
                 if device in self.requested and lost:
                     return Failure((PREPARE, "devices", "", None), errno.EINVAL, None)
         self.list = self.preserve_list()
+        if "reference-leak" in self.quirks:
+            self._leak()
         for place, device in enumerate(self.list):
             failure = self._on_device(PREPARE, "driver", device)
             if failure is None:
@@ -409,6 +420,7 @@ class Kernel:
                 if failure is not None:
                     self._void(CANCEL, "driver", device)
             if failure is not None:
+                self.preserved.difference_update(self.list)  # also what quirk 7 had left: ours
                 self._cancel_devices(place)
                 return failure
             self.preserved.add(device)
@@ -418,6 +430,15 @@ class Kernel:
             for number, device in found
         ]
         return None
+
+    def _leak(self) -> None:
+        """Keep a reference on requested devices that a requested child has brought in already."""
+        brought: set[int] = set()
+        for device in self.scanned:
+            if device in self.requested and self.machine.devices[device].alive:
+                if device in brought:
+                    self.leaked.append(device)
+                brought.update(self.machine.above(device))
 
     def _void(self, event: str, kind: str, device: int) -> None:
         """Call FINISH, CANCEL or RESTORE, which cannot stop the walk (1.8)."""
@@ -481,6 +502,8 @@ class Kernel:
         if self.bound[device] is not None:
             raise Refused(errno.EBUSY)
         self.bound[device] = name
+        self.scanned.remove(device)
+        self.scanned.append(device)
         if comes_over:
             self.waiting.discard(device)
             failure = self._on_device(RESTORE, "driver", device)
@@ -509,7 +532,7 @@ class Kernel:
 
     def references(self, device: int) -> int:
         """How often live update holds the device."""
-        return (self.list or []).count(device) + self.held.count(device)
+        return [*(self.list or []), *self.held, *self.leaked].count(device)
 
     # ---- from kernel to kernel ----
 
@@ -530,7 +553,7 @@ class Kernel:
             refused = errno.EPROTO  # ours: it panics before the point of no return, so we go on
         if refused:
             if live:
-                self._warn(CANCEL, self._cancel())
+                self._cancel()
             raise Refused(refused)
         self.shutdown_devices()
         successor.calls, successor.faults = self.calls, self.faults
@@ -557,10 +580,11 @@ class Kernel:
             self.state = UPDATED
             if "flags-not-restored" not in self.quirks:
                 self._adopt(handover.records)
+            self.restore_failures = self._send(RESTORE, self.chain)  # ours
         self._probe(self.machine.alive())
 
     def _adopt(self, records: list[Record]) -> None:
-        """Find the devices that came over, and have them restored, parents first (2, 5 and 6)."""
+        """Find the devices that came over (2, number 6)."""
         devices = self.machine.devices
         here = {(devices[number].path, devices[number].bus): number for number in self.machine.alive()}
         for record in records:
@@ -570,9 +594,9 @@ class Kernel:
                 self.preserved.add(number)
                 if record.has_driver and self.bound[number] is None:
                     self.waiting.add(number)
-        self.restore_failures = self._send(RESTORE, self.chain)
 
     def _devices_restore(self) -> None:
+        """Have the devices that came over restored, parents first: ours."""
         for device in reversed(self.held):
             self._void(RESTORE, "bus", device)
             self._void(RESTORE, "driver", device)

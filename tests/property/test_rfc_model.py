@@ -382,5 +382,5 @@ class Rfc1(LiveUpdates):
 TestIntended = LiveUpdates.TestCase
 TestRfc1 = Rfc1.TestCase
 TestIntended.settings = TestRfc1.settings = settings(
-    max_examples=150, stateful_step_count=30, report_multiple_bugs=False, phases=PHASES
+    max_examples=120, stateful_step_count=30, report_multiple_bugs=False, phases=PHASES
 )

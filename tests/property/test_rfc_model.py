@@ -312,6 +312,7 @@ class LiveUpdates(RuleBasedStateMachine):
         if number is not None:
             self.request(number, on)
 
+    @precondition(lambda self: self.model.state != PREPARED or self.behaviour == "intended")
     @rule(data=st.data(), name=st.sampled_from([*DRIVERS, "d9"]))
     def bind(self, data, name):
         number = self.one_of(data)

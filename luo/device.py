@@ -629,7 +629,8 @@ class Devices(Mortal):
             self.driver_ids[index] = self._driver_number[name]
             # Probing moves a device behind all others in the kernel's list of devices.
             self._moved.pop(index, None)
-            self._moved[index] = max(self._moved.values(), default=len(self.requested)) + 1
+            last = max(self._moved.values(), default=(0, 0))
+            self._moved[index] = len(self.requested) - 1, last[1] + 1
         if waits:
             self.kernel.restore_device(index)
             return
@@ -703,7 +704,7 @@ class Devices(Mortal):
             if not requested[above]:
                 continue
             below = np.flatnonzero(requested & self.below(above))
-            if any(self._moved.get(index, index) < place for index in below.tolist()):
+            if any(self._moved.get(index, (index, 0)) < place for index in below.tolist()):
                 found.append(above)
         return found
 

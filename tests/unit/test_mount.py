@@ -33,6 +33,7 @@ def why_not():
 
 
 MISSING = why_not()
+PLACES = pytest.mark.parametrize("where", [("--in-process",), ()], ids=["here", "process"])
 mounts = pytest.mark.skipif(bool(MISSING), reason=MISSING or "is there")
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
@@ -127,7 +128,7 @@ def state(base):
 
 
 @mounts
-@pytest.mark.parametrize("where", [("--in-process",), ()], ids=["here", "process"])
+@PLACES
 def test_script_for_the_rfcs_files_updates_twice(base, where):
     """A script of echo and cat keeps devices over two jumps, from the first kernel to the third."""
     with mounted(base, *where):
@@ -195,9 +196,11 @@ def test_another_user_reads_what_is_for_all_and_writes_nothing(base):
 
 
 @mounts
-def test_slow_callback_keeps_no_reader_waiting_and_writers_can_be_killed(base):
+@PLACES
+def test_slow_callback_keeps_no_reader_waiting_and_writers_can_be_killed(base, where):
     """While PREPARE runs: everybody reads, who writes waits, and who is killed has not written."""
-    with mounted(base, "--in-process", "--drivers", str(base / "waits.py")) as sys_:
+    with mounted(base, *where, "--drivers", str(base / "waits.py")) as sys_:
+        shell(base, "echo 1 > kernel/debug/liveupdate/kexec")  # an ordinary one
         prepare = subprocess.Popen(["sh", "-c", f"echo 1 > {sys_}/kernel/liveupdate/prepare"])
         eventually((base / "begun").exists)
         requests = sorted(sys_.glob("devices/**/requested"))[:15]
@@ -243,11 +246,18 @@ def test_poll_on_state_wakes_another_process(base, waiter):
 
 
 @mounts
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signal_during_prepare_rolls_back_and_unmounts(base, number):
+@pytest.mark.parametrize(
+    ("number", "where"),
+    [
+        (signal.SIGINT, ("--in-process",)),
+        (signal.SIGTERM, ()),
+        (signal.SIGHUP, ("--in-process",)),
+    ],
+)
+def test_signal_during_prepare_rolls_back_and_unmounts(base, number, where):
     """^C reaches the callback that runs: who was prepared is cancelled, and the mount goes."""
-    options = "--in-process", "--drivers", str(base / "waits.py")
-    with started(base, *options) as process:
+    with started(base, *where, "--drivers", str(base / "waits.py")) as process:
+        shell(base, "echo 1 > kernel/debug/liveupdate/kexec")
         prepare = subprocess.Popen(["sh", "-c", f"echo 1 > {base}/sys/kernel/liveupdate/prepare"])
         eventually((base / "begun").exists)
         process.send_signal(number)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from luo.kho import Kho
+    from luo.liveupdate import CancelResult, FinishResult
     from luo.machine import DeviceTree, Machine
 
 __all__ = ["OpenFile", "Stat", "Tree", "debug_files", "parse_long", "write_debug_file"]
@@ -175,6 +176,14 @@ def write_debug_file(kernel: AnyKernel, name: str, value: int) -> None:
 
 
 # ---- directories and files ----
+
+
+def _tell(result: CancelResult | FinishResult) -> None:
+    """Log what went wrong in an event that succeeds in any case (RFC v1 1.4)."""
+    for failure in result.failures:
+        _log.warning("%s", failure)
+    for path in getattr(result, "unreclaimed", ()):
+        _log.warning("%s: not reclaimed", path)
 
 
 class Stat(NamedTuple):
@@ -454,7 +463,7 @@ class Tree:
         Raises:
             OSError: ENOENT, ENODEV, EISDIR.
         """
-        self._file(self._kernel(), path)
+        self._ask(lambda kernel: self._file(kernel, path))
         return OpenFile(self, path)
 
     def poll(self, path: str, timeout: float | None = None) -> bool:
@@ -563,9 +572,9 @@ class Tree:
                 0o444, lambda: f"{luo.state.name.lower()}\n".encode()
             )
             files[f"{group}/prepare"] = _attribute(
-                0o200, None, lambda on: luo.prepare() if on else luo.cancel(), (0, 1)
+                0o200, None, lambda on: luo.prepare() if on else _tell(luo.cancel()), (0, 1)
             )
-            files[f"{group}/finish"] = _attribute(0o200, None, lambda _: luo.finish(), (1,))
+            files[f"{group}/finish"] = _attribute(0o200, None, lambda _: _tell(luo.finish()), (1,))
         debug = "kernel/debug/liveupdate"
         files[f"{debug}/reboot"] = _attribute(0o200, None, lambda _: luo.dry_reboot(), (1,), size=0)
         files[f"{debug}/kexec"] = _attribute(

@@ -25,6 +25,8 @@ def why_not():
     """Return what keeps this machine from mounting; "" if nothing does."""
     if not os.path.exists("/dev/fuse"):
         return "this machine has no /dev/fuse"
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        return "/dev/fuse is not for this user"
     try:
         import luo.fuse  # noqa: F401
     except (ImportError, OSError) as error:

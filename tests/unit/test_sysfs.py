@@ -228,6 +228,19 @@ def test_two_updates_by_files_go_through_three_kernels(in_process):
         assert tree.machine.running.kexec_loaded
 
 
+def test_events_that_succeed_in_any_case_log_what_failed(caplog, log, kernel, tree):
+    """CANCEL and FINISH end in NORMAL; which callback failed, and why, is in the log."""
+    log.faults["CANCEL", "driver", "nvme", "pci0/disk"] = -errno.EIO
+    tree.write(f"{DISK}/liveupdate/requested", "1")
+    tree.write(PREPARE, "1")
+    tree.write(PREPARE, "0")
+
+    assert tree.read(STATE) == b"normal\n"
+    assert "CANCEL driver nvme" in caplog.text
+    assert "pci0/disk" in caplog.text
+    assert "EIO" in caplog.text
+
+
 @WHERE
 def test_owners_and_permissions_after_a_jump_are_those_of_the_new_kernel(in_process):
     """A new kernel makes its files anew."""

@@ -36,7 +36,7 @@ RUN := PYTHONSAFEPATH=1 $(if $(filter 1,$(LUO_SANITIZE)),LD_PRELOAD=$(shell gcc 
   UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1) $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help run build test debug sanitize fuzz boards lint format bench bench-quick dist clean
+.PHONY: help run build test debug sanitize fuzz boards docs lint format bench bench-quick dist clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -75,6 +75,11 @@ boards: build/boards/FROM  ## device trees of arm64 boards for the tests, from D
 
 build/boards/FROM:
 	tests/fetch_boards.sh build/boards
+
+docs: $(INSTALLED) $(TEST)  ## the pictures in docs/, as the engine is now (needs Graphviz's dot)
+	for kind in dot svg; do \
+	  $(RUN) -m luo graph state -o docs/states.$$kind && \
+	  $(RUN) -m luo graph callbacks -o docs/callbacks.$$kind || exit 1; done
 
 lint: $(INSTALLED) $(TEST) $(LINT)  ## ruff, cython-lint, codespell, mypy, stubtest
 	$(BIN)/ruff check

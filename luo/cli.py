@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from luo.cli_errors import FAILED, INTERRUPTED, WRONG, Wrong, wrong_input
+from luo.cli_graph import graph
 from luo.cli_host import (
     Duration,
     HostSource,
@@ -31,6 +32,8 @@ from luo.cli_host import (
     request,
 )
 from luo.cli_image import image as image_commands
+from luo.cli_quirks import quirks as quirk_commands
+from luo.cli_mount import mount
 from luo.errors import KhoNoMemoryError, LuoError
 from luo.image import Image
 from luo.kernel import Kernel, dry_run, live_update
@@ -72,6 +75,9 @@ def main() -> None:
 
 
 main.add_command(image_commands)
+main.add_command(quirk_commands)
+main.add_command(graph)
+main.add_command(mount)
 
 
 @main.command()

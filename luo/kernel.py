@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from luo import abi
+from luo import abi, dma
 from luo import quirks as rfc1
 from luo._kho import CallRecorder
 from luo.dev_liveupdate import DeviceParticipant
@@ -208,6 +208,7 @@ class Kernel:
         phases: nanoseconds of each phase that it has passed.
         reserved: the named regions of ``reserve_mem=``.
         arrival: how it came to run, if by :meth:`kexec`.
+        strays: where devices may write that it was not told to keep, as of :mod:`luo.dma`.
         on_handover: called with the four numbers in :meth:`kexec` when memory holds what is handed
             over, before the successor looks at it. Its time counts in no phase; what it raises
             cancels the update.
@@ -277,6 +278,7 @@ class Kernel:
         self.arrival: Arrival | None = None
         self._next: LocalSuccessor | RemoteKernel | None = None
         self._restore_failures: tuple[CallbackError, ...] = ()
+        self.strays: list[dma.Stray] = []
         self._digests: Digests = {}
         self._digest_ns = 0
         self._finalized_here = False
@@ -441,6 +443,7 @@ class Kernel:
             self.reserved.reserve(self.machine.memory, self._kho if self.kho_enabled else None)
             self._initialise()
             self.luo.startup(plan.luo)
+        escaped = dma.escaping(self.machine, plan.incoming)  # before anybody restores
         if plan.luo is not None and plan.records is not None:
             if verify:  # outside both phases: an instrument, not a part of the update
                 began = self.profile.read_clock()
@@ -451,6 +454,7 @@ class Kernel:
                     self._layer.adopt(plan.records)
                 self._restore_failures = self.luo.restore()
         self._probe(self._each("probe"))
+        self.strays = dma.catch(self, escaped)
         return self
 
     def _initialise(self) -> None:
@@ -514,9 +518,15 @@ class Kernel:
             "records_without_device": [] if records is None else records.without_device,
             "devices_without_record": 0 if records is None else records.devices_without_record,
             "failures": [describe(error) for error in self._restore_failures],
+            "dma": [stray._asdict() for stray in self.strays],
         }
 
     # ---- kexec ----
+
+    @property
+    def kexec_loaded(self) -> bool:
+        """Whether a next kernel is loaded, as ``/sys/kernel/kexec_loaded`` says."""
+        return self._next is not None
 
     def kexec_load(self, next: Kernel | KernelImage, *, timeout: float = 60.0) -> None:
         """Load the next kernel, which waits until the jump.

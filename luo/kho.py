@@ -679,6 +679,11 @@ class Kho(PreservedMemory):
             return 0
         return Fdt(self._root_bytes(), check=False).totalsize
 
+    def root_copy(self) -> bytes:
+        """Return the bytes of the root tree that are in use; none if it is yet to be finalized."""
+        nbytes = self.root_bytes
+        return bytes(self._root_bytes()[:nbytes]) if nbytes else b""
+
     def add_subtree(self, name: str, phys: SupportsIndex, nbytes: SupportsIndex) -> None:
         """Name a blob in the root tree, as ``kho_add_subtree()``.
 

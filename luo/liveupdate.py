@@ -428,6 +428,12 @@ class Orchestrator(Mortal):
                 raise from_errno(errno.ENOENT, f"unregister {name}: is no subsystem")
             self._chain.unregister(name)
 
+    @property
+    def subsystems(self) -> tuple[Subsystem, ...]:
+        """Who is registered, in the order of PREPARE."""
+        links = (link for link in self._chain if isinstance(link, SubsystemParticipant))
+        return tuple(link.subsystem for link in links)
+
     def _require_unprepared(self, what: str) -> None:
         if self._state is State.PREPARED and "register-when-prepared" not in self._quirks:
             raise from_errno(errno.EBUSY, f"{what}: a live update is prepared")

@@ -9,6 +9,7 @@ compiled core, and no Python object per device exists unless somebody asks for o
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias, cast
 
@@ -18,6 +19,7 @@ import numpy.typing as npt
 from luo._kho import DeviceTable
 
 if TYPE_CHECKING:
+    from luo.dma import Dma, Target
     from luo.memory import PhysicalMemory
 
 __all__ = ["DeviceTree", "Machine"]
@@ -383,11 +385,13 @@ class Machine:
         memory: the :class:`luo.memory.PhysicalMemory`.
         devices: the :class:`DeviceTree`.
         running: the kernel that runs on it, here or in another process; None if it is off.
+        elsewhere: in a process that has a kernel of the machine and not its hardware: what devices
+            write, as the process that has it said when the kernel started. Otherwise None.
         watchers: each is called with the path below ``/sys`` of an attribute whose value has
             changed, as who polls it is woken (``sysfs_notify()``).
     """
 
-    __slots__ = ("devices", "memory", "running", "watchers")
+    __slots__ = ("_streams", "devices", "elsewhere", "memory", "running", "watchers")
 
     def __init__(
         self, memory: PhysicalMemory | SupportsIndex | str, devices: DeviceTree | None = None
@@ -399,6 +403,8 @@ class Machine:
         self.memory = memory
         self.devices = DeviceTree() if devices is None else devices
         self.running: Any = None
+        self.elsewhere: list[Target] | None = None
+        self._streams: list[weakref.ref[Dma]] = []
         self.watchers: list[Callable[[str], None]] = []
 
     def notify(self, path: str) -> None:
@@ -421,6 +427,50 @@ class Machine:
         finally:
             os.close(fd)
         return Machine(self.memory.clone(), devices)
+
+    def dma(
+        self,
+        device: SupportsIndex | str,
+        phys: SupportsIndex,
+        nbytes: SupportsIndex,
+        pattern: bytes | Callable[[int], bytes] | None = None,
+        *,
+        interval: float = 0.001,
+    ) -> Dma:
+        """Let *device* write into memory, on and on, until it is stopped; see :mod:`luo.dma`.
+
+        It writes from a thread of its own, whichever kernel runs, also while the kernel is changed.
+        A kernel that boots and was not told to keep the range reports it.
+
+        Args:
+            device: path or index.
+            phys: first byte of a ring of entries.
+            nbytes: of the ring, whole entries.
+            pattern: what write *n*, from 0 on, leaves in entry ``n`` modulo their number:
+                ``pattern(n)``, of the same length for every *n*, or the same bytes each time. None
+                is :func:`luo.dma.stamp`: 64 bytes that say *n*.
+            interval: seconds of pause after at most 64 writes.
+
+        Returns:
+            its handle; it stops with it.
+
+        Raises:
+            KeyError, IndexError: no such device.
+            ValueError: the interval is not above 0.
+            KhoError: EINVAL if the range is empty, not RAM or not whole entries; EOPNOTSUPP in a
+                process that has a kernel of this machine and not its hardware; EROFS.
+        """
+        from luo.dma import Dma, stamp  # it knows kernels, which this module does not
+
+        stream = Dma(self, device, phys, nbytes, stamp if pattern is None else pattern, interval)
+        self._streams = [weakref.ref(other) for other in self.streams] + [weakref.ref(stream)]
+        return stream
+
+    @property
+    def streams(self) -> list[Dma]:
+        """The devices that write at present, in the order in which they began."""
+        found = [stream() for stream in self._streams]
+        return [stream for stream in found if stream is not None and stream.running]
 
 
 # ---- forms of arguments ----------------------------------------------------------------------

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from luo import dma
 from luo._kho import CallRecorder
 from luo.channel import (
     Closed,
@@ -312,7 +313,14 @@ class RemoteKernel:
         self._committed = True
         self.machine.memory.detach()
         self.machine.running = self
-        self.result = self._ask("start", record=record, preflight=preflight, verify=verify)
+        self.result = self._ask(
+            "start",
+            record=record,
+            preflight=preflight,
+            verify=verify,
+            devices=dma.targets(self.machine),
+        )
+        dma.note(self.machine, (dma.Stray(**stray) for stray in self.result["dma"]))
         return self
 
     # ---- as the kernel that goes ----
@@ -329,6 +337,11 @@ class RemoteKernel:
     def reboot(self, verify: bool) -> Departure:
         """Run REBOOT and say what is handed over."""
         return Departure(**self._ask("reboot", verify=verify))
+
+    @property
+    def kexec_loaded(self) -> bool:
+        """Whether a next kernel is loaded, as ``/sys/kernel/kexec_loaded`` says."""
+        return self._next is not None
 
     def kexec_load(self, next: KernelImage, *, timeout: float = 60.0) -> None:
         """Load the next kernel, as :meth:`luo.kernel.Kernel.kexec_load` does."""
@@ -384,6 +397,15 @@ class RemoteKernel:
         """Nanoseconds of each phase that it has passed."""
         phases: dict[str, int] = self._ask("profile")["phases"]
         return phases
+
+    def debug_files(self) -> dict[str, bytes]:
+        """As :func:`luo.sysfs.debug_files`."""
+        files = self._ask("debug_files")["files"]
+        return {name: base64.b64decode(content) for name, content in files.items()}
+
+    def write_debug_file(self, name: str, value: int) -> None:
+        """As :func:`luo.sysfs.write_debug_file`."""
+        self._ask("write_debug_file", name=name, value=value)
 
     def close(self) -> None:
         """End the process; the machine is off, its memory keeps the bytes."""
@@ -558,7 +580,7 @@ class RemoteDevices:
 
 #: Answered by the channel's thread, whatever the main thread does.
 _QUESTIONS: Final = frozenset(
-    ("change_owner", "flags", "interrupt", "kill", "owners", "profile", "references")
+    ("change_owner", "debug_files", "flags", "interrupt", "kill", "owners", "profile", "references")
 )
 #: May wait for the end of an event, in a thread of their own.
 _WRITES: Final = frozenset(("request", "request_one"))
@@ -705,6 +727,7 @@ class _Server:
             memory["fd"], ranges, offset=memory["offset"], page_size=memory["page_size"]
         )
         machine = Machine(mapped, DeviceTree.from_memfd(tree))
+        machine.elsewhere = []
         machine.devices.index()  # an image that waits has time; after the jump there is none
         kernel = KernelImage(image["name"], image["cmdline"], image["args"]).build(machine)
         kernel.observer = partial(self._observe, kernel.observer)
@@ -727,9 +750,12 @@ class _Server:
         self._plan = self.kernel.validate(handover_of(self.kernel.arch, record))
         return {}
 
-    def do_start(self, record: str | None, preflight: bool, verify: bool) -> dict[str, Any]:
-        """Boot, restore, and report."""
+    def do_start(
+        self, record: str | None, preflight: bool, verify: bool, devices: list[Any]
+    ) -> dict[str, Any]:
+        """Boot, restore, and report; *devices* go on writing meanwhile."""
         kernel = self.kernel
+        kernel.machine.elsewhere = devices
         kernel.machine.memory.writable()
         if preflight:
             kernel.take_over(self._plan, verify)
@@ -814,6 +840,20 @@ class _Server:
     def do_change_owner(self, index: int, uid: int, gid: int) -> dict[str, Any]:
         """Change who owns a device's directory."""
         self.kernel.devices.change_owner(index, uid, gid)
+        return {}
+
+    def do_debug_files(self) -> dict[str, Any]:
+        """Tell what debugfs shows of KHO."""
+        from luo.sysfs import debug_files  # which imports this module
+
+        files = debug_files(self.kernel)
+        return {"files": {name: base64.b64encode(text).decode() for name, text in files.items()}}
+
+    def do_write_debug_file(self, name: str, value: int) -> dict[str, Any]:
+        """Write a file of KHO in debugfs."""
+        from luo.sysfs import write_debug_file
+
+        write_debug_file(self.kernel, name, value)
         return {}
 
     def do_profile(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from luo._kho import CallRecorder
+from luo.dma import Stray
 from luo.errors import LuoError, errno_name
 from luo.liveupdate import CancelResult, FinishResult, State
 
@@ -53,6 +54,7 @@ class Report:
         runs: one dictionary an update: phases and numbers of devices.
         states: states passed, by name, in lower case.
         failures: restore, finish and cancel callbacks that failed.
+        dma: where devices may have written that the next kernel was not told to keep.
         error: why the update failed, None if it did not.
         dry: nanoseconds of prepare, reboot and cancel, if there was no jump; else empty.
     """
@@ -69,6 +71,7 @@ class Report:
         self.runs: list[dict[str, Any]] = []
         self.states: list[str] = []
         self.failures: list[dict[str, Any]] = []
+        self.dma: list[dict[str, Any]] = []
         self.error: dict[str, Any] | None = None
         self.dry: dict[str, int] = {}
         self.image: dict[str, int] = {}
@@ -140,6 +143,10 @@ class Report:
         if self.error is None and lost:
             message = f"{len(lost)} devices were not reclaimed, the first is {lost[0]}"
             self.error = describe(LuoError(message)) | {"device": lost[0]}
+        self.dma += result["dma"]
+        if self.error is None and self.dma:
+            stray = Stray(**self.dma[0])
+            self.error = describe(LuoError(str(stray))) | {"device": stray.device}
         known = result["reclaimed"] + len(lost) + len(result["records_without_device"])
         if self.error is None and departure.preserved > known:
             message = f"{departure.preserved - known} devices were preserved in vain"
@@ -237,6 +244,7 @@ class Report:
             "runs": self.runs,
             "dry_reboot_ns": self.dry or None,
             "failures": self.failures,
+            "dma": self.dma,
             "error": self.error,
         }
 

@@ -106,6 +106,24 @@ def test_failing_driver_given_to_luo_run_is_status_1_with_the_culprit(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+FORGOTTEN_RING_PRINTS = """\
+the driver that forgets:
+   DMA of nic0 into 0x40000+0x40000, which was not preserved: allocated 0x40000/order 6
+   the update has an error
+the mended driver:
+   the update has no error
+   every write is there: True
+"""
+
+
+def test_forgotten_ring_as_a_program_catches_the_driver_and_not_the_mended_one(tmp_path):
+    """Device, address, length and owner; the new kernel says the same on standard error."""
+    done = program(EXAMPLES / "forgotten_ring.py", cwd=tmp_path)
+
+    assert (done.stdout, done.returncode) == (FORGOTTEN_RING_PRINTS, 0)
+    assert done.stderr.strip() == FORGOTTEN_RING_PRINTS.splitlines()[1].strip()
+
+
 @pytest.mark.parametrize(
     ("suite", "arguments"),
     [

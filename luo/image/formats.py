@@ -559,8 +559,12 @@ def _orchestrator(reader: _Reader, phys: int, blob: bytes) -> dict[str, Any] | N
     for node in tree.root.children:
         if node.name == "devices":
             numbers = {
-                name: reader.number(phys, node, name) for name in _abi.LUO_DEVICES_PROPERTIES
+                name: reader.number(phys, node, name)
+                for name in _abi.LUO_DEVICES_PROPERTIES
+                if name != "nodes" or name in node
             }
+            if numbers.get("nodes"):
+                result["nodes"] = _nodes(reader, numbers["nodes"] or 0)
             shards = _extents(reader, numbers["records"] or 0, "records")
             slabs = _extents(reader, numbers["slabs"] or 0, "slabs")
             records: list[dict[str, Any]] = []
@@ -574,6 +578,23 @@ def _orchestrator(reader: _Reader, phys: int, blob: bytes) -> dict[str, Any] | N
                 "device_records": records,
             }
     return result
+
+
+def _nodes(reader: _Reader, phys: int) -> dict[str, Any]:
+    """The KHO nodes of devices, drivers and buses."""
+    head = reader.read(phys, 8, "nodes")
+    nbytes = 0 if head is None else int.from_bytes(head[4:], "big")
+    if not 8 <= nbytes <= _BLOB_MAX:
+        reader.wrong(phys, f"nodes of {nbytes:#x} bytes")
+        return {"phys": phys, "nbytes": 0, "tree": []}
+    if not reader.survey.covered(phys, nbytes):
+        reader.wrong(phys, f"nodes: {nbytes:#x} bytes not preserved")
+    blob = reader.read(phys, nbytes, "nodes")
+    tree = None if blob is None else reader.tree(phys, blob)
+    if tree is None:
+        return {"phys": phys, "nbytes": nbytes, "tree": []}
+    reader.compatible(phys, tree.root, _abi.LUO_NODES_COMPATIBLE)
+    return {"phys": phys, "nbytes": nbytes, "tree": tree_rows(tree)}
 
 
 def _orchestrator_node(reader: _Reader, phys: int, top: Node) -> dict[str, Any]:

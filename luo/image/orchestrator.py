@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luo import abi as _abi
+from luo import kho_tree
 from luo.fdt import Fdt, FdtWriter, Node
 from luo.image.formats import DEVICE_COLUMNS
 from luo.image.store import Image
@@ -44,6 +45,11 @@ def to_node(image: Image, subtree: Subtree, node: KhoNode) -> None:
         columns = tree.read_nodes("/", list(DEVICE_COLUMNS))
         names = ("device", shard["first"], shard["count"])
         devices.rows.append((names, {name: columns[name] for name in DEVICE_COLUMNS}))
+    nodes = (subtree.decoded or {}).get("nodes")
+    if nodes is not None:
+        root = kho_tree.to_node(Fdt(image.read(nodes["phys"], nodes["nbytes"])).root)
+        root.properties.clear()  # what says which blob it is
+        node.children["nodes"] = root
 
 
 def to_blob(kho: Kho, image: Image, subtree: Subtree) -> None:
@@ -58,11 +64,18 @@ def to_blob(kho: Kho, image: Image, subtree: Subtree) -> None:
         numbers["slabs"] = _chain(kho, np.array(list(_rows(devices)), np.uint64))
         if devices["count"]:
             numbers["records"] = _chain(kho, _write_shards(kho, tree))
+    for node in subtree.rows[0][1].children:
+        if node.name == "nodes":
+            blob = kho_tree.to_fdt(kho_tree.to_node(node), _abi.LUO_NODES_COMPATIBLE)
+            numbers["nodes"] = phys = kho.alloc_preserve(len(blob))
+            kho.memory.view(phys, len(blob))[:] = blob
     writer = FdtWriter()
     with writer.node(""):
         for name, value in subtree.rows[0][1].properties.items():
             writer.property(name, value)
         for node in subtree.rows[0][1].children:
+            if node.name == "nodes":
+                continue
             with writer.node(node.name):
                 if node.name == "devices":
                     for name in _abi.LUO_DEVICES_PROPERTIES:
@@ -107,7 +120,10 @@ def _write_shards(kho: Kho, tree: Fdt) -> NDArray[np.uint64]:
 
 
 def made_places(subtree: Subtree) -> Iterator[int]:
-    """Yield the addresses of shards and blocks that :func:`to_blob` has made."""
+    """Yield the addresses of shards, blocks and nodes that :func:`to_blob` has made."""
+    nodes = (subtree.decoded or {}).get("nodes")
+    if nodes is not None:
+        yield nodes["phys"]
     devices = (subtree.decoded or {}).get("devices")
     if devices is None:
         return

@@ -1,0 +1,114 @@
+"""``luo mount``: the attribute tree as files, for shell scripts and whatever else opens files."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from types import ModuleType
+
+import click
+
+from luo.cli_errors import Wrong, wrong_input
+from luo.cli_host import HostSource, KernelSettings, boot, host_options, kernel_options
+from luo.errors import KernelPanic, LuoError
+from luo.machine import Machine
+from luo.notifier import State
+from luo.sysfs import Tree
+
+__all__ = ["mount"]
+
+_FUSE_DEVICE = "/dev/fuse"
+
+
+@click.command()
+@click.argument("directory", metavar="DIR")
+@host_options
+@kernel_options
+@click.option("--in-process", is_flag=True, help="The next kernels run in this process.")
+def mount(directory: str, source: HostSource, kernels: KernelSettings, in_process: bool) -> None:
+    r"""Mount /sys of a simulated host on DIR, until ^C: live updates with echo and cat.
+
+    \b
+    DIR/devices/**/liveupdate/requested       write 1: keep the device (also: preserved, reclaimed)
+    DIR/kernel/liveupdate/prepare             write 1: PREPARE; 0: CANCEL
+    DIR/kernel/debug/liveupdate/kexec         write 1: the jump into the next kernel
+    DIR/kernel/debug/liveupdate/reboot        write 1: REBOOT without the jump, then CANCEL
+    DIR/kernel/liveupdate/state               normal, prepared, updated; poll() wakes on a change
+    DIR/kernel/liveupdate/finish              write 1: FINISH
+    DIR/kernel/debug/kho/{out,in}/            what is handed over, as this generation shows it
+
+    Whoever mounts is root of that host. ^C, SIGTERM or 'umount DIR' end it: a running PREPARE is
+    rolled back, a prepared update cancelled. If this process is killed and DIR says "Transport
+    endpoint is not connected": 'fusermount3 -u DIR', as root 'umount -l DIR', or mount there again.
+    """
+    fuse = _fuse()
+    _check_directory(fuse, directory)
+    with wrong_input():
+        kernel, image = boot(source.read(), kernels)
+    machine = kernel.machine
+    # As ^C: a terminal that goes away must not leave a mount behind.
+    signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
+    with _machine_off(machine), Tree(machine, image=image, in_process=in_process) as tree:
+        with wrong_input():
+            tree.load()
+        mounted = fuse.Mount(tree, directory)
+        try:
+            with contextlib.suppress(KeyboardInterrupt), mounted.mounted():
+                _say(mounted.directory, len(machine.devices))
+                mounted.run()
+        except OSError as error:
+            raise Wrong(str(error.strerror)) from error
+
+
+def _fuse() -> ModuleType:
+    """Return :mod:`luo.fuse`, or say in a line what is missing."""
+    try:
+        from luo import fuse
+    except ImportError as error:
+        raise Wrong(f"mount: {error}: install it with pip install 'luo-kho[fuse]'") from error
+    except OSError as error:
+        raise Wrong(f"mount: {error}: install libfuse (Debian's package fuse3)") from error
+    if not os.path.exists(_FUSE_DEVICE):
+        raise Wrong(
+            f"mount: no {_FUSE_DEVICE} here: load the module fuse, or give it to the container"
+        )
+    return fuse
+
+
+def _check_directory(fuse: ModuleType, directory: str) -> None:
+    if fuse.is_dead(directory):
+        if not fuse.clear(directory):
+            raise Wrong(
+                f"mount {directory}: a mount whose process was killed is in the way;"
+                f" clear it with 'fusermount3 -u {directory}' or 'umount -l {directory}'"
+            )
+        click.echo(f"{directory}: a mount whose process was killed was in the way; cleared")
+    if not os.path.isdir(directory):
+        raise Wrong(f"mount {directory}: is no directory")
+    if os.path.ismount(directory):
+        raise Wrong(f"mount {directory}: something is mounted there; 'umount {directory}' first")
+
+
+@contextlib.contextmanager
+def _machine_off(machine: Machine) -> Iterator[None]:
+    """Switch the machine off at the end: a prepared update is cancelled first."""
+    try:
+        yield
+    finally:
+        kernel = machine.running
+        if kernel is not None:
+            with contextlib.suppress(LuoError, KernelPanic):  # it is going, whatever it says
+                if kernel.luo.state is State.PREPARED:
+                    kernel.luo.cancel()
+            kernel.close()
+
+
+def _say(directory: str, devices: int) -> None:
+    click.echo(f"mounted on {directory}: {devices:,} devices; ^C unmounts")
+    click.echo(f"  cat {directory}/kernel/liveupdate/state")
+    click.echo(f"  echo 1 > {directory}/devices/…/liveupdate/requested")
+    click.echo(f"  echo 1 > {directory}/kernel/liveupdate/prepare")
+    click.echo(f"  echo 1 > {directory}/kernel/debug/liveupdate/kexec")
+    click.echo(f"  echo 1 > {directory}/kernel/liveupdate/finish")

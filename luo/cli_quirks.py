@@ -1,0 +1,86 @@
+"""``luo quirks``: where RFC v1's code does not do what it means, and how to see it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from typing import Literal
+
+import click
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from luo.cli_errors import Wrong
+from luo.demonstrations import run
+from luo.quirks import QUIRKS, Quirk
+
+__all__ = ["quirks"]
+
+
+@click.group(invoke_without_command=True)
+@click.option("--json", "as_json", is_flag=True, help="The list as JSON.")
+@click.pass_context
+def quirks(context: click.Context, as_json: bool) -> None:
+    """List where RFC v1's code does not do what it means; A is the gravest."""
+    if context.invoked_subcommand is not None:
+        if as_json:
+            raise click.UsageError(f"--json: not with {context.invoked_subcommand}")
+        return
+    if as_json:
+        rows = [dataclasses.asdict(quirk) for quirk in QUIRKS.values()]
+        click.echo(json.dumps({"schema": "luo-quirks/1", "quirks": rows}, indent=1))
+        return
+    table = _table("", "name", "sev", "what goes wrong")
+    for quirk in QUIRKS.values():
+        table.add_row(str(quirk.number), quirk.name, quirk.severity, quirk.wrong)
+    Console(highlight=False).print(table)
+
+
+@quirks.command()
+@click.argument("name", required=False)
+@click.option("--all", "every", is_flag=True, help="All of them, in order.")
+def show(name: str | None, every: bool) -> None:
+    """Run the shortest sequence that shows the quirk NAME, without it and with it.
+
+    Lines that end differently are marked with an asterisk.
+    """
+    if every == (name is not None):
+        raise click.UsageError("show: name a quirk, or --all")
+    if name is not None and name not in QUIRKS:
+        near = difflib.get_close_matches(name, QUIRKS, 1, 0)
+        raise Wrong(f"quirk {name}: there is none of that name; did you mean {near[0]}?")
+    console = Console(highlight=False)
+    for place, quirk in enumerate(QUIRKS.values() if every else (QUIRKS[str(name)],)):
+        if place:
+            console.print()
+        _show(console, quirk)
+
+
+def _show(console: Console, quirk: Quirk) -> None:
+    console.print(f"{quirk.number} {quirk.name}", style="bold")
+    console.print(f"intended: {quirk.intended}\nrfc1: {quirk.wrong}", markup=False)
+    intended, rfc1 = run(quirk.name), run(quirk.name, quirks=(quirk.name,))
+    table = _table("", "step", "intended", "rfc1", "")
+    steps = 0
+    for meant, does in zip(intended, rfc1, strict=True):
+        steps += meant.step
+        differs = meant.seen != does.seen
+        table.add_row(
+            str(steps) if meant.step else "",
+            Text(meant.text if meant.step else f"  {meant.text}"),
+            Text(meant.seen, "green" if differs else ""),
+            Text(does.seen, "red" if differs else ""),
+            Text("*" if differs else "", "bold red"),
+        )
+    console.print(table)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    for place, column in enumerate(columns):
+        justify: Literal["left", "right"] = "left" if place else "right"
+        table.add_column(column, overflow="fold", justify=justify, no_wrap=column == "name")
+    return table

@@ -92,7 +92,8 @@ class Line:
         with self._lock:
             if self._open:
                 self._open = False
-                os.eventfd_write(self._wake, 1)
+                with contextlib.suppress(OSError):  # the other end was quicker
+                    self._peer.shutdown(socket.SHUT_RDWR)
         if not self.here:
             self._thread.join(2)  # seconds: a receiver may wait for whoever closes
 
@@ -117,7 +118,8 @@ class Line:
                         return
                     data += part
                     for message in _take_messages(data):
-                        self._receive(message)
+                        if self._open:
+                            self._receive(message)
         except (ConnectionError, ValueError):
             pass  # it is gone, or talks nonsense: the same to us
         finally:

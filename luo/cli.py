@@ -38,8 +38,8 @@ from luo.cli_host import (
     request,
 )
 from luo.cli_image import image as image_commands
-from luo.cli_quirks import quirks as quirk_commands
 from luo.cli_mount import mount
+from luo.cli_quirks import quirks as quirk_commands
 from luo.errors import KhoNoMemoryError, LuoError
 from luo.image import Image
 from luo.kernel import Kernel, dry_run, live_update

@@ -120,6 +120,7 @@ class DeviceParticipant:
         self._nodes_closed = False
         self._place_of: Index | None = None
         self._listed: NDArray[np.bool_] | None = None  # whom CANCEL still reaches; None: everyone
+        self._held = np.zeros(0, np.int32)  # whom the list holds a reference on
         self._failures: list[CallbackError] = []
 
     # ---- the chain's side ----
@@ -128,6 +129,11 @@ class DeviceParticipant:
     def prepared(self) -> bool:
         """Whether CANCEL has something to undo."""
         return self._walk is not None and self.records is None
+
+    def start(self) -> None:
+        """Begin an update: what a CANCEL that was stopped half-way left is forgotten."""
+        if self.prepared:
+            self._discard()
 
     def collect(self) -> list[CallbackError]:
         """Return, and forget, the failures of restore, finish and cancel callbacks."""
@@ -446,7 +452,7 @@ class DeviceParticipant:
         self._write_records(order, phys, nbytes)
         self._done = np.zeros(len(devices.requested), np.uint8)
         self._walk = _Walk(order, phys, nbytes)
-        devices.references[order] += 1
+        self._hold(order)
         if self._has("reference-leak"):
             devices.references[devices.leaked(requested)] += 1  # and nobody drops it
         devices.set_slots(order, phys, nbytes)
@@ -759,6 +765,13 @@ class DeviceParticipant:
         done[kept] = self._done[kept]
         self._done[:] = done
         self._listed = kept
+        self._hold(self._held[kept[self._held]])
+
+    def _hold(self, which: Index) -> None:
+        """Hold a reference on each of *which*, and on nobody else."""
+        self.devices.references[self._held] -= 1
+        self.devices.references[which] += 1
+        self._held = which
 
     def _discard(self) -> None:
         """Free what PREPARE allocated (CANCEL)."""
@@ -779,8 +792,7 @@ class DeviceParticipant:
         self._forget()
 
     def _forget(self) -> None:
-        if self._walk is not None:
-            self.devices.references[self._walk.order] -= 1
+        self._hold(self._held[:0])
         self._saved = _Saved()
         self._nodes = None
         self._nodes_closed = False
@@ -861,7 +873,7 @@ class DeviceParticipant:
             {side: records.nbytes[side][found] for side in SIDES},
         )
         self.devices.preserved[matched] = True
-        self.devices.references[matched] += 1
+        self._hold(matched)
         self.devices.set_slots(matched, self._walk.phys, self._walk.nbytes)
 
     def unreclaimed(self) -> Index:

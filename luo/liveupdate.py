@@ -608,33 +608,34 @@ class Orchestrator(Mortal):
         collected = self._collected
         for participant in self._chain.order(event.name):
             self._at = participant
-            failures: list[CallbackError] = []
+            stops = False
             try:
                 yield from participant.steps(event.name, bulk)
             finally:
-                failures = participant.collect()
                 if self.__dict__:  # else the kernel went while steps were open
-                    collected += self._reported(event, participant, failures)
-            if failures and self._stops_here(participant):
+                    told, stops = self._collect(event, participant)
+                    collected += told
+            if stops:
                 return
-        freed = event is Event.REBOOT and "list-freed-at-reboot" in self._quirks
-        if freed and self._layer is not None:
-            self._layer.free_list()
+            freed = event is Event.REBOOT and "list-freed-at-reboot" in self._quirks
+            if freed and participant is self._layer:
+                self._layer.free_list()
 
-    def _reported(
-        self, event: Event, participant: Participant, failures: list[CallbackError]
-    ) -> list[CallbackError]:
-        """Return which of the collected *failures* are told: all, or under warn-once the first."""
-        if "warn-once" not in self._quirks or not failures:
-            return failures
-        key = (participant.name, event.name)
-        told = [] if key in self._warned else failures[:1]
-        self._warned.add(key)
-        return told
-
-    def _stops_here(self, participant: Participant) -> bool:
-        """Whether a collected failure of *participant* keeps those behind it from being called."""
-        return participant is not self._layer and "failure-stops-the-rest" in self._quirks
+    def _collect(self, event: Event, participant: Participant) -> tuple[list[CallbackError], bool]:
+        """Return the collected failures that are told, and whether the chain stops at them."""
+        failures = participant.collect()
+        stops = (
+            bool(failures)
+            and participant is not self._layer
+            and "failure-stops-the-rest" in self._quirks
+        )
+        if "positive-return-stops" in self._quirks:
+            failures = [failure for failure in failures if (failure.returned or 0) <= 0]
+        if "warn-once" in self._quirks and failures:
+            key = (participant.name, event.name)
+            failures = [] if key in self._warned else failures[:1]
+            self._warned.add(key)
+        return failures, stops
 
     def _passes_for_success(self, event: Event, error: BaseException) -> bool:
         """Whether *error* stops the chain and is no failure: RFC v1 1.7."""
@@ -709,16 +710,16 @@ class Orchestrator(Mortal):
         """Send CANCEL to whoever was prepared."""
         undo: list[BaseException] = []
         for participant in self._chain.order(Event.CANCEL.name):
-            problems, failed = self._cancel(participant)
+            problems, stops = self._cancel(participant)
             undo += problems
-            if failed and self._stops_here(participant):
+            if stops:
                 break
         return undo
 
     def _cancel(self, participant: Participant) -> tuple[list[BaseException], bool]:
         problems = self._finish_steps(participant.steps(Event.CANCEL.name, True))
-        failures = participant.collect()
-        return [*problems, *self._reported(Event.CANCEL, participant, failures)], bool(failures)
+        told, stops = self._collect(Event.CANCEL, participant)
+        return [*problems, *told], stops
 
     def _complete(self, event: Event, steps: Iterator[Step]) -> None:
         for problem in self._finish_steps(steps):
@@ -780,6 +781,8 @@ class Orchestrator(Mortal):
 
     def _open(self) -> None:
         self._before = self._kho.snapshot()
+        for participant in self._chain:
+            participant.start()
         if not self._kho.generation.inline:
             # no value in the blob changes its length
             self._page = self._kho.alloc_preserve(len(self._blob()))
@@ -789,7 +792,7 @@ class Orchestrator(Mortal):
         if when == "prepare":
             self._join()
             self._kho.finalize()
-        elif when == "jump" and "written-in-reboot" not in self._quirks:
+        elif when == "jump" and "written-in-reboot" not in self._quirks and self._left is None:
             # What does not fit is found out while there is a way back.
             self._join()
             nbytes = self._kho.tree_bytes()

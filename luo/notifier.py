@@ -317,6 +317,10 @@ class Participant(Protocol):
         """Yield the steps of *event* in order; *bulk* takes many devices in one step."""
         ...
 
+    def start(self) -> None:
+        """Begin an update: what a CANCEL that was stopped half-way left is forgotten."""
+        ...
+
     def collect(self) -> list[CallbackError]:
         """Return, and forget, the failures of steps that do not stop their event."""
         ...
@@ -374,6 +378,10 @@ class SubsystemParticipant:
             self._failures.append(error)  # nothing stops for these; the result names them
         else:
             raise error from error.__cause__
+
+    def start(self) -> None:
+        """Begin an update."""
+        self.prepared = False
 
     def collect(self) -> list[CallbackError]:
         """Return, and forget, the failures so far."""

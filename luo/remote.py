@@ -190,8 +190,8 @@ class RemoteKernel:
         if self._line.here:
             raise StateError(errno.EDEADLK, f"{command}: called from an observer of {self}")
         number, asked = next(self._numbers), _Asked()
-        self._waiting[number] = asked
         try:
+            self._waiting[number] = asked
             with contextlib.suppress(Closed):
                 self._line.post({"id": number, "command": command, **arguments})
                 if not asked.answered.wait(timeout):
@@ -204,6 +204,7 @@ class RemoteKernel:
                 self._interrupt(number, asked)
                 if undo is not None and "result" in (asked.answer or ()):
                     undo()
+            self._waiting.pop(number, None)
             raise
 
     def _result(self, asked: _Asked, command: str, step: str) -> dict[str, Any]:
@@ -320,7 +321,7 @@ class RemoteKernel:
             verify=verify,
             devices=dma.targets(self.machine),
         )
-        dma.note(self.machine, (dma.Stray(**stray) for stray in self.result["dma"]))
+        dma.note(self.machine, self.strays)
         return self
 
     # ---- as the kernel that goes ----
@@ -330,9 +331,11 @@ class RemoteKernel:
 
         One that dies on the way has gone as well; there is no way back to it.
         """
-        with contextlib.suppress(HostCrashError):
-            self._ask("depart")
-        self._leave()
+        try:
+            with contextlib.suppress(HostCrashError):
+                self._ask("depart")
+        finally:
+            self._leave()
 
     def reboot(self, verify: bool) -> Departure:
         """Run REBOOT and say what is handed over."""
@@ -398,13 +401,23 @@ class RemoteKernel:
         phases: dict[str, int] = self._ask("profile")["phases"]
         return phases
 
+    @property
+    def strays(self) -> list[dma.Stray]:
+        """As :attr:`luo.kernel.Kernel.strays`."""
+        return [dma.Stray(**stray) for stray in self.result.get("dma", ())]
+
+    def whose(self, phys: int, nbytes: int) -> list[dma.Extent]:
+        """As :func:`luo.dma.whose`."""
+        told = self._ask("whose", phys=phys, nbytes=nbytes)["extents"]
+        return [dma.Extent(*extent) for extent in told]
+
     def debug_files(self) -> dict[str, bytes]:
         """As :func:`luo.sysfs.debug_files`."""
         files = self._ask("debug_files")["files"]
         return {name: base64.b64decode(content) for name, content in files.items()}
 
     def write_debug_file(self, name: str, value: int) -> None:
-        """As :func:`luo.sysfs.write_debug_file`."""
+        """As :func:`luo.sysfs.write_debug_file`; waits until a running event has ended."""
         self._ask("write_debug_file", name=name, value=value)
 
     def close(self) -> None:
@@ -580,10 +593,20 @@ class RemoteDevices:
 
 #: Answered by the channel's thread, whatever the main thread does.
 _QUESTIONS: Final = frozenset(
-    ("change_owner", "debug_files", "flags", "interrupt", "kill", "owners", "profile", "references")
+    {
+        "change_owner",
+        "debug_files",
+        "flags",
+        "interrupt",
+        "kill",
+        "owners",
+        "profile",
+        "references",
+        "whose",
+    }
 )
 #: May wait for the end of an event, in a thread of their own.
-_WRITES: Final = frozenset(("request", "request_one"))
+_WRITES: Final = frozenset({"request", "request_one"})
 
 
 class _Server:
@@ -800,6 +823,13 @@ class _Server:
         self.kernel.prefault()
         return {}
 
+    def do_write_debug_file(self, name: str, value: int) -> dict[str, Any]:
+        """Write a file of KHO in debugfs."""
+        from luo.sysfs import write_debug_file  # which imports this module
+
+        write_debug_file(self.kernel, name, value)
+        return {}
+
     # ---- writes of requested ----
 
     def do_request_one(self, index: int, on: bool) -> dict[str, Any]:
@@ -849,12 +879,9 @@ class _Server:
         files = debug_files(self.kernel)
         return {"files": {name: base64.b64encode(text).decode() for name, text in files.items()}}
 
-    def do_write_debug_file(self, name: str, value: int) -> dict[str, Any]:
-        """Write a file of KHO in debugfs."""
-        from luo.sysfs import write_debug_file
-
-        write_debug_file(self.kernel, name, value)
-        return {}
+    def do_whose(self, phys: int, nbytes: int) -> dict[str, Any]:
+        """Tell whose memory it is."""
+        return {"extents": dma.whose(self.kernel, phys, nbytes)}
 
     def do_profile(self) -> dict[str, Any]:
         """Tell what callbacks and phases cost."""

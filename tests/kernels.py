@@ -188,6 +188,16 @@ def fails(machine, event, outcome=-16):
     return small_kernel(machine, log)
 
 
+def failing(machine, fail):
+    """Fail in callbacks of drivers for all their devices: [event, driver, outcome] each."""
+    log = Log()
+    for event, driver, outcome in fail:
+        for path, (_bus, bound) in SMALL.items():
+            if bound == driver:
+                log.faults[event, "driver", driver, path] = outcome
+    return small_kernel(machine, log)
+
+
 def slow(machine, event, marker):
     """Take a minute in the callback for *event* of one driver, once a file says that it began."""
 
@@ -198,6 +208,35 @@ def slow(machine, event, marker):
     log = Log()
     log.hooks[event, "driver", "nvme", "pci0/disk"] = wait
     return small_kernel(machine, log)
+
+
+def gated(machine, event, began, gate, outcome=None, **kwargs):
+    """Wait in the callback for *event* of one driver until a file called *gate* is there.
+
+    A file called *began* says that it waits; *outcome* is what it returns.
+    """
+    key = event, "driver", "nvme", "pci0/disk"
+
+    def wait(device):
+        Path(began).touch()
+        while not Path(gate).exists():
+            time.sleep(0.005)
+
+    log = Log()
+    log.hooks[key], log.faults[key] = wait, outcome
+    return small_kernel(machine, log, **kwargs)
+
+
+def waits_for_itself(machine, began):
+    """Ask for the state in a PREPARE callback, which waits for ever under a quirk of RFC v1."""
+
+    def read(context):
+        Path(began).touch()
+        with context.kernel.luo.read_state():
+            pass
+
+    subsystem = Subsystem("selfish", prepare=read)
+    return small_kernel(machine, Log(), [subsystem], quirks=["callback-deadlock"])
 
 
 def everything(kernel: Kernel) -> dict:

@@ -906,6 +906,18 @@ class DeviceParticipant:
         if failures:
             raise failures[0]
 
+    def note_binding(self, index: int) -> None:
+        """Have REBOOT and CANCEL call the driver that was bound to a device since PREPARE.
+
+        Only the quirk eligibility-checked-once lets that happen: tables are looked up at call time.
+        """
+        if not self.prepared or self._place(index) < 0:
+            return
+        assert self._walk is not None
+        self._done[index] |= _BIT["driver"]
+        for event in (Event.REBOOT.name, Event.CANCEL.name):
+            self._walk.runs.pop(event, None)
+
     def _reclaim_the_rest(self, walk: _Walk) -> None:
         """Reclaim the devices that have no restore callback: nobody else would.
 

@@ -631,6 +631,7 @@ class Devices(Mortal):
             self._moved.pop(index, None)
             last = max(self._moved.values(), default=(0, 0))
             self._moved[index] = len(self.requested) - 1, last[1] + 1
+            self.kernel.note_binding(index)
         if waits:
             self.kernel.restore_device(index)
             return

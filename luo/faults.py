@@ -664,7 +664,9 @@ class _Trial:
         self._check("outcome", text)
         fired = {*self.old_watch.fired, *self.new_watch.fired}
         single = len(self.case.faults) == 1 and self._death() is None
-        missed = [f for f in self.case.faults if f.kind not in ("kernel", "image") and f not in fired]
+        missed = [
+            f for f in self.case.faults if f.kind not in ("kernel", "image") and f not in fired
+        ]
         self._check(
             "reached", [f"{self._in_words(f)}: was not called" for f in missed] if single else ()
         )
@@ -676,14 +678,18 @@ class _Trial:
             self._check(check)
         if self.case.room:
             ran = [self._who(call) for call in self.old_watch.calls if call.event == "REBOOT"]
-            self._check("room", [f"{who} REBOOT ran although the tree does not fit" for who in ran[:1]])
+            self._check(
+                "room", [f"{who} REBOOT ran although the tree does not fit" for who in ran[:1]]
+            )
             with contextlib.suppress(LuoError):  # frozen: the look finds that
                 self.old.kho.fdt_max = abi.KHO_FDT_MAX
         self.wrong += _differences(self.rig.before, look(self.old))
         self._judge_cancels()
         self._judge_order("CANCEL", self.old_watch)
         self._judge_named("CANCEL", self.old_watch, self._cancel_failures())
-        self._check("shutdown", [self._who(c) for c in self.old_watch.calls if c.event == "SHUTDOWN"])
+        self._check(
+            "shutdown", [self._who(c) for c in self.old_watch.calls if c.event == "SHUTDOWN"]
+        )
         self.old.kexec_unload()
         if self.wrong:
             return
@@ -886,7 +892,9 @@ class _Trial:
         assert self.finished is not None
         named = set(self.finished.unreclaimed)
         lost = [
-            path for path in _paths(kernel.devices, self.kept & ~self.reclaimed) if path not in named
+            path
+            for path in _paths(kernel.devices, self.kept & ~self.reclaimed)
+            if path not in named
         ]
         text = f"{_few(lost)} neither reclaimed nor named in the result" if lost else ""
         self._check("reclaimed", text)
@@ -1157,9 +1165,7 @@ class _Campaign:
                     after = ("update", "kexec")[KINDS.index(what) % 2] if not number else ""
                     yield _Case((fault,), script, after)
 
-    def _variants(
-        self, key: tuple[str, str, str], what: str, calls: list[Call]
-    ) -> Iterator[Fault]:
+    def _variants(self, key: tuple[str, str, str], what: str, calls: list[Call]) -> Iterator[Fault]:
         """Yield a fault at the first, a middle and the last device, or of a whole batch."""
         event = key[2]
         if what in _LEFT_OUT.get(event, ()):
@@ -1198,7 +1204,8 @@ class _Campaign:
         for firsts, second in ((("PREPARE", "REBOOT"), "CANCEL"), (("RESTORE",), "FINISH")):
             for what in (kind for kind in ("errno", "exception") if kind in self.kinds):
                 lasts = {
-                    key: list(self._variants(key, what, calls))[-1] for key, calls in sites.items()
+                    key: list(self._variants(key, what, calls))[-1]
+                    for key, calls in sites.items()
                     if key[2] in (*firsts, second)
                 }
                 for one in (fault for key, fault in lasts.items() if key[2] in firsts):

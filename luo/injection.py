@@ -387,7 +387,9 @@ def _take_all(memory: PhysicalMemory) -> list[Any]:
     counts = np.bincount(orders[outside]).tolist()
     # Largest first: what is asked for is there as it stands, and nothing is cut up.
     return [
-        memory.alloc_folios(count, order) for order, count in reversed([*enumerate(counts)]) if count
+        memory.alloc_folios(count, order)
+        for order, count in reversed([*enumerate(counts)])
+        if count
     ]
 
 

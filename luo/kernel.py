@@ -479,6 +479,10 @@ class Kernel:
         """Restore a device that came over and was bound to a driver after boot."""
         self._layer.restore_device(index)
 
+    def note_binding(self, index: int) -> None:
+        """Let an update that is prepared know that a device has another driver."""
+        self._layer.note_binding(index)
+
     def kho_node(self, owner: Device | Driver | Bus) -> KhoNode:
         """Return the KHO node of *owner*; see :attr:`luo.device.Device.kho_node`."""
         return self._layer.kho_node(owner)

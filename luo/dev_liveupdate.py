@@ -478,6 +478,8 @@ class DeviceParticipant:
             order = order[np.argsort(-depths, kind="stable")]
         else:
             order = tree.preserve_order(requested, group)
+        if self._has("all-ancestors"):
+            return order
         supported = self.devices.supported()[order]
         if self._has("eligibility-checked-once"):
             supported |= requested[order]

@@ -6,9 +6,6 @@ Exit status: 0 done, 1 the live update failed, 2 wrong usage or input, 130 inter
 from __future__ import annotations
 
 import contextlib
-import errno
-import json
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +17,16 @@ import click
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from luo.cli_errors import FAILED, INTERRUPTED, WRONG, Wrong, wrong_input
+from luo.cli_errors import (
+    FAILED,
+    INTERRUPTED,
+    WRONG,
+    Wrong,
+    check_writable,
+    wrong_input,
+    write_json,
+)
+from luo.cli_faults import faults
 from luo.cli_graph import graph
 from luo.cli_host import (
     Duration,
@@ -78,6 +84,7 @@ main.add_command(image_commands)
 main.add_command(quirk_commands)
 main.add_command(graph)
 main.add_command(mount)
+main.add_command(faults)
 
 
 @main.command()
@@ -161,9 +168,9 @@ def run(
     if dry_reboot and (repeat > 1 or save_file is not None):
         raise click.UsageError("--dry-reboot: there is no jump, so nothing to repeat or save")
     if json_file not in (None, "-"):
-        _check_writable(str(json_file))
+        check_writable(str(json_file))
     if save_file is not None:
-        _check_writable(str(save_file), "--save")
+        check_writable(str(save_file), "--save")
     # The document has standard output for itself.
     console = Console(stderr=json_file == "-", highlight=False)
     with _progress() as doing, wrong_input():
@@ -208,7 +215,7 @@ def run(
             report.kernel.close()
     document = report.to_dict()
     if json_file is not None:
-        _write(json_file, json.dumps(document, indent=2))
+        write_json(json_file, document)
     if status == WRONG:
         raise Wrong(document["error"]["message"])
     screen.show(console, document, kernel_boot)
@@ -242,22 +249,3 @@ def _save(kernel: Kernel, path: Path, handover: Handover) -> None:
     assert kernel.kho is not None
     memory = kernel.machine.memory
     Image.from_memory(memory, handover, abi=kernel.kho.abi, bugs=kernel.kho.bugs).save(path)
-
-
-def _check_writable(path: str, option: str = "--json") -> None:
-    """Refuse a file that cannot be written before the run, not after it."""
-    at = path if os.path.exists(path) else os.path.dirname(path) or "."
-    if not os.path.isdir(os.path.dirname(path) or "."):
-        raise Wrong(f"{option} {path}: {os.strerror(errno.ENOENT)}")
-    if not os.access(at, os.W_OK):
-        raise Wrong(f"{option} {path}: {os.strerror(errno.EACCES)}")
-
-
-def _write(path: str, text: str) -> None:
-    if path == "-":
-        click.echo(text)
-        return
-    try:
-        Path(path).write_text(text + "\n")
-    except OSError as error:
-        raise Wrong(f"--json {path}: {error.strerror}") from error

@@ -1,16 +1,28 @@
-"""How the ``luo`` command ends: exit statuses, and errors that are one line."""
+"""How the ``luo`` command ends: exit statuses, errors that are one line, files it leaves."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Final
+import errno
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
 
 import click
 
 from luo.errors import LuoError
 
-__all__ = ["FAILED", "INTERRUPTED", "WRONG", "Wrong", "wrong_input"]
+__all__ = [
+    "FAILED",
+    "INTERRUPTED",
+    "WRONG",
+    "Wrong",
+    "check_writable",
+    "write_json",
+    "wrong_input",
+]
 
 FAILED: Final = 1
 WRONG: Final = 2
@@ -35,3 +47,24 @@ def wrong_input() -> Iterator[None]:
         raise Wrong(f"{error.filename}: {error.strerror}" if plain else str(error)) from error
     except (ValueError, LuoError) as error:
         raise Wrong(str(error)) from error
+
+
+def check_writable(path: str, option: str = "--json") -> None:
+    """Refuse a file that cannot be written before the run, not after it."""
+    at = path if os.path.exists(path) else os.path.dirname(path) or "."
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise Wrong(f"{option} {path}: {os.strerror(errno.ENOENT)}")
+    if not os.access(at, os.W_OK):
+        raise Wrong(f"{option} {path}: {os.strerror(errno.EACCES)}")
+
+
+def write_json(path: str, document: Mapping[str, Any]) -> None:
+    """Write *document* to *path*; ``"-"`` is standard output."""
+    text = json.dumps(document, indent=2)
+    if path == "-":
+        click.echo(text)
+        return
+    try:
+        Path(path).write_text(text + "\n")
+    except OSError as error:
+        raise Wrong(f"--json {path}: {error.strerror}") from error

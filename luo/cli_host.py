@@ -24,6 +24,7 @@ __all__ = [
     "KernelSettings",
     "boot",
     "host_options",
+    "image_of",
     "kernel_options",
     "request",
 ]
@@ -223,12 +224,18 @@ def boot(host: Host, kernels: KernelSettings, **more: Any) -> tuple[Kernel, Kern
         kernels: what both kernels are.
         **more: further keyword arguments of :func:`luo.drivers.kernel`; JSON values.
     """
+    image = image_of(host, kernels, **more)
+    return drivers.kernel(host.machine(), vms=host.vms, **image.args).boot(), image
+
+
+def image_of(host: Host, kernels: KernelSettings, **more: Any) -> KernelImage:
+    """Name the image of a kernel for *host*; its arguments are as of :func:`boot`."""
     cmdline = "kho=on liveupdate=on"
     if host.kho_scratch:
         cmdline += f" kho_scratch={host.kho_scratch}"
-    arguments = {"cmdline": cmdline, **kernels.arguments(), **more}
-    kernel = drivers.kernel(host.machine(), vms=host.vms, **arguments)
-    return kernel.boot(), KernelImage("luo.drivers:kernel", args=arguments)
+    return KernelImage(
+        "luo.drivers:kernel", args={"cmdline": cmdline, **kernels.arguments(), **more}
+    )
 
 
 def request(kernel: Kernel, requests: tuple[str, ...], host: Host) -> None:

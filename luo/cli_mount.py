@@ -28,21 +28,21 @@ _FUSE_DEVICE = "/dev/fuse"
 @kernel_options
 @click.option("--in-process", is_flag=True, help="The next kernels run in this process.")
 def mount(directory: str, source: HostSource, kernels: KernelSettings, in_process: bool) -> None:
-    r"""Mount /sys of a simulated host on DIR, until ^C: live updates with echo and cat.
+    """Mount /sys of a simulated host on DIR, until ^C: live updates with echo and cat.
 
     \b
-    DIR/devices/**/liveupdate/requested       write 1: keep the device (also: preserved, reclaimed)
-    DIR/kernel/liveupdate/prepare             write 1: PREPARE; 0: CANCEL
-    DIR/kernel/debug/liveupdate/kexec         write 1: the jump into the next kernel
-    DIR/kernel/debug/liveupdate/reboot        write 1: REBOOT without the jump, then CANCEL
-    DIR/kernel/liveupdate/state               normal, prepared, updated; poll() wakes on a change
-    DIR/kernel/liveupdate/finish              write 1: FINISH
-    DIR/kernel/debug/kho/{out,in}/            what is handed over, as this generation shows it
+    devices/**/liveupdate/requested   1: keep it; beside it preserved, reclaimed
+    kernel/liveupdate/prepare         1: PREPARE; 0: CANCEL
+    kernel/debug/liveupdate/kexec     1: the jump into the next kernel
+    kernel/debug/liveupdate/reboot    1: REBOOT without the jump, then CANCEL
+    kernel/liveupdate/state           normal, prepared, updated; poll() wakes
+    kernel/liveupdate/finish          1: FINISH
+    kernel/debug/kho/{out,in}/        what is handed over
 
     Whoever mounts is root of that host. ^C, SIGTERM or 'umount DIR' end it: a running PREPARE is
     rolled back, a prepared update cancelled. If this process is killed and DIR says "Transport
     endpoint is not connected": 'fusermount3 -u DIR', as root 'umount -l DIR', or mount there again.
-    """
+    """  # noqa: D301
     fuse = _fuse()
     _check_directory(fuse, directory)
     with wrong_input():
@@ -74,6 +74,8 @@ def _fuse() -> ModuleType:
         raise Wrong(
             f"mount: no {_FUSE_DEVICE} here: load the module fuse, or give it to the container"
         )
+    if not os.access(_FUSE_DEVICE, os.R_OK | os.W_OK):
+        raise Wrong(f"mount: {_FUSE_DEVICE}: not for this user; as root: chmod 666 {_FUSE_DEVICE}")
     return fuse
 
 

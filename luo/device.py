@@ -363,6 +363,27 @@ class DeviceBatch:
         self._devices.reclaim(self.index if ok is None else self.index[ok])
 
 
+def chosen_mask(which: ArrayLike, n: int) -> Mask:
+    """Return the mask over *n* devices that a mask, or device numbers, stand for.
+
+    Raises:
+        KhoError: ENOENT if a number is of no device.
+        TypeError, ValueError: numbers are no integers, a mask has another length.
+    """
+    chosen = np.asarray(which)
+    if chosen.dtype == np.bool_:
+        if chosen.shape != (n,):
+            raise ValueError(f"request: mask of shape {chosen.shape}, {n} devices")
+        return chosen
+    if chosen.size and chosen.dtype.kind not in "iu":
+        raise TypeError(f"request: {chosen.dtype} instead of device numbers")
+    if chosen.size and (int(chosen.min()) < 0 or int(chosen.max()) >= n):
+        raise from_errno(errno.ENOENT, f"request: device number not in 0..{n - 1}")
+    mask = np.zeros(n, np.bool_)
+    mask[chosen.astype(np.intp)] = True
+    return mask
+
+
 _EMPTY: Final = memoryview(bytearray())
 
 
@@ -581,18 +602,7 @@ class Devices(Mortal):
                 if on:
                     mask = mask & self.eligible()
             else:
-                chosen = np.asarray(which)
-                if chosen.dtype == np.bool_:
-                    if chosen.shape != (n,):
-                        raise ValueError(f"request: mask of shape {chosen.shape}, {n} devices")
-                    mask = chosen
-                else:
-                    mask = np.zeros(n, np.bool_)
-                    if chosen.size and chosen.dtype.kind not in "iu":
-                        raise TypeError(f"request: {chosen.dtype} instead of device numbers")
-                    if chosen.size and (int(chosen.min()) < 0 or int(chosen.max()) >= n):
-                        raise from_errno(errno.ENOENT, f"request: device number not in 0..{n - 1}")
-                    mask[chosen.astype(np.intp)] = True
+                mask = chosen_mask(which, n)
                 if on and (wrong := np.flatnonzero(mask & ~self.eligible())).size:
                     first = int(wrong[0])
                     why = self.why_not_eligible(first) or "no such device"

@@ -45,6 +45,7 @@ __all__ = ["Mount", "clear", "is_dead"]
 _log = logging.getLogger(__name__)
 
 _KILLED_SECONDS: Final = 0.05  # how often a waiting request looks whether its process was killed
+_SIGNAL_SECONDS: Final = 0.2  # how late ^C may be noticed when nothing is going on
 _MAX_THREADS: Final = 1000  # requests at once; a write keeps one until it is done
 _JOIN_SECONDS: Final = 2.0
 _READY_SECONDS: Final = 30.0
@@ -297,7 +298,13 @@ class Mount:
             KeyboardInterrupt: ^C, or a signal whose handler raises it; a running PREPARE has been
                 rolled back.
         """
-        while (job := self._jobs.get()) is not None:
+        while True:
+            try:
+                job = self._jobs.get(timeout=_SIGNAL_SECONDS)
+            except queue.Empty:
+                continue  # a signal that came when it was about to wait is handled now
+            if job is None:
+                return
             job.run()
 
     def _loop(self) -> None:

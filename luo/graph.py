@@ -193,7 +193,7 @@ class _Engine:
     ) -> None:
         self._cast = cast
         self._settings = {"behaviour": behaviour, "quirks": quirks, "kho_abi": kho_abi}
-        # Records of at most 1 KiB, twice: in either kernel. They are never read by a callback.
+        # Room for the records of all devices; slots have no bytes.
         self._machine = Machine(max(64 << 20, len(cast.tree) << 12), cast.tree)
 
     def _kernel(self, log: _Log) -> Kernel:
@@ -273,15 +273,16 @@ class _Picture:
         self._cancelled = engine.run(_cancel)
         self._at: dict[tuple[str, str, str, str], str] = {}  # call of one device -> box and port
         self._fallible: list[tuple[int, str]] = []  # calls that may fail, and their boxes
-        self._last: dict[str, str] = {}
 
     def draw(self) -> graphviz.Digraph:
         """Draw a column for each event, the jump, and the ways back."""
-        for event in (Event.PREPARE.name, Event.REBOOT.name, RESTORE, Event.FINISH.name):
-            self._column(event, self._update)
+        self._column(Event.PREPARE.name, self._update)
+        last = self._column(Event.REBOOT.name, self._update)
+        self._column(RESTORE, self._update)
+        self._column(Event.FINISH.name, self._update)
         self._column(Event.CANCEL.name, self._cancelled)
         self.chart.node("jump", fillcolor="#f6e8c3", shape="cds", style="filled")
-        self.chart.edge(self._last[Event.REBOOT.name], "jump")
+        self.chart.edge(last, "jump")
         self.chart.edge("jump:e", f"{RESTORE}:w", constraint="false", style="bold")
         for event, script in ((Event.PREPARE.name, _cancel), (Event.REBOOT.name, _dry_reboot)):
             ways = {
@@ -299,7 +300,8 @@ class _Picture:
         self._go_back("jump:w", f"{head}:e", label)
         return self.chart
 
-    def _column(self, event: str, calls: list[_Call]) -> None:
+    def _column(self, event: str, calls: list[_Call]) -> str:
+        """Draw the calls of *event*, one below the other; return the last box."""
         chosen = [(n, call) for n, call in enumerate(calls) if call.event == event]
         with self.chart.subgraph(name=f"cluster_{event}") as column:
             column.attr(color=_INK, style="rounded", label="", margin="12")
@@ -314,7 +316,7 @@ class _Picture:
                 above = f"{event}-nobody"
                 column.node(above, "nobody is called", shape="plaintext", style="", fontcolor=_INK)
                 column.edge(event, above)
-            self._last[event] = above
+        return above
 
     def _box(self, column: graphviz.Digraph, box: str, event: str, visit: _Visit) -> None:
         first = visit.calls[0][1]
@@ -408,13 +410,15 @@ def example(
         subsystems: others, behind the built-in ones.
     """
     every = LiveUpdateOps(**dict.fromkeys(_CALLBACKS, lambda device: None))  # type: ignore[arg-type]
-    port_ops = LiveUpdateOps() if drivers else every
+    known = {"port": Driver("port", LiveUpdateOps() if drivers else every)}
     drivers = drivers or [Driver("nic", every)]
+    known.update({driver.name: driver for driver in drivers})
     buses = buses or [Bus("pci", every)]
     tree = DeviceTree()
     port = tree.add("port", None, buses[0].name, "port")
     for number, driver in enumerate(drivers):
-        tree.add(f"{driver.name}{number}", port, buses[0].name, driver.name)
+        name = driver.name.replace("/", "!")
+        tree.add(f"{name}{number}", port, buses[0].name, driver.name)
     parts = {part.name: part for part in (p().subsystem for p in (Regions, Kvm, Iommu, Interrupts))}
     parts.update({part.name: part for part in subsystems})
-    return Cast(tree, [Driver("port", port_ops), *drivers], buses, list(parts.values()))
+    return Cast(tree, list(known.values()), buses, list(parts.values()))

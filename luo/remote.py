@@ -43,6 +43,7 @@ from luo.channel import (
     pack_mask,
     unpack_mask,
 )
+from luo.device import chosen_mask
 from luo.errors import (
     CallbackError,
     HostCrashError,
@@ -228,23 +229,13 @@ class RemoteKernel:
                 if asked.answered.wait(None if told["stopped"] else 0.05):
                     return
 
-    def kill(self, thread: int) -> bool:
-        """Have a thread of this process give up waiting; see :meth:`RemoteOrchestrator.kill`."""
-        return any(
-            [
-                self._ask("kill", of=number)["killed"]
-                for number, asked in tuple(self._waiting.items())
-                if asked.thread == thread
-            ]
-        )
-
     def _receive(self, message: dict[str, Any] | None) -> None:
         """Hand on what came; called by the line."""
         if message is None:
             for left in tuple(self._waiting.values()):
                 left.answered.set()
             return
-        self.luo.note(message.get("facts", {}))
+        self.luo._facts |= message.get("facts", {})
         if "notify" in message:
             self._notified(message["notify"], message["name"])
         elif (asked := self._waiting.pop(message["id"], None)) is not None:
@@ -255,15 +246,12 @@ class RemoteKernel:
         try:
             if what == "sysfs":
                 self.machine.notify(name)
-                return
-            if what == "state":
-                self.luo.note({"state": name.upper()})
-            if self.observer is not None:
+            elif self.observer is not None:
                 self.observer(what, name)
         except Exception:
             _log.warning("%s: told of %s %s", self, what, name, exc_info=True)
 
-    def require_alive(self, what: str) -> None:
+    def _require_alive(self, what: str) -> None:
         """Raise what a question would, if there is nobody to answer it."""
         self._require(what)
         if not self._line.open:
@@ -354,10 +342,15 @@ class RemoteKernel:
             raise TypeError("kexec_load: a kernel in another process is followed by a KernelImage")
         self._require("kexec_load")
         successor = RemoteKernel(self.machine, next, timeout)
-        if self._next is not None:
-            self._next.close()
+        self.kexec_unload()
         self._next = successor
         self._ask("prefault")
+
+    def kexec_unload(self) -> None:
+        """Drop the loaded kernel, if there is one."""
+        if self._next is not None:
+            self._next.close()
+            self._next = None
 
     def kexec(
         self, *, preflight: bool = True, timeout: float = 60.0, verify: bool = False
@@ -422,9 +415,7 @@ class RemoteKernel:
 
     def close(self) -> None:
         """End the process; the machine is off, its memory keeps the bytes."""
-        if self._next is not None:
-            self._next.close()
-            self._next = None
+        self.kexec_unload()
         self._leave()
         process = getattr(self, "_process", None)
         if process is not None:
@@ -457,29 +448,27 @@ class RemoteOrchestrator:
 
     def __init__(self, kernel: RemoteKernel) -> None:
         self._kernel = kernel
+        # What it told last; it tells of every change.
         self._facts = {"state": State.NORMAL.name, "enabled": False, "initialised": False}
 
-    def note(self, facts: dict[str, Any]) -> None:
-        """Note what the other process told of itself."""
-        self._facts |= facts
+    def _fact(self, name: str) -> Any:
+        self._kernel._require_alive(name)
+        return self._facts[name]
 
     @property
     def state(self) -> State:
-        """The present state: what it told last; asks, and waits for, nobody."""
-        self._kernel.require_alive("state")
-        return State[str(self._facts["state"])]
+        """The present state; waits for nobody."""
+        return State[self._fact("state")]
 
     @property
     def enabled(self) -> bool:
         """Whether ``liveupdate=`` and ``kho=`` are both on there."""
-        self._kernel.require_alive("enabled")
-        return bool(self._facts["enabled"])
+        return bool(self._fact("enabled"))
 
     @property
     def initialised(self) -> bool:
         """Whether its directory in ``/sys`` exists."""
-        self._kernel.require_alive("initialised")
-        return bool(self._facts["initialised"])
+        return bool(self._fact("initialised"))
 
     def prepare(self) -> None:
         """As :meth:`luo.liveupdate.Orchestrator.prepare`."""
@@ -494,7 +483,13 @@ class RemoteOrchestrator:
 
         It is one that waits here for the other process, where its call waits for another event.
         """
-        return self._kernel.kill(thread)
+        return any(
+            [
+                self._kernel._ask("kill", of=number)["killed"]
+                for number, asked in tuple(self._kernel._waiting.items())
+                if asked.thread == thread
+            ]
+        )
 
     def cancel(self) -> CancelResult:
         """As :meth:`luo.liveupdate.Orchestrator.cancel`."""
@@ -553,14 +548,9 @@ class RemoteDevices:
         if isinstance(which, str):
             told = self._kernel._ask("request", glob=which, on=on)
         else:
-            mask = np.asarray(which)
             n = len(self._kernel.machine.devices.parents)
-            if mask.dtype != np.bool_:
-                indices, mask = mask, np.zeros(n, np.bool_)
-                if indices.size and not 0 <= int(indices.min()) <= int(indices.max()) < n:
-                    raise from_errno(errno.ENOENT, f"request: device number not in 0..{n - 1}")
-                mask[indices.astype(np.intp)] = True
-            told = self._kernel._ask("request", mask=pack_mask(mask), on=on)
+            mask = pack_mask(chosen_mask(which, n))
+            told = self._kernel._ask("request", mask=mask, nr_devices=n, on=on)
         return int(told["changed"])
 
     def _flags(self, name: str) -> NDArray[np.bool_]:
@@ -669,16 +659,22 @@ class _Server:
         except BaseException as error:
             if "result" not in answer:  # else it was interrupted when it was done
                 answer["error"] = encode_error(error)
-        if main and self._kernel is not None:
-            with contextlib.suppress(StateError):  # it is gone
-                luo = self._kernel.luo
-                answer["facts"] = {
-                    "state": luo.state.name,
-                    "enabled": luo.enabled,
-                    "initialised": luo.initialised,
-                }
+        if main:
+            answer["facts"] = self._facts()
         self._post(answer)
         self._open.pop(number, None)
+
+    def _facts(self) -> dict[str, Any]:
+        """Return what the other side keeps, so that it need not ask."""
+        try:
+            luo = self.kernel.luo
+            return {
+                "state": luo.state.name,
+                "enabled": luo.enabled,
+                "initialised": luo.initialised,
+            }
+        except StateError:  # there is none yet, or any more
+            return {}
 
     def _post(self, message: dict[str, Any]) -> None:
         with contextlib.suppress(Closed):
@@ -689,7 +685,7 @@ class _Server:
         here = threading.current_thread() is self._main
         if here:
             self._telling = True
-        self._post({"notify": what, "name": name})
+        self._post({"notify": what, "name": name, "facts": self._facts()})
         if here:
             self._telling = False
             self._stop_here()
@@ -797,8 +793,8 @@ class _Server:
                 "unreclaimed": list(getattr(result, "unreclaimed", ())),
             }
         except KeyboardInterrupt:
-            if event == "prepare" and (before, luo.state) == (State.NORMAL, State.PREPARED):
-                luo.cancel()  # it came when it was just done
+            if luo.state is State.PREPARED and (before is State.NORMAL or event == "dry_reboot"):
+                luo.cancel()  # it came when PREPARE, or REBOOT, was just done
             raise
 
     def do_reboot(self, verify: bool) -> dict[str, Any]:
@@ -838,12 +834,16 @@ class _Server:
         return {}
 
     def do_request(
-        self, on: bool, glob: str | None = None, mask: str | None = None
+        self, on: bool, glob: str | None = None, mask: str = "", nr_devices: int = 0
     ) -> dict[str, Any]:
-        """Write ``requested``."""
+        """Write ``requested`` of many devices."""
         devices = self.kernel.devices
-        which: Any = glob if glob is not None else unpack_mask(mask or "", len(devices.requested))
-        return {"changed": devices.request(which, on)}
+        if glob is not None:
+            return {"changed": devices.request(glob, on)}
+        known, wanted = len(devices.requested), unpack_mask(mask, nr_devices)
+        if wanted[known:].any():  # they came after this kernel was loaded
+            raise from_errno(errno.ENOENT, f"request: this kernel knows {known} devices")
+        return {"changed": devices.request(wanted[:known], on)}
 
     # ---- questions ----
 

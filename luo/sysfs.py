@@ -25,7 +25,7 @@ import re
 import stat
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from luo.kho import Kho
+    from luo.liveupdate import CancelResult, FinishResult
     from luo.machine import DeviceTree, Machine
 
 __all__ = ["OpenFile", "Stat", "Tree", "debug_files", "parse_long", "write_debug_file"]
@@ -177,6 +178,14 @@ def write_debug_file(kernel: AnyKernel, name: str, value: int) -> None:
 # ---- directories and files ----
 
 
+def _tell(result: CancelResult | FinishResult) -> None:
+    """Log what went wrong in an event that succeeds in any case (RFC v1 1.4)."""
+    for failure in result.failures:
+        _log.warning("%s", failure)
+    for path in getattr(result, "unreclaimed", ()):
+        _log.warning("%s: not reclaimed", path)
+
+
 class Stat(NamedTuple):
     """What ``stat()`` says.
 
@@ -204,7 +213,6 @@ class _Node:
         accepts: numbers that may be written; None for any.
         size: as :class:`Stat` has it.
         device: whose directory or file it is, -1 for none.
-        owner: (uid, gid).
     """
 
     mode: int
@@ -214,7 +222,6 @@ class _Node:
     accepts: tuple[int, ...] | None = None
     size: int = 0
     device: int = -1
-    owner: tuple[int, int] = (0, 0)
 
 
 def _directory(names: Callable[[], list[str]], permissions: int = 0o755, device: int = -1) -> _Node:
@@ -456,7 +463,7 @@ class Tree:
         Raises:
             OSError: ENOENT, ENODEV, EISDIR.
         """
-        self._file(self._kernel(), path)
+        self._ask(lambda kernel: self._file(kernel, path))
         return OpenFile(self, path)
 
     def poll(self, path: str, timeout: float | None = None) -> bool:
@@ -481,16 +488,14 @@ class Tree:
             above = path.rpartition("/")[0]
             code = errno.ENOENT if self._find(kernel, above).names else errno.ENOTDIR
             raise from_errno(code, f"{path}: {errno_name(code)}")
-        if node.device >= 0:
-            node = replace(node, owner=kernel.devices.owners.get(node.device, (0, 0)))
-        if path in self._inodes:
-            mode, owner = self._inodes[path]
-            node = replace(
-                node,
-                mode=node.mode if mode is None else stat.S_IFMT(node.mode) | mode,
-                owner=node.owner if owner is None else owner,
-            )
         return node
+
+    def _inode(self, kernel: AnyKernel, path: str, node: _Node) -> tuple[int, int, int]:
+        """Return mode, user and group of *node*, which is at *path*."""
+        mode, owner = self._inodes.get(path.strip("/"), (None, None))
+        if owner is None:
+            owner = kernel.devices.owners.get(node.device, (0, 0)) if node.device >= 0 else (0, 0)
+        return node.mode if mode is None else stat.S_IFMT(node.mode) | mode, *owner
 
     def _file(self, kernel: AnyKernel, path: str) -> _Node:
         node = self._find(kernel, path)
@@ -567,9 +572,9 @@ class Tree:
                 0o444, lambda: f"{luo.state.name.lower()}\n".encode()
             )
             files[f"{group}/prepare"] = _attribute(
-                0o200, None, lambda on: luo.prepare() if on else luo.cancel(), (0, 1)
+                0o200, None, lambda on: luo.prepare() if on else _tell(luo.cancel()), (0, 1)
             )
-            files[f"{group}/finish"] = _attribute(0o200, None, lambda _: luo.finish(), (1,))
+            files[f"{group}/finish"] = _attribute(0o200, None, lambda _: _tell(luo.finish()), (1,))
         debug = "kernel/debug/liveupdate"
         files[f"{debug}/reboot"] = _attribute(0o200, None, lambda _: luo.dry_reboot(), (1,), size=0)
         files[f"{debug}/kexec"] = _attribute(
@@ -616,8 +621,13 @@ class Tree:
         """
         if not path.strip("/"):
             return Stat(stat.S_IFDIR | 0o755, 0, 0, 0)
-        node: _Node = self._ask(lambda kernel: self._find(kernel, path))
-        return Stat(node.mode, *node.owner, node.size)
+
+        def found(kernel: AnyKernel) -> Stat:
+            node = self._find(kernel, path)
+            return Stat(*self._inode(kernel, path, node), node.size)
+
+        result: Stat = self._ask(found)
+        return result
 
     def read(self, path: str, *, uid: int = 0, gid: int = 0) -> bytes:
         """Return the content of the file *path*, as user *uid* of group *gid*.
@@ -690,9 +700,9 @@ class Tree:
         parts = path.strip("/").split("/")
         for depth in range(1, len(parts) + 1):
             here = "/".join(parts[:depth])
-            node = self._find(kernel, here)
-            shift = 6 if uid == node.owner[0] else 3 if gid == node.owner[1] else 0
-            if not node.mode >> shift & (wanted if depth == len(parts) else 1):
+            mode, owner, group = self._inode(kernel, here, self._find(kernel, here))
+            shift = 6 if uid == owner else 3 if gid == group else 0
+            if not mode >> shift & (wanted if depth == len(parts) else 1):
                 raise from_errno(errno.EACCES, f"{here}: permission denied to user {uid}")
 
     def chown(self, path: str, uid: int, gid: int) -> None:
@@ -707,7 +717,8 @@ class Tree:
         path = path.strip("/")
         kernel = self._kernel()
         node = self._find(kernel, path)
-        mine = node.owner[0] if uid < 0 else uid, node.owner[1] if gid < 0 else gid
+        _, owner, owning_group = self._inode(kernel, path, node)
+        mine = owner if uid < 0 else uid, owning_group if gid < 0 else gid
         if node.device >= 0 and path == f"devices/{self.machine.devices.path(node.device)}":
             kernel.devices.change_owner(node.device, *mine)
             group = f"{path}/liveupdate"

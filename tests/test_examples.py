@@ -65,6 +65,38 @@ def test_first_driver_given_to_luo_run_replaces_built_in_drivers(tmp_path):
     assert document["successor"] == "process"
 
 
+NIC_DRIVER_PRINTS = """\
+sent before, while prepared, and after a dry reboot: 0xa 0xb 0xc
+in the ring in the next kernel: 0xa 0xb 0xc
+and it sends on: descriptor 4
+"""
+
+
+def test_nic_driver_as_a_program_keeps_its_rings(tmp_path):
+    """What was sent until REBOOT is in the rings of the next kernel, which go on."""
+    done = program(EXAMPLES / "nic_driver.py", cwd=tmp_path)
+
+    assert (done.stderr, done.returncode, done.stdout) == ("", 0, NIC_DRIVER_PRINTS)
+
+
+def test_nic_driver_given_to_luo_run_serves_both_cards(tmp_path):
+    """Driver, bus and subsystem are called in both kernels, and every byte is found again."""
+    done = luo_run(
+        "--host", EXAMPLES / "nic_host.toml", "--drivers", EXAMPLES / "nic_driver.py",
+        "--json", "-", cwd=tmp_path,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    calls = {(row["event"], row["name"]): row["calls"] for row in document["callbacks"]}
+    assert [calls[event, "mlx5_core"] for event in ("PREPARE", "REBOOT", "RESTORE", "FINISH")] == [
+        2, 2, 2, 2,
+    ]  # fmt: skip
+    assert calls["PREPARE", "pci"] > 2
+    assert calls["FINISH", "nic-totals"] == 1
+    assert document["devices"]["verified_bytes"] == document["devices"]["state_bytes"]
+
+
 def test_failing_driver_as_a_program_shows_error_and_rollback(tmp_path):
     """Event, driver, device, errno, file and line are in the error; nothing is left behind."""
     driver = EXAMPLES / "failing_driver.py"

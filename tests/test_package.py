@@ -60,7 +60,11 @@ def test_all_of_each_module_names_what_is_there():
         if path.name == "__main__.py":
             continue
         parts = path.relative_to(Path(luo.__file__).parent).with_suffix("").parts
-        module = importlib.import_module(".".join(("luo", *parts)).removesuffix(".__init__"))
+        try:
+            module = importlib.import_module(".".join(("luo", *parts)).removesuffix(".__init__"))
+        except (ImportError, OSError):
+            assert path.name == "fuse.py"  # needs an extra and libfuse
+            continue
         missing = [name for name in getattr(module, "__all__", ()) if not hasattr(module, name)]
 
         assert missing == [], module.__name__

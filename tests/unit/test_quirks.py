@@ -11,7 +11,8 @@ import pytest
 
 import luo
 from luo.abi import GENERATIONS
-from luo.demonstrations import DEMONSTRATIONS, run
+from luo.demonstrations import DEMONSTRATIONS, Stage, run
+from luo.device import Bus, Driver, LiveUpdateOps
 from luo.kernel import Kernel
 from luo.machine import Machine
 from luo.quirks import HOME, QUIRKS, resolve
@@ -290,6 +291,104 @@ def test_demonstration_on_the_newest_generation_differs_alike(name):
     """What needs no inline tree can be had on Linux 7.3's handover too."""
     assert wrong(run(name, kho_abi="kho-v4"), name, WITHOUT) == {}
     assert wrong(run(name, quirks=(name,), kho_abi="kho-v4"), name, WITH) == {}
+
+
+# ---- the other faces that the specification names ----
+
+
+@pytest.mark.parametrize(
+    ("quirks", "ended", "called", "state"),
+    [
+        ((), "EINVAL", "REBOOT first second, CANCEL third second first", "NORMAL"),
+        (("positive-return-stops",), "ok", "REBOOT first second", "UPDATED"),
+    ],
+)
+def test_positive_return_in_reboot_lets_the_jump_go_ahead(quirks, ended, called, state):
+    """1.7: later subsystems are skipped, and the kexec goes ahead."""
+    stage = Stage("intended", quirks, HOME)
+    kernel = stage.boot(
+        stage.subsystem("first"), stage.subsystem("second", reboot=16), stage.subsystem("third")
+    )
+    kernel.kexec_load(stage.kernel())
+    kernel.luo.prepare()
+    stage.called()
+    stage.do("jump", kernel.kexec)
+    with stage.running as running:
+        assert stage.rows[-1].seen == ended
+        assert stage.called() == called
+        assert running.luo.state.name == state
+
+
+@pytest.mark.parametrize(
+    ("quirks", "called", "preserved"),
+    [
+        ((), "CANCEL bus.nic1 nic1 bus.nic0 nic0", [False, False]),
+        (("reboot-half-cancelled",), "CANCEL nic0", [True, True]),
+    ],
+)
+def test_reboot_of_a_bus_that_fails_cancels_the_driver_of_its_device(quirks, called, preserved):
+    """1.10, 1.14: under the quirk the device whose bus fails gets its driver's CANCEL alone."""
+    stage = Stage("intended", quirks, HOME)
+    calls = []
+
+    def note(event, who):
+        def callback(device):
+            calls.append((event, f"{who}{device.name}"))
+            return -5 if (event, who) == ("REBOOT", "bus.") else None
+
+        return callback
+
+    def ops(who):
+        return LiveUpdateOps(reboot=note("REBOOT", who), cancel=note("CANCEL", who))
+
+    for name in ("nic0", "nic1"):
+        stage.machine.devices.add(name, None, "pci", "nic")
+    with Kernel(
+        stage.machine,
+        drivers=[Driver("nic", ops(""))],
+        buses=[Bus("pci", ops("bus."))],
+        kho_abi=HOME,
+        quirks=quirks,
+    ).boot() as kernel:
+        kernel.devices.request("*")
+        kernel.luo.prepare()
+        stage.do("reboot", kernel.luo.reboot)
+        cancelled = [who for event, who in calls if event == "CANCEL"]
+
+        assert stage.rows[-1].seen == "EIO"
+        assert " ".join(("CANCEL", *cancelled)) == called
+        assert kernel.devices.preserved.tolist() == preserved
+
+
+@pytest.mark.parametrize(
+    ("quirks", "called"),
+    [
+        ((), "FINISH third second first"),
+        (("failure-stops-the-rest",), "FINISH third second"),
+        (("failure-stops-the-rest", "cancel-not-reversed"), "FINISH first second"),
+    ],
+)
+def test_finish_that_fails_keeps_the_rest_from_being_called(quirks, called):
+    """1.6: the chain stops at the failing callback of FINISH too; the state is NORMAL anyway."""
+    stage = Stage("intended", quirks, HOME)
+
+    def subsystems():
+        return [
+            stage.subsystem("first"),
+            stage.subsystem("second", finish=-5),
+            stage.subsystem("third"),
+        ]
+
+    kernel = stage.boot(*subsystems())
+    kernel.kexec_load(stage.kernel(*subsystems()))
+    kernel.luo.prepare()
+    with kernel.kexec() as running:
+        stage.called()
+        failures = running.luo.finish().failures
+
+        assert stage.called() == called
+        assert [failure.name for failure in failures] == ["second"]
+        assert running.luo.state.name == "NORMAL"
 
 
 # ---- resolve() ----

@@ -233,15 +233,23 @@ def test_remote_failed_prepare_notifies_nobody(tmp_path):
         assert heard == []
 
 
-def test_remote_boot_is_announced_by_the_cached_state():
-    """The state is known when the kernel runs, without a question."""
+def test_remote_state_is_known_while_it_restores(tmp_path):
+    """A restore callback takes its time: the kernel runs already, and says UPDATED."""
     machine = kernels.machine()
     kernel = kernels.plain(machine).boot()
     kernel.devices.request("*")
-    kernel.kexec_load(PLAIN)
+    gate = Gate(tmp_path, "RESTORE")
+    kernel.kexec_load(gate.image)
     kernel.luo.prepare()
-    with kernel.kexec() as remote:
-        assert remote.luo.state is State.UPDATED
+    thread = Caller(kernel.kexec)
+    gate.wait()
+    remote = machine.running
+    assert (remote.luo.state, remote.luo.initialised) == (State.UPDATED, True)
+    assert not remote.devices.reclaimed.all()
+    gate.open()
+    with thread.outcome() as same:
+        assert same is remote
+        assert remote.devices.reclaimed.all()
 
 
 def test_remote_question_from_an_observer_is_edeadlk(remote):
@@ -387,6 +395,10 @@ def test_remote_request_of_no_device_is_index_error(remote):
     with pytest.raises(IndexError):
         remote.devices.request_one(99, True)
     assert errno_of(remote.devices.request, [99]) == errno.ENOENT
+    with pytest.raises(TypeError, match="float64"):
+        remote.devices.request([1.5])
+    with pytest.raises(ValueError, match="shape"):
+        remote.devices.request([True])
 
 
 def test_remote_device_that_came_since_is_not_known_there(remote):
@@ -394,6 +406,9 @@ def test_remote_device_that_came_since_is_not_known_there(remote):
     remote.machine.devices.add("new")
     assert remote.devices.requested.tolist() == [True] * 5 + [False]
     assert len(remote.devices.references) == 6
+    assert remote.devices.request([2, 3], on=False) == 2
+    assert errno_of(remote.devices.request, [2, 5]) == errno.ENOENT
+    assert not remote.devices.requested[2]
 
 
 def test_remote_kexec_without_an_image_runs_reboot_under_the_quirk():

@@ -117,7 +117,7 @@ def test_list_after_devices_come_and_go_is_the_present(kernel, tree):
 def test_list_of_names_that_are_not_utf8_keeps_their_bytes():
     """Names come as ``os.fsdecode()`` has them, and lead back to the device."""
     devices = DeviceTree()
-    devices.add(b"caf\xe9".decode("utf-8", "surrogateescape"))
+    devices.add(b"gr\xfcn".decode("utf-8", "surrogateescape"))
     with small_kernel(Machine("64MiB", devices), Log()).boot() as kernel:
         tree = Tree(kernel.machine)
         (name,) = tree.list("devices")
@@ -226,6 +226,19 @@ def test_two_updates_by_files_go_through_three_kernels(in_process):
             tree.write(FINISH, "1\n")
             assert tree.read(STATE) == b"normal\n"
         assert tree.machine.running.kexec_loaded
+
+
+def test_events_that_succeed_in_any_case_log_what_failed(caplog, log, kernel, tree):
+    """CANCEL and FINISH end in NORMAL; which callback failed, and why, is in the log."""
+    log.faults["CANCEL", "driver", "nvme", "pci0/disk"] = -errno.EIO
+    tree.write(f"{DISK}/liveupdate/requested", "1")
+    tree.write(PREPARE, "1")
+    tree.write(PREPARE, "0")
+
+    assert tree.read(STATE) == b"normal\n"
+    assert "CANCEL driver nvme" in caplog.text
+    assert "pci0/disk" in caplog.text
+    assert "EIO" in caplog.text
 
 
 @WHERE

@@ -424,7 +424,7 @@ class Devices(Mortal):
         self.nr_linked = 0
         self.owners: dict[int, tuple[int, int]] = {}
         self._writing = threading.Lock()  # readers of the state write flags beside each other
-        self._moved: dict[int, int] = {}  # bound anew: place behind all that were not
+        self._moved: dict[int, tuple[int, int]] = {}  # bound anew: behind whom, and when
         self._orphans: set[int] = set()  # lost their driver while they were requested
         self._nr_early = 0  # enumerated before it was known whether KHO is on
         self._slots: dict[str, tuple[NDArray[np.uint64], NDArray[np.uint64]]] = {}

@@ -26,6 +26,7 @@ from luo.errors import (
     HandoverError,
     HostCrashError,
     KernelPanic,
+    KhoBusyError,
     LuoError,
     StateError,
     SuccessorError,
@@ -65,10 +66,14 @@ ROLLED_BACK: Final = "rolled back"
 COMPLETED: Final = "completed"
 CRASHED: Final = "crashed host, as it must"
 
-#: What a user does: an update; one that is cancelled; one that lacks the image to jump into.
+#: What a user does: an update; one that is cancelled; one that lacks the image to jump into; one
+#: of a device whose driver goes, or goes and comes back; one that a subsystem wants to leave.
 UPDATE: Final = ("load", "prepare", "kexec", "finish")
 CANCEL: Final = ("load", "prepare", "cancel")
 UNLOADED: Final = ("prepare", "kexec", "cancel")
+UNBOUND: Final = ("load", "unbind", "prepare", "kexec", "finish")
+REBOUND: Final = ("load", "unbind", "bind", "prepare", "cancel")
+LEAVING: Final = ("load", "prepare", "unregister", "cancel")
 
 #: Events in the successor: who dies there takes the host with it.
 BEYOND: Final = frozenset({"BOOT", "RESTORE", "PROBE", "FINISH"})
@@ -340,6 +345,7 @@ class Trial:
         self.finished: FinishResult | None = None
         self.kept: NDArray[np.bool_] | None = None
         self.own_page = 0
+        self.unbound = ""
         self.due: set[int] = set()
         self.process = 0
         self.reclaimed: NDArray[np.bool_] | None = None
@@ -410,6 +416,31 @@ class Trial:
         self.old.kexec_load(mortal_image(image, self.rig.quirks, death))
         assert isinstance(self.old._next, RemoteKernel)
         self.process = self.old._next.pid
+
+    def _unbind(self) -> None:
+        device = self.old.devices[self._subject_device]
+        assert device.driver is not None
+        self.unbound = device.driver.name
+        self.steps.append(f'kernel.devices["{device.path}"].unbind()')
+        device.unbind()
+
+    def _bind(self) -> None:
+        device = self.old.devices[self._subject_device]
+        self.steps.append(f'kernel.devices["{device.path}"].bind("{self.unbound}")')
+        device.bind(self.unbound)
+        self.unbound = ""
+
+    @property
+    def _subject_device(self) -> int:
+        number = self.case.faults[0].device
+        assert number is not None
+        return number
+
+    def _unregister(self) -> None:
+        name = min(self.old_watch.priorities)
+        self.steps.append(f'kernel.luo.unregister("{name}")')
+        with contextlib.suppress(KhoBusyError):
+            self.old.luo.unregister(name)
 
     def _prepare(self) -> None:
         self._say("kernel.luo.prepare()", "STATE_SIZE", "PREPARE")
@@ -534,6 +565,9 @@ class Trial:
             self._judge_no_reboot("room", "KHO's tree does not fit")
             with contextlib.suppress(LuoError):  # frozen: the look finds that
                 self.old.kho.fdt_max = abi.KHO_FDT_MAX
+        if self.unbound:
+            self._bind()
+            self.steps.pop()  # it is for the next case
         self.wrong += _differences(self.rig.before, look(self.old))
         self._judge_cancels()
         self._judge_order("CANCEL", self.old_watch)

@@ -26,6 +26,9 @@ from luo.fault_trial import (
     BEYOND,
     CANCEL,
     ENGINE,
+    LEAVING,
+    REBOUND,
+    UNBOUND,
     UNLOADED,
     UPDATE,
     Build,
@@ -404,6 +407,7 @@ class _Campaign:
             for after in ("update", "kexec"):
                 yield Case((REFUSAL,), after=after)
             yield Case((Fault("kernel", "no image", "REBOOT", "errno"),), script=UNLOADED)
+            yield from self._going()
         if "memory" in self.kinds:
             for event, count in self._allocations.items():
                 step = max(1.0, count / _MANY)
@@ -412,6 +416,21 @@ class _Campaign:
                     yield Case((Fault(*ENGINE, event, "memory", None, place),))
             if self._inline:
                 yield Case((Fault(*ENGINE, "PREPARE", "memory"),), room=_NO_ROOM)
+
+    def _going(self) -> Iterator[Case]:
+        """Yield updates in which a driver or a subsystem goes."""
+        assert self._rig is not None
+        devices = self._rig.kernel.devices
+        bound = [index for index in self.devices if devices.driver_ids[index] >= 0]
+        if bound:
+            yield Case((Fault("kernel", "driver gone", "PREPARE", "errno", bound[0]),), UNBOUND)
+        for index in bound:
+            if devices.below(index)[list(self.devices)].any():
+                fault = Fault("kernel", "driver bound anew", "PREPARE", "errno", index)
+                yield Case((fault,), REBOUND)
+                break
+        if self._rig.watch.priorities:
+            yield Case((Fault("kernel", "subsystem gone", "CANCEL", "errno"),), LEAVING)
 
     def _pairs(self, sites: dict[tuple[str, str, str], list[Call]]) -> Iterator[Case]:
         """Yield two faults in one update, of one kind."""
@@ -488,7 +507,9 @@ class _Campaign:
 
         def attempt(case: Case, devices: tuple[int, ...]) -> bool:
             nonlocal best
-            if next(tries, None) is None:
+            # Whose driver goes must be requested, or it is another case.
+            kept = {fault.device for fault in case.faults if fault.kind == "kernel"} - {None}
+            if not kept <= set(devices) or next(tries, None) is None:
                 return False
             shown = self._shows(case, devices, check, self.quirks)
             if shown is not None:

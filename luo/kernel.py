@@ -597,7 +597,7 @@ class Kernel:
         self.luo.refuse_callback("kexec")
         if self._next is None:
             if "no-image-check" in self.quirks and self.luo.reboot():
-                self.cancel_reboot()
+                self.luo.cancel()
             raise StateError(errno.EINVAL, "kexec: no kernel image is loaded")
         successor, self._next = self._next, None
         return jump(
@@ -658,10 +658,6 @@ class Kernel:
             "map_bytes": self._kho.tree_pages * self.machine.memory.page_size,
             "preserved_pages": self._kho.preserved_pages,
         }
-
-    def cancel_reboot(self) -> bool:
-        """Cancel after a failed jump; returns whether nothing failed."""
-        return not self.luo.cancel().failures
 
     def depart(self) -> None:
         """Be gone: the commit point is passed."""

@@ -424,10 +424,10 @@ def whose(kernel: Any, phys: SupportsIndex, nbytes: SupportsIndex) -> list[Exten
         KhoError: EINVAL if the range is empty or not RAM.
         StateError: ESHUTDOWN if the kernel is gone.
     """
-    remote = getattr(kernel, "whose", None)
-    if remote is not None:
-        return [Extent(*extent) for extent in remote(phys, nbytes)]
     begin, end = operator.index(phys), operator.index(phys) + operator.index(nbytes)
+    if hasattr(kernel, "whose"):  # it is in another process
+        extents: list[Extent] = kernel.whose(begin, end - begin)
+        return extents
     memory: PhysicalMemory = kernel.memory
     if end <= begin or not memory.contains(begin, end - begin):
         raise from_errno(errno.EINVAL, f"whose {begin:#x}+{end - begin:#x}: not in RAM")
@@ -442,7 +442,7 @@ def whose(kernel: Any, phys: SupportsIndex, nbytes: SupportsIndex) -> list[Exten
     owners = ["reserved"] * (len(edges) - 1)
     for start, stop, owner in claims:  # the more specific come later
         owners[place[start] : place[stop]] = [owner] * (place[stop] - place[start])
-    extents: list[Extent] = []
+    extents = []
     for start, stop, owner in zip(edges, edges[1:], owners, strict=False):
         if extents and extents[-1].owner == owner:
             extents[-1] = extents[-1]._replace(nbytes=stop - extents[-1].phys)

@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 
+import numpy as np
 import pytest
 import ring_kernels
 from rig import errno_of, leave
@@ -465,6 +466,19 @@ def test_check_names_a_ring_that_was_freed_under_its_device(machine):
     assert before == kernel.strays == []
     assert dma.check(kernel) == [dma.Stray(NIC, stream.phys, NBYTES, "free")]
     kernel.close()
+
+
+def test_check_of_a_kernel_in_another_process_asks_it(machine):
+    """The ring is what the other process says that it is: allocated, or free if forgotten."""
+    kernel, nic, disk = running(machine, NIC, DISK, disk=FORGOTTEN)
+
+    with live_update(kernel, KernelImage(IMAGE, args={"disk": FORGOTTEN})).kernel as new:
+        free = dma.Stray(DISK, disk.phys, NBYTES, "free")
+
+        assert dma.check(new) == new.strays == [free]
+        assert dma.whose(new, np.uint64(nic.phys), 1) == [
+            dma.Extent(nic.phys, 1, f"allocated {nic.phys:#x}/order 2")
+        ]
 
 
 @pytest.mark.parametrize(

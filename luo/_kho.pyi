@@ -512,6 +512,7 @@ class NativeCallback:
     def keepalive(self) -> object: ...
 
 def capsule_address(capsule: object, name: str) -> tuple[int, int]: ...
+
 @final
 class CallTable:
     def __new__(
@@ -534,6 +535,7 @@ def call_devices(
     tables: list[CallTable],
     done: NDArray[np.uint8],
     failures: list[tuple[int, int, object]] | None,
+    scope: NativeScope | None = None,
 ) -> tuple[int, int, object] | None: ...
 def pack_slots(
     sizes: NDArray[np.uint64], slab_bytes: int

@@ -21,6 +21,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
+from luo.abi import generation
 from luo.errors import LuoError
 from luo.fault_trial import (
     BEYOND,
@@ -285,6 +286,10 @@ class _Campaign:
         with subject.first(subject.machine()) as kernel:
             self.quirks = frozenset(kernel.quirks)
             self.devices = self._chosen(kernel, requests)
+            self._inline = generation(kernel.kho_abi).inline
+            self._bound = [n for n in self.devices if kernel.devices.driver_ids[n] >= 0]
+            below = kernel.devices.below
+            self._ports = [n for n in self._bound if below(n)[list(self.devices)].any()]
             self.report.unused += unused(kernel)
         self._rig: Rig | None = None
         self._explained: dict[Any, list[Violation]] = {}
@@ -425,17 +430,13 @@ class _Campaign:
 
     def _going(self) -> Iterator[Case]:
         """Yield updates in which a driver or a subsystem goes."""
-        assert self._rig is not None
-        devices = self._rig.kernel.devices
-        bound = [index for index in self.devices if devices.driver_ids[index] >= 0]
-        if bound:
-            yield Case((Fault("kernel", "driver gone", "PREPARE", "errno", bound[0]),), UNBOUND)
-        for index in bound:
-            if devices.below(index)[list(self.devices)].any():
-                fault = Fault("kernel", "driver bound anew", "PREPARE", "errno", index)
-                yield Case((fault,), REBOUND)
-                break
-        if self._rig.watch.priorities:
+        for script, who, devices in (
+            (UNBOUND, "driver gone", self._bound),
+            (REBOUND, "driver bound anew", self._ports),
+        ):
+            for index in devices[:1]:
+                yield Case((Fault("kernel", who, "PREPARE", "errno", index),), script)
+        if any(kind == "subsystem" for kind, _, _ in self._keys):
             yield Case((Fault("kernel", "subsystem gone", "CANCEL", "errno"),), LEAVING)
 
     def _pairs(self, sites: dict[tuple[str, str, str], list[Call]]) -> Iterator[Case]:
@@ -583,11 +584,6 @@ class _Campaign:
             if cured(rest):
                 guilty = rest
         return tuple(guilty)
-
-    @property
-    def _inline(self) -> bool:
-        assert self._rig is not None
-        return self._rig.kernel.kho.generation.inline
 
 
 def _simpler(case: Case) -> Iterator[Case]:

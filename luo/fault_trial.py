@@ -505,6 +505,7 @@ class Trial:
 
     def _judge(self) -> None:
         self.calls = [*self.old_watch.calls, *self.new_watch.calls]
+        self._judge_callbacks()
         running = self.rig.machine.running
         if running is self.old:
             self.outcome = ROLLED_BACK
@@ -515,6 +516,16 @@ class Trial:
         else:
             self.outcome = COMPLETED
             self._judge_new()
+
+    def _judge_callbacks(self) -> None:
+        """Who is not made to fail does not; who failed RESTORE may have nothing to FINISH."""
+        asked = {fault.key[:2] for fault in self.case.faults}
+        found = [
+            f"{self._who(call)} failed {call.event}, and no fault was put there"
+            for call in self.calls
+            if not call.ok and call.key[:2] not in asked and ENGINE not in asked
+        ]
+        self._check("no fault", *found[:2])
 
     def _expected(self) -> str:
         death = self._death()

@@ -6,6 +6,7 @@ more: :mod:`luo.machine` and :mod:`luo.kernel` for the two lifecycles, :mod:`luo
 the bytes underneath.
 """
 
+from pathlib import Path
 from typing import Any
 
 try:
@@ -19,7 +20,7 @@ except ModuleNotFoundError as error:
         "'python setup.py build_ext --inplace'"
     ) from None
 
-from luo.device import Bus, Device, DeviceBatch, Devices, Driver, LiveUpdateOps, batch
+from luo.device import Bus, Device, DeviceBatch, Devices, Driver, LiveUpdateOps, batch, native
 from luo.errors import (
     CallbackError,
     FdtError,
@@ -88,11 +89,18 @@ __all__ = [
     "Subsystem",
     "SuccessorError",
     "batch",
+    "get_include",
     "live_update",
+    "native",
     "parse_size",
     "radix_decode",
     "radix_key",
 ]
+
+
+def get_include() -> str:
+    """Return the directory of ``luo.h``, for compilers."""
+    return str(Path(__file__).parent / "include")
 
 
 def __getattr__(name: str) -> Any:

@@ -488,6 +488,32 @@ class DeviceRef:
     def __hash__(self) -> int: ...
 
 @final
+class NativeScope:
+    def __new__(
+        cls,
+        memory: PhysicalMemory,
+        table: DeviceTable,
+        event: str,
+        slots: dict[str, tuple[NDArray[np.uint64], NDArray[np.uint64]]],
+        preserved: NDArray[np.bool_] | None,
+        reclaimed: NDArray[np.bool_] | None,
+    ) -> Self: ...
+
+@final
+class NativeCallback:
+    def __new__(
+        cls, address: SupportsIndex, ctx: SupportsIndex = 0, keepalive: object = None
+    ) -> Self: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def ctx(self) -> int: ...
+    @property
+    def keepalive(self) -> object: ...
+
+def capsule_address(capsule: object, name: str) -> tuple[int, int]: ...
+
+@final
 class CallTable:
     def __new__(
         cls,
@@ -509,6 +535,7 @@ def call_devices(
     tables: list[CallTable],
     done: NDArray[np.uint8],
     failures: list[tuple[int, int, object]] | None,
+    scope: NativeScope | None = None,
 ) -> tuple[int, int, object] | None: ...
 def pack_slots(
     sizes: NDArray[np.uint64], slab_bytes: int

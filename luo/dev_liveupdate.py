@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luo import abi
-from luo._kho import CallTable, call_devices, pack_slots
+from luo._kho import CallTable, NativeCallback, NativeScope, call_devices, pack_slots
 from luo.device import Batch, Bus, Device, DeviceBatch, Devices, Driver
 from luo.device_records import SIDES, Address, DeviceRecords, Index, slot_digests
 from luo.errors import CallbackError, StateError, from_errno
@@ -72,6 +72,7 @@ class _Walk:
         phys, nbytes: of each slot, by side, in the order of the walk.
         runs, places, chosen, tables: by event, who is called: the runs, which are cut from the
             chosen devices, their places in the walk, and the callbacks of each side.
+        scopes: by event, what native callbacks reach, if there are any.
     """
 
     order: Index
@@ -81,6 +82,7 @@ class _Walk:
     places: dict[str, NDArray[np.intp]] = field(default_factory=dict)
     chosen: dict[str, Index] = field(default_factory=dict)
     tables: dict[str, dict[str, CallTable]] = field(default_factory=dict)
+    scopes: dict[str, NativeScope | None] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -283,6 +285,7 @@ class DeviceParticipant:
         walk.chosen[event] = chosen
         walk.runs[event] = list(self._cut(walk, places, chosen, batch))
         walk.tables[event] = {side: self._table(side, event) for side in SIDES}
+        walk.scopes[event] = self._scope(event)
 
     def _cut(
         self, walk: _Walk, places: NDArray[np.intp], chosen: Index, batch: NDArray[np.bool_]
@@ -320,6 +323,22 @@ class DeviceParticipant:
         mode = _MODE.get(event, "plain")
         return CallTable(self._ids(side), calls, np.array(keys, np.int32), _BIT[side], mode)
 
+    def _scope(self, event: str) -> NativeScope | None:
+        """Return what the native callbacks of *event* reach, None if there are none."""
+        devices = self.devices
+        callbacks = (
+            getattr(owner.ops, event.lower())
+            for side in SIDES
+            for owner in self._owners(side)
+            if owner.ops is not None
+        )
+        if not any(isinstance(callback, NativeCallback) for callback in callbacks):
+            return None
+        flags = (devices.preserved, devices.reclaimed) if self.records is not None else (None, None)
+        return NativeScope(
+            devices.kernel.memory, devices.tree.table, event, devices.slots(), *flags
+        )
+
     def _key(self, event: str, side: str, name: str) -> int:
         return self._recorder.key(self.name, event, side, name)
 
@@ -338,7 +357,10 @@ class DeviceParticipant:
             [walk.tables[event][side] for side in sides],
             self._done,
             collect,
+            walk.scopes[event],
         )
+        if walk.scopes[event] is not None and event == RESTORE:
+            self.devices.kernel.luo.note_reclaim()  # native code reclaims without a word
         interrupt = None
         for device, side, outcome in collect or ():
             if isinstance(outcome, BaseException) and not isinstance(outcome, Exception):
@@ -905,6 +927,18 @@ class DeviceParticipant:
         failures = self.collect()
         if failures:
             raise failures[0]
+
+    def note_binding(self, index: int) -> None:
+        """Have REBOOT and CANCEL call the driver that was bound to a device since PREPARE.
+
+        Only the quirk eligibility-checked-once lets that happen: tables are looked up at call time.
+        """
+        if not self.prepared or self._place(index) < 0:
+            return
+        assert self._walk is not None
+        self._done[index] |= _BIT["driver"]
+        for event in (Event.REBOOT.name, Event.CANCEL.name):
+            self._walk.runs.pop(event, None)
 
     def _reclaim_the_rest(self, walk: _Walk) -> None:
         """Reclaim the devices that have no restore callback: nobody else would.

@@ -479,6 +479,10 @@ class Kernel:
         """Restore a device that came over and was bound to a driver after boot."""
         self._layer.restore_device(index)
 
+    def note_binding(self, index: int) -> None:
+        """Let an update that is prepared know that a device has another driver."""
+        self._layer.note_binding(index)
+
     def kho_node(self, owner: Device | Driver | Bus) -> KhoNode:
         """Return the KHO node of *owner*; see :attr:`luo.device.Device.kho_node`."""
         return self._layer.kho_node(owner)
@@ -593,7 +597,7 @@ class Kernel:
         self.luo.refuse_callback("kexec")
         if self._next is None:
             if "no-image-check" in self.quirks and self.luo.reboot():
-                self.cancel_reboot()
+                self.luo.cancel()
             raise StateError(errno.EINVAL, "kexec: no kernel image is loaded")
         successor, self._next = self._next, None
         return jump(
@@ -654,10 +658,6 @@ class Kernel:
             "map_bytes": self._kho.tree_pages * self.machine.memory.page_size,
             "preserved_pages": self._kho.preserved_pages,
         }
-
-    def cancel_reboot(self) -> bool:
-        """Cancel after a failed jump; returns whether nothing failed."""
-        return not self.luo.cancel().failures
 
     def depart(self) -> None:
         """Be gone: the commit point is passed."""

@@ -827,8 +827,9 @@ class Orchestrator(Mortal):
         if self._left is not None:
             code = self._kho.add_node(None, abi.LUO_NODE, self._left)
             raise KhoError(code, f"REBOOT: kho_add_node() returned {code}: {abi.LUO_NODE} is there")
-        self._joined = node = self._node()
+        node = self._node()
         self._kho.add_node(None, abi.LUO_NODE, node)
+        self._joined = node  # not before: what is not in cannot be taken out again
 
     def take_back(self) -> None:
         """Withdraw LUO's node after a jump that did not happen, from outside of any event."""

@@ -586,7 +586,9 @@ class Kernel:
     def _adopt(self, records: list[Record]) -> None:
         """Find the devices that came over (2, number 6)."""
         devices = self.machine.devices
-        here = {(devices[number].path, devices[number].bus): number for number in self.machine.alive()}
+        here = {
+            (devices[number].path, devices[number].bus): number for number in self.machine.alive()
+        }
         for record in records:
             number = here.get((record.path, record.bus))
             if number is not None:

@@ -319,9 +319,7 @@ class LiveUpdates(RuleBasedStateMachine):
         if number is not None:
             self.faults(data, lambda plan: plan.bind(number, name))
             device = self.kernel.devices[self.hardware.devices[number].path]
-            self.both(
-                lambda: self.model.bind(number, name), lambda: device.bind(name)
-            )
+            self.both(lambda: self.model.bind(number, name), lambda: device.bind(name))
 
     @rule(data=st.data())
     def unbind(self, data):
@@ -359,7 +357,9 @@ class LiveUpdates(RuleBasedStateMachine):
         alive = self.hardware.alive()
         for flag in ("requested", "preserved", "reclaimed"):
             column = getattr(devices, flag)
-            assert {number for number in alive if column[number]} == getattr(model, flag).intersection(alive), flag
+            assert {number for number in alive if column[number]} == getattr(
+                model, flag
+            ).intersection(alive), flag
         drivers = {number: devices.driver_of(number) for number in alive}
         names = {number: driver and driver.name for number, driver in drivers.items()}
         assert names == {number: model.bound[number] for number in alive}

@@ -113,7 +113,8 @@ def test_requested_written_by_8_threads_during_1000_updates_loses_nothing(reques
         try:
             devices.request_one(index, on)
         except OSError as error:
-            assert error.errno == errno.EINVAL
+            if error.errno != errno.EINVAL:
+                raise
             refused.set()
             return False
         written.set()

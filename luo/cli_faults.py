@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import sys
 from collections import Counter
@@ -82,7 +83,7 @@ def faults(
         check_writable(str(json_file))
     console = Console(stderr=json_file == "-", highlight=False)
     try:
-        with _interruptible() as stopped, _progress() as progress, wrong_input():
+        with _interruptible() as stopped, _quiet(), _progress() as progress, wrong_input():
             host = source.read()
             image = image_of(host, kernels)
             _require_use(host, image)
@@ -138,6 +139,17 @@ def _interruptible() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the log of the faults off the screen, unless somebody has asked for it."""
+    handler = logging.NullHandler()
+    logging.getLogger("luo").addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger("luo").removeHandler(handler)
 
 
 def _progress() -> Progress:

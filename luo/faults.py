@@ -21,6 +21,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
+from luo.abi import generation
 from luo.errors import LuoError
 from luo.fault_trial import (
     BEYOND,
@@ -281,10 +282,14 @@ class _Campaign:
         self.kinds = kinds if subject.image else tuple(k for k in kinds if k != "death")
         self.report = FaultReport()
         self._progress = progress
-        self._done = self._total = 0
+        self._total = 0
         with subject.first(subject.machine()) as kernel:
             self.quirks = frozenset(kernel.quirks)
             self.devices = self._chosen(kernel, requests)
+            self._inline = generation(kernel.kho_abi).inline
+            self._bound = [n for n in self.devices if kernel.devices.driver_ids[n] >= 0]
+            below = kernel.devices.below
+            self._ports = [n for n in self._bound if below(n)[list(self.devices)].any()]
             self.report.unused += unused(kernel)
         self._rig: Rig | None = None
         self._explained: dict[Any, list[Violation]] = {}
@@ -316,32 +321,39 @@ class _Campaign:
         cases = [*self._callback_cases(sites), *self._engine_cases()]
         if pairs:
             cases += self._pairs(sites)
-        self._total = len(cases)
+        self._run(cases)
+        missing = self._keys - set(sites)
+        if any(event in ("PROBE", "SHUTDOWN") for *_, event in missing) and self.devices:
+            # All devices of that driver are preserved, so nobody probes them or shuts them down.
+            self.close()
+            self.devices = ()
+            others = {key: calls for key, calls in self._learn().items() if key in missing}
+            self._run([*self._callback_cases(others)])
+            missing -= set(others)
+        self.report.uncovered += sorted(
+            " ".join(key) for key in missing if " ".join(key[:2]) not in self.report.unused
+        )
+
+    def _run(self, cases: list[Case]) -> None:
+        self._total = len(self.report.rows) + len(cases)
         for case in cases:
             self._case(case)
 
     def _tell(self, what: str) -> None:
         if self._progress is not None:
-            self._progress(self._done, self._total, what)
+            self._progress(len(self.report.rows), self._total, what)
 
     def _learn(self) -> dict[tuple[str, str, str], list[Call]]:
         """Update and cancel once without a fault, and return who was called, by key."""
-        calls: list[Call] = []
-        watch = None
+        sites: dict[tuple[str, str, str], list[Call]] = {}
         for case in (Case(script=CANCEL, after="kexec"), Case()):
             trial = self._case(case)
-            wanted = ("CANCEL",) if case.script == CANCEL else tuple(set(EVENTS) - {"CANCEL"})
-            calls += [call for call in trial.calls if call.event in wanted]
-            watch = trial.old_watch
-            self._allocations = trial.allocations
-        sites: dict[tuple[str, str, str], list[Call]] = {}
-        for call in calls:
-            sites.setdefault(call.key, []).append(call)
-        assert watch is not None
-        self._batched = set(watch.batched)
-        for kind, name, event in sorted(watch.keys - set(sites)):
-            if f"{kind} {name}" not in self.report.unused:
-                self.report.uncovered.append(f"{kind} {name} {event}")
+            for call in trial.calls:
+                if (call.event == "CANCEL") == (case.script == CANCEL):
+                    sites.setdefault(call.key, []).append(call)
+        self._keys = trial.old_watch.keys
+        self._batched = trial.old_watch.batched
+        self._allocations = trial.allocations
         return sites
 
     def _case(self, case: Case) -> Trial:
@@ -361,7 +373,6 @@ class _Campaign:
             if not taken & self.quirks:
                 break
             self.quirks -= taken
-        self._done += 1
         where = trial.path_of(case.faults[0].device) if case.faults else ""
         row = FaultRow(case.faults, where, trial.outcome, tuple(trial.checks), tuple(violations))
         self.report.rows.append(row)
@@ -419,17 +430,13 @@ class _Campaign:
 
     def _going(self) -> Iterator[Case]:
         """Yield updates in which a driver or a subsystem goes."""
-        assert self._rig is not None
-        devices = self._rig.kernel.devices
-        bound = [index for index in self.devices if devices.driver_ids[index] >= 0]
-        if bound:
-            yield Case((Fault("kernel", "driver gone", "PREPARE", "errno", bound[0]),), UNBOUND)
-        for index in bound:
-            if devices.below(index)[list(self.devices)].any():
-                fault = Fault("kernel", "driver bound anew", "PREPARE", "errno", index)
-                yield Case((fault,), REBOUND)
-                break
-        if self._rig.watch.priorities:
+        for script, who, devices in (
+            (UNBOUND, "driver gone", self._bound),
+            (REBOUND, "driver bound anew", self._ports),
+        ):
+            for index in devices[:1]:
+                yield Case((Fault("kernel", who, "PREPARE", "errno", index),), script)
+        if any(kind == "subsystem" for kind, _, _ in self._keys):
             yield Case((Fault("kernel", "subsystem gone", "CANCEL", "errno"),), LEAVING)
 
     def _pairs(self, sites: dict[tuple[str, str, str], list[Call]]) -> Iterator[Case]:
@@ -577,11 +584,6 @@ class _Campaign:
             if cured(rest):
                 guilty = rest
         return tuple(guilty)
-
-    @property
-    def _inline(self) -> bool:
-        assert self._rig is not None
-        return self._rig.kernel.kho.generation.inline
 
 
 def _simpler(case: Case) -> Iterator[Case]:

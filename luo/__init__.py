@@ -6,7 +6,6 @@ more: :mod:`luo.machine` and :mod:`luo.kernel` for the two lifecycles, :mod:`luo
 the bytes underneath.
 """
 
-from pathlib import Path
 from typing import Any
 
 try:
@@ -100,7 +99,7 @@ __all__ = [
 
 def get_include() -> str:
     """Return the directory of ``luo.h``, for compilers."""
-    return str(Path(__file__).parent / "include")
+    return f"{__path__[0]}/include"
 
 
 def __getattr__(name: str) -> Any:

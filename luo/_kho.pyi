@@ -475,6 +475,8 @@ class CallRecorder:
     def merge(
         self, dump: Iterable[Sequence[Any]], events: Collection[str] | None = None
     ) -> None: ...
+    def fork(self) -> CallRecorder: ...
+    def absorb(self, other: CallRecorder) -> None: ...
     def clear(self) -> None: ...
 
 @disjoint_base
@@ -536,6 +538,7 @@ def call_devices(
     done: NDArray[np.uint8],
     failures: list[tuple[int, int, object]] | None,
     scope: NativeScope | None = None,
+    native: bool = False,
 ) -> tuple[int, int, object] | None: ...
 def pack_slots(
     sizes: NDArray[np.uint64], slab_bytes: int

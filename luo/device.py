@@ -133,6 +133,7 @@ class LiveUpdateOps:
         finish: in the new kernel, when the update is over.
         cancel: undoes prepare and reboot.
         restore: in the new kernel, parents first; ``dev.reclaim()`` when the device runs again.
+        thread_safe: whether native callbacks may be called for several devices at once.
         state_size: bytes of the slot: a number, ``f(dev) -> int``, or ``batch(f)`` that returns a
             number or an array of n.
     """
@@ -143,6 +144,7 @@ class LiveUpdateOps:
     cancel: Callback | None = None
     restore: Callback | None = None
     state_size: StateSize = 0
+    thread_safe: bool = False
 
     def __post_init__(self) -> None:
         for name in ("prepare", "reboot", "finish", "cancel", "restore"):

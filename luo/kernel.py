@@ -188,7 +188,8 @@ class Kernel:
         behaviour: ``"intended"``, what RFC v1 meant, or ``"rfc1"``, what its code does.
         quirks: names in :data:`luo.quirks.QUIRKS` that it has besides; with a ``-`` in front, has
             not.
-        workers: 1.
+        workers: threads that call native callbacks which are thread-safe, for devices of one depth
+            at a time; all others are called one after the other.
         callback_limit: seconds that a callback may take, None for as long as it likes. A later one
             is ETIMEDOUT when it returns, and in PREPARE and REBOOT everything is rolled back.
         clock: returns nanoseconds; None is the system's monotonic clock.
@@ -233,8 +234,8 @@ class Kernel:
         clock: Callable[[], int] | None = None,
         observer: Callable[[str, str], None] | None = None,
     ) -> None:
-        if workers != 1:
-            raise ValueError(f"workers {workers!r}: this engine has 1")
+        if not 1 <= workers <= 1024:
+            raise ValueError(f"workers {workers!r}: 1 to 1024 threads")
         if callback_limit is not None and not callback_limit > 0:
             raise ValueError(f"callback_limit {callback_limit!r}: seconds, more than 0")
         if kho_abi is None:
@@ -269,7 +270,7 @@ class Kernel:
         )
         for subsystem in subsystems:
             self.luo.register(subsystem)
-        self._layer = DeviceParticipant(self.devices, self.profile)
+        self._layer = DeviceParticipant(self.devices, self.profile, workers)
         self.luo.join_devices(self._layer)
         self.observer = observer
         self.on_handover: Callable[[Handover], None] | None = None

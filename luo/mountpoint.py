@@ -2,8 +2,8 @@
 
 Also a program, ``python luo/mountpoint.py DIR``: waits for the end of its standard input, whose
 other end a mounting process holds, and clears DIR if the mount has died with it. It imports nothing
-of ours, so that it starts quickly. (FUSE's option ``auto_unmount`` is meant for the same, and fails
-if its own look at the directory is what the dying connection aborts.)
+of ours, so that it starts quickly. (FUSE's option ``auto_unmount`` is meant for the same; with that
+of libfuse 3.14.0 two of 25 killed mounts stayed.)
 """
 
 from __future__ import annotations

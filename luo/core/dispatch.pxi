@@ -185,6 +185,36 @@ cdef class CallRecorder:
                         f"histogram bucket {bucket}: not in 0..{HISTOGRAM_BUCKETS - 1}")
                 row.histogram[<int>bucket] += count
 
+    def fork(self):
+        """Return an empty recorder with the same rows, clock and limit, for another thread."""
+        cdef CallRecorder other = CallRecorder(self.clock)
+        other.limit_ns = self.limit_ns
+        for label in self.names:
+            other.key(*label)
+        return other
+
+    def absorb(self, CallRecorder other not None):
+        """Add what a :meth:`fork` recorded since, and clear it."""
+        cdef Py_ssize_t i
+        cdef int bucket
+        cdef call_stats *row
+        cdef call_stats *more
+        if other.nr_stats > self.nr_stats:
+            raise ValueError("absorb: the recorder has rows that this one has not")
+        for i in range(other.nr_stats):
+            row, more = self.stats[i], other.stats[i]
+            if more.calls == 0:
+                continue
+            row.calls += more.calls
+            row.devices += more.devices
+            row.total_ns += more.total_ns
+            row.min_ns = min(row.min_ns, more.min_ns)
+            row.max_ns = max(row.max_ns, more.max_ns)
+            for bucket in range(HISTOGRAM_BUCKETS):
+                row.histogram[bucket] += more.histogram[bucket]
+            memset(more, 0, sizeof(call_stats))
+            more.min_ns = INT64_MAX
+
     def clear(self):
         """Forget all calls; row numbers stay valid."""
         cdef Py_ssize_t i
@@ -243,7 +273,6 @@ cdef class CallTable:
     cdef call_side side
     cdef luo_callback *native
     cdef void **contexts
-    cdef bint is_native  # no Python is needed to call any of them
 
     def __cinit__(
         self, const int32_t[::1] ids not None, list calls not None,
@@ -265,13 +294,10 @@ cdef class CallTable:
         self.contexts = <void **>calloc(len(calls) + 1, sizeof(void *))
         if self.native == NULL or self.contexts == NULL:
             raise MemoryError("call table")
-        self.is_native = True
         for i in range(len(calls)):
             if isinstance(calls[i], NativeCallback):
                 self.native[i] = <luo_callback>(<NativeCallback>calls[i]).address
                 self.contexts[i] = <void *>(<NativeCallback>calls[i]).ctx
-            elif calls[i] is not None:
-                self.is_native = False
         self.side.ids = &ids[0] if ids.shape[0] else NULL
         self.side.keys = &keys[0] if keys.shape[0] else NULL
         self.side.calls, self.side.contexts = self.native, self.contexts
@@ -394,6 +420,7 @@ def call_devices(
     CallRecorder recorder not None, object devices, type device_type not None,
     const int32_t[::1] order not None, Py_ssize_t start, Py_ssize_t stop, bint backwards,
     list tables not None, uint8_t[::1] done not None, list failures, NativeScope scope=None,
+    bint native=False,
 ):
     """Call each device's callbacks in *order*, timed, table after table for each device.
 
@@ -404,6 +431,7 @@ def call_devices(
         done: one byte a device, see :class:`CallTable`.
         failures: None stops at the first failure; a list collects them all, interrupts too.
         scope: what native callbacks reach; needed if there are any.
+        native: that no device here has a callback in Python: the GIL is released.
 
     Returns:
         None, or the first failure if *failures* is None. A failure is (device, table number,
@@ -417,7 +445,6 @@ def call_devices(
     cdef int64_t last, now
     cdef call_side sides[2]
     cdef native_device device
-    cdef bint is_native = True
 
     if not issubclass(device_type, DeviceRef):
         raise TypeError(f"call_devices: {device_type.__name__} is no DeviceRef")
@@ -429,9 +456,11 @@ def call_devices(
         table = <CallTable?>tables[t]
         if table.ids.shape[0] < nr_devices:
             raise IndexError("call_devices: a table is shorter than the done mask")
+        for i in range(table.keys.shape[0]):
+            if not 0 <= table.keys[i] < recorder.nr_stats:
+                raise IndexError(f"call_devices: recorder has no row {table.keys[i]}")
         sides[t] = table.side
-        is_native &= table.is_native
-    if scope is not None and is_native and recorder.clock is None and nr_devices:
+    if native and scope is not None and recorder.clock is None and nr_devices:
         return call_native(recorder, scope, order, start, stop, backwards, sides, nr_tables, done,
                            failures)
 

@@ -246,3 +246,120 @@ def test_native_on_many_devices_equals_python(library, context):
     )
     assert run(table(library, context)) == run(python)
     assert context.counts() == {"PREPARE": 10_000}
+
+
+# ---- several threads ----
+
+
+def wide(n=4096):
+    """A machine with *n* devices on 16 bridges: two depths."""
+    from luo.machine import DeviceTree, Machine
+
+    tree = DeviceTree()
+    tree.add_many(("bridge", 0, 16), [-1] * 16, "pci", "portdrv")
+    state = np.arange(n, dtype=np.uint64).view(np.uint8).reshape(-1, 8)
+    tree.add_many(("dev", 0, n), [i % 16 for i in range(n)], "pci", "nic", state=state)
+    return Machine("64MiB", tree)
+
+
+def threaded(library, context, machine, workers, **more):
+    """A kernel that calls the native callbacks of *machine* from so many threads."""
+    ops = table(library, context, **more)
+    ops = LiveUpdateOps(
+        **{
+            name: getattr(ops, name)
+            for name in ("prepare", "reboot", "cancel", "finish", "restore")
+        },
+        state_size=8,
+        thread_safe=True,
+    )
+    return kernel_of(machine, ops, workers=workers)
+
+
+@pytest.mark.parametrize("workers", [2, 3, 8])
+def test_workers_leave_what_one_leaves(workers, library, context):
+    """The same slots, every device once, every call timed, and everything restored."""
+    machine, after = wide(), Context(fail_at=-1)
+    kernel = threaded(library, context, machine, workers).boot()
+    kernel.devices.request("*")
+    kernel = updated(kernel, threaded(library, after, machine, workers))
+    result = kernel.luo.finish()
+
+    assert context.counts() == {"PREPARE": 4096, "REBOOT": 4096}
+    assert after.counts() == {"RESTORE": 4096, "FINISH": 4096}
+    assert (result.unreclaimed, result.failures) == ((), ())
+    rows = {(row["event"], row["name"]): row["calls"] for row in kernel.profile.rows()}
+    assert rows["RESTORE", "nic"] == rows["FINISH", "nic"] == 4096
+
+
+@pytest.mark.parametrize("place", [0, 1000, 2047, 2048, 4095])
+def test_workers_raise_the_first_failure_in_order(place, library, context):
+    """All before it have run, and whoever ran is cancelled once: the others never were prepared."""
+    kernel = threaded(library, context, wide(), 2).boot()
+    kernel.devices.request("*")
+    context.fail_at, context.rc = 16 + place, -errno.EBUSY
+    with pytest.raises(CallbackError, match="PREPARE driver nic") as error:
+        kernel.luo.prepare()
+    counts = context.counts()
+
+    assert error.value.device == kernel.devices.tree.path(16 + place)
+    assert error.value.rolled_back
+    assert counts["PREPARE"] > place
+    assert counts.get("CANCEL", 0) == counts["PREPARE"] - 1  # who fails is not cancelled
+    assert kernel.luo.state is State.NORMAL
+    assert not kernel.devices.preserved.any()
+
+
+def test_workers_of_two_failures_raise_the_earlier(library):
+    """Both threads fail; the device that comes first in order is named."""
+    first, second = (
+        Context(fail_at=16 + 5, rc=-errno.EIO),
+        Context(fail_at=16 + 4000, rc=-errno.EPERM),
+    )
+    machine = wide()
+    machine.devices.add("extra", "bridge0", "pci", "other", state=bytes(8))
+    none = LiveUpdateOps()
+    make = lambda context: LiveUpdateOps(  # noqa: E731
+        prepare=native(library.tally, ctypes.pointer(context)), thread_safe=True
+    )
+    kernel = plain_kernel(
+        machine,
+        {"nic": make(first), "other": make(second), "portdrv": none},
+        {"pci": make(second)},
+        workers=2,
+    ).boot()
+    kernel.devices.request("*")
+    with pytest.raises(CallbackError) as error:
+        kernel.luo.prepare()
+
+    assert (error.value.device, error.value.errno) == ("bridge5/dev5", errno.EIO)
+
+
+def test_workers_collect_failures_in_order(library, context):
+    """FINISH has no way back: what fails is listed, the rest runs."""
+    machine = wide()
+    kernel = threaded(library, Context(fail_at=-1), machine, 2).boot()
+    kernel.devices.request("*")
+    kernel = updated(kernel, threaded(library, context, machine, 2))
+    context.fail_at, context.rc = 16 + 3000, -errno.EIO
+    (failure,) = kernel.luo.finish().failures
+
+    assert failure.device == kernel.devices.tree.path(16 + 3000)
+    assert context.counts()["FINISH"] == 4096
+
+
+def test_workers_leave_what_is_not_thread_safe_alone(library, context):
+    """Python callbacks, batches and natives that do not say so are called by one thread."""
+    import threading
+
+    seen = set()
+    ops = LiveUpdateOps(prepare=lambda dev: seen.add(threading.get_ident()))
+    kernel = kernel_of(wide(), ops, workers=4).boot()
+    kernel.devices.request("*")
+    kernel.luo.prepare()
+    other = kernel_of(wide(), table(library, context), workers=4).boot()
+    other.devices.request("*")
+    other.luo.prepare()
+
+    assert seen == {threading.get_ident()}
+    assert context.counts() == {"PREPARE": 4096}

@@ -383,6 +383,22 @@ def test_read_during_a_jump_waits_for_the_new_kernel():
         assert (early, seen, raised) == ([], [b"updated\n"], [])
 
 
+def test_kexec_during_a_jump_is_ebusy():
+    """One jump at a time, as in Linux."""
+    waits, begun, go_on = waits_in("reboot")
+    machine = small_machine()
+    with small_kernel(machine, Log(), [waits]).boot() as kernel, Tree(machine) as tree:
+        kernel.kexec_load(small_kernel(machine, Log(), [Subsystem("waits")]))
+        tree.write(PREPARE, "1")
+        with at_work(lambda: tree.write(KEXEC, "1")) as raised:
+            assert begun.wait(60)
+            second = errno_of(tree.write, KEXEC, "1")
+            go_on.set()
+        assert (second, raised) == (errno.EBUSY, [])
+        assert tree.read(STATE) == b"updated\n"
+        machine.running.close()
+
+
 def test_write_that_waits_while_the_kernel_goes_is_enodev(kernel, tree):
     """What was written to a kernel that is gone is not written to the next."""
     real = kernel.devices.request_one

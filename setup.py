@@ -48,7 +48,8 @@ if SANITIZE:
 kho = Extension(
     "luo._kho",
     sources,
-    depends=[*map(str, Path("luo/core").glob("*.pxi")), "luo/_kho.pxd"],
+    depends=[*map(str, Path("luo/core").glob("*.pxi")), "luo/_kho.pxd", "luo/include/luo.h"],
+    include_dirs=["luo/include"],
     define_macros=macros,
     extra_compile_args=[*flags, "-Wno-unreachable-code"],
     extra_link_args=["-fsanitize=address,undefined"] if SANITIZE else [],

@@ -3,14 +3,15 @@
 ``luo faults`` fails every callback in every way, and looks whether anything is left; it exits with
 status 1 and the shortest sequence that shows it::
 
-    luo faults --host examples/small.toml --drivers examples/leaky_driver.py
+    luo faults --preset cloud --drivers examples/leaky_driver.py
 
-On the screen:
+At the end it prints::
 
-    kernel.devices.request([…])
-    kernel.luo.prepare()
-    kernel.luo.cancel()
-      preserved set: 1 blocks (4 pages) more and 0 less than before
+    the shortest sequence
+      1 kernel.devices.request(["pci0000:00/0000:00:01.0/0000:01:00.2"])
+      2 kernel.luo.prepare()
+      3 kernel.luo.cancel()
+        preserved set: 1 blocks (4 pages) more and 0 less than before
 """
 
 import luo
@@ -44,6 +45,7 @@ def finish(dev: luo.Device) -> None:
     incoming.restore_free(int.from_bytes(dev.slot, "little"))
 
 
-nvme = luo.Driver(
-    "nvme", luo.LiveUpdateOps(prepare, cancel=cancel, restore=restore, finish=finish, state_size=8)
+vfio = luo.Driver(
+    "vfio-pci",
+    luo.LiveUpdateOps(prepare, cancel=cancel, restore=restore, finish=finish, state_size=8),
 )

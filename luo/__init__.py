@@ -19,7 +19,7 @@ except ModuleNotFoundError as error:
         "'python setup.py build_ext --inplace'"
     ) from None
 
-from luo.device import Bus, Device, DeviceBatch, Devices, Driver, LiveUpdateOps, batch
+from luo.device import Bus, Device, DeviceBatch, Devices, Driver, LiveUpdateOps, batch, native
 from luo.errors import (
     CallbackError,
     FdtError,
@@ -88,11 +88,18 @@ __all__ = [
     "Subsystem",
     "SuccessorError",
     "batch",
+    "get_include",
     "live_update",
+    "native",
     "parse_size",
     "radix_decode",
     "radix_key",
 ]
+
+
+def get_include() -> str:
+    """Return the directory of ``luo.h``, for compilers."""
+    return f"{__path__[0]}/include"
 
 
 def __getattr__(name: str) -> Any:

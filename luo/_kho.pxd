@@ -490,6 +490,48 @@ ctypedef struct fdt_rows:
     uint64_t tabsize            # of the string table when nameoff was looked up
     uint32_t nameoff            # big-endian
 
+# ---- core/native.pxi ----
+
+from libc.stdint cimport int32_t, uint8_t, uint64_t
+
+cdef extern from "luo.h":
+    struct luo_device:
+        pass
+    ctypedef int (*luo_callback)(luo_device *, void *) noexcept nogil
+    struct luo_device_calls:
+        size_t nbytes
+        int32_t (*index)(const luo_device *) noexcept nogil
+        int (*event)(const luo_device *) noexcept nogil
+        void *(*slot)(const luo_device *, int, size_t *) noexcept nogil
+        const void *(*column)(const luo_device *, const char *, size_t *) noexcept nogil
+        int (*reclaim)(const luo_device *) noexcept nogil
+
+cdef struct native_slots:
+    const uint64_t *phys  # by device number
+    const uint64_t *nbytes
+    uint64_t nr
+
+cdef struct native_column:
+    const char *name
+    const uint8_t *data
+    const uint64_t *offsets  # nr + 1
+    uint64_t nr
+
+cdef struct native_scope:
+    uint64_t zero  # as PhysicalMemory.zero
+    int event
+    native_slots slots[2]
+    native_column *columns
+    int nr_columns
+    const uint8_t *preserved  # NULL where nothing can be reclaimed
+    uint8_t *reclaimed
+    uint64_t nr_flags
+
+cdef struct native_device:  # what struct luo_device is
+    const luo_device_calls *calls
+    const native_scope *scope
+    int32_t index
+
 # ---- core/dispatch.pxi ----
 
 from libc.stdint cimport int64_t, uint64_t
@@ -505,6 +547,20 @@ cdef enum:
     CALL_SET = 1  # set the done bit after success
     CALL_CLEAR = 2  # call only where the bit is set, and clear it
     CALL_NEED = 3  # call only where the bit is set
+    NATIVE_STRETCH = 1024  # devices called before a signal is looked for
+
+cdef struct call_side:  # one side, driver or bus, of the loop over devices
+    const int32_t *ids  # owner of each device, -1 none
+    const luo_callback *calls  # by owner; NULL: none, or not native
+    void *const *contexts
+    const int32_t *keys  # recorder row by owner
+    uint8_t bit  # in the done mask
+    int mode
+
+cdef struct call_failure:
+    int32_t device
+    int32_t side
+    int32_t rc  # as returned, or -ETIMEDOUT
 
 cdef struct call_stats:
     uint64_t calls

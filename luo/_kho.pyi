@@ -475,6 +475,8 @@ class CallRecorder:
     def merge(
         self, dump: Iterable[Sequence[Any]], events: Collection[str] | None = None
     ) -> None: ...
+    def fork(self) -> CallRecorder: ...
+    def absorb(self, other: CallRecorder) -> None: ...
     def clear(self) -> None: ...
 
 @disjoint_base
@@ -486,6 +488,32 @@ class DeviceRef:
     def __init__(self, devices: object, index: int) -> None: ...
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
+
+@final
+class NativeScope:
+    def __new__(
+        cls,
+        memory: PhysicalMemory,
+        table: DeviceTable,
+        event: str,
+        slots: dict[str, tuple[NDArray[np.uint64], NDArray[np.uint64]]],
+        preserved: NDArray[np.bool_] | None,
+        reclaimed: NDArray[np.bool_] | None,
+    ) -> Self: ...
+
+@final
+class NativeCallback:
+    def __new__(
+        cls, address: SupportsIndex, ctx: SupportsIndex = 0, keepalive: object = None
+    ) -> Self: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def ctx(self) -> int: ...
+    @property
+    def keepalive(self) -> object: ...
+
+def capsule_address(capsule: object, name: str) -> tuple[int, int]: ...
 
 @final
 class CallTable:
@@ -509,6 +537,8 @@ def call_devices(
     tables: list[CallTable],
     done: NDArray[np.uint8],
     failures: list[tuple[int, int, object]] | None,
+    scope: NativeScope | None = None,
+    native: bool = False,
 ) -> tuple[int, int, object] | None: ...
 def pack_slots(
     sizes: NDArray[np.uint64], slab_bytes: int

@@ -7,11 +7,13 @@ defined, so the order of the includes is the layer diagram of the core.
 cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.long cimport PyLong_AsLongLong, PyLong_AsUnsignedLongLong
+from cpython.exc cimport PyErr_CheckSignals
 from cpython.number cimport PyNumber_Index
+from cpython.pycapsule cimport PyCapsule_GetContext, PyCapsule_GetPointer, PyCapsule_IsValid
 from libc cimport errno as c_errno
 from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport qsort
-from libc.string cimport memcmp, memcpy, memset, strerror
+from libc.string cimport memcmp, memcpy, memset, strcmp, strerror
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 import errno
@@ -43,5 +45,7 @@ include "core/fdt_sw.pxi"
 include "core/fdt_rw.pxi"
 # L3' device table
 include "core/devices.pxi"
+# L4 what a native callback sees
+include "core/native.pxi"
 # L4 timed callback loop, recorder, slots
 include "core/dispatch.pxi"

@@ -23,8 +23,8 @@ from luo.cli_errors import (
     WRONG,
     Wrong,
     check_writable,
-    wrong_input,
     write_json,
+    wrong_input,
 )
 from luo.cli_faults import faults
 from luo.cli_graph import graph

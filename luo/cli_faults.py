@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import sys
 from collections import Counter
@@ -19,10 +20,14 @@ from rich.table import Table
 from rich.text import Text
 
 from luo import drivers
-from luo.cli_errors import FAILED, INTERRUPTED, check_writable, wrong_input, write_json
+from luo.cli_errors import FAILED, INTERRUPTED, check_writable, write_json, wrong_input
 from luo.cli_host import HostSource, KernelSettings, host_options, image_of, kernel_options
-from luo.faults import COMPLETED, CRASHED, KINDS, ROLLED_BACK, FaultReport, FaultRow, Violation, run
+from luo.errors import CallbackError
+from luo.fault_trial import COMPLETED, CRASHED, ROLLED_BACK, unused
+from luo.faults import KINDS, FaultReport, FaultRow, Violation, run
+from luo.kernel import KernelImage
 from luo.quirks import QUIRKS
+from luo.topology import Host
 
 __all__ = ["faults"]
 
@@ -78,9 +83,10 @@ def faults(
         check_writable(str(json_file))
     console = Console(stderr=json_file == "-", highlight=False)
     try:
-        with _interruptible() as stopped, _progress() as progress, wrong_input():
+        with _interruptible() as stopped, _quiet(), _progress() as progress, wrong_input():
             host = source.read()
             image = image_of(host, kernels)
+            _require_use(host, image)
 
             def tell(done: int, total: int, what: str) -> None:
                 if stopped:  # a callback of a rollback took the interrupt for its own
@@ -88,15 +94,19 @@ def faults(
                 progress.update(task, completed=done, total=total or None, description=what)
 
             task = progress.add_task("reading the devices", total=None)
-            report = run(
-                image,
-                host.machine,
-                first=partial(drivers.kernel, vms=host.vms, **image.args),
-                requests=requests,
-                kinds=kinds or KINDS,
-                pairs=pairs,
-                progress=tell,
-            )
+            try:
+                report = run(
+                    image,
+                    host.machine,
+                    first=partial(drivers.kernel, vms=host.vms, **image.args),
+                    requests=requests,
+                    kinds=kinds or KINDS,
+                    pairs=pairs,
+                    progress=tell,
+                )
+            except CallbackError as error:
+                click.echo(f"luo: without a fault: {error}", err=True)
+                sys.exit(FAILED)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     report.settings = settings
@@ -104,6 +114,14 @@ def faults(
         write_json(json_file, report.to_dict())
     _show(console, report)
     sys.exit(0 if report.ok else FAILED)
+
+
+def _require_use(host: Host, image: KernelImage) -> None:
+    """Refuse drivers of the user's that no device has: nothing would be tested."""
+    parts = [part for spec in image.args["modules"] for part in drivers.load(spec)]
+    names = {f"{type(part).__name__.lower()} {part.name}" for part in parts}
+    if names and names <= set(unused(image.build(host.machine()))):
+        raise ValueError(f"{host.source['path']}: no device has {', '.join(sorted(names))}")
 
 
 @contextlib.contextmanager
@@ -121,6 +139,17 @@ def _interruptible() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the log of the faults off the screen, unless somebody has asked for it."""
+    handler = logging.NullHandler()
+    logging.getLogger("luo").addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger("luo").removeHandler(handler)
 
 
 def _progress() -> Progress:
@@ -158,7 +187,8 @@ def _show(console: Console, report: FaultReport) -> None:
     if report.ok:
         console.print(text + "nothing was ever half preserved", style="green")
     else:
-        console.print(text + f"{len(report.violations)} violations", style="bold red")
+        count = len(report.violations)
+        console.print(text + f"{count} violation{'s' * (count > 1)}", style="bold red")
 
 
 def _table(report: FaultReport) -> Table:

@@ -14,6 +14,7 @@ from luo.cli_errors import Wrong, wrong_input
 from luo.cli_host import HostSource, KernelSettings, boot, host_options, kernel_options
 from luo.errors import KernelPanic, LuoError
 from luo.machine import Machine
+from luo.mountpoint import clear, is_dead
 from luo.notifier import State
 from luo.sysfs import Tree
 
@@ -44,7 +45,7 @@ def mount(directory: str, source: HostSource, kernels: KernelSettings, in_proces
     endpoint is not connected": 'fusermount3 -u DIR', as root 'umount -l DIR', or mount there again.
     """  # noqa: D301
     fuse = _fuse()
-    _check_directory(fuse, directory)
+    _check_directory(directory)
     with wrong_input():
         kernel, image = boot(source.read(), kernels)
     machine = kernel.machine
@@ -79,9 +80,9 @@ def _fuse() -> ModuleType:
     return fuse
 
 
-def _check_directory(fuse: ModuleType, directory: str) -> None:
-    if fuse.is_dead(directory):
-        if not fuse.clear(directory):
+def _check_directory(directory: str) -> None:
+    if is_dead(directory):
+        if not clear(directory):
             raise Wrong(
                 f"mount {directory}: a mount whose process was killed is in the way;"
                 f" clear it with 'fusermount3 -u {directory}' or 'umount -l {directory}'"

@@ -108,7 +108,7 @@ class Stage:
         def note(event: str, device: Device) -> None:
             self.calls.append((event, device.name))
 
-        callbacks = self._acts(None, {"restore": Device.reclaim, **acts})
+        callbacks: dict[str, Any] = self._acts(None, {"restore": Device.reclaim, **acts})
         self._drivers.append(
             Driver(
                 name,

@@ -18,6 +18,7 @@ from __future__ import annotations
 import errno
 import itertools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -26,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luo import abi
-from luo._kho import CallTable, call_devices, pack_slots
+from luo._kho import CallTable, NativeCallback, NativeScope, call_devices, pack_slots
 from luo.device import Batch, Bus, Device, DeviceBatch, Devices, Driver
 from luo.device_records import SIDES, Address, DeviceRecords, Index, slot_digests
 from luo.errors import CallbackError, StateError, from_errno
@@ -54,13 +55,21 @@ _BIT: Final = {"driver": 1, "bus": 2}
 _MODE: Final = {"PREPARE": "set", "REBOOT": "need", "CANCEL": "clear"}
 
 
+#: How a stretch of devices is called: one by one from Python, once for all, one by one without the
+#: GIL, and that from several threads.
+_PYTHON, _BATCH, _NATIVE, _THREADS = 1, 2, 3, 4
+
+#: Devices below which a thread is not worth its start.
+_SHARE: Final = 256
+
+
 @dataclass(slots=True)
 class _Run:
-    """A stretch of the walk: one batch run, or devices called one by one."""
+    """A stretch of the walk that is called in one way."""
 
     start: int
     stop: int
-    batch: bool
+    way: int
 
 
 @dataclass(slots=True)
@@ -72,6 +81,7 @@ class _Walk:
         phys, nbytes: of each slot, by side, in the order of the walk.
         runs, places, chosen, tables: by event, who is called: the runs, which are cut from the
             chosen devices, their places in the walk, and the callbacks of each side.
+        scopes: by event, what native callbacks reach, if there are any.
     """
 
     order: Index
@@ -81,6 +91,7 @@ class _Walk:
     places: dict[str, NDArray[np.intp]] = field(default_factory=dict)
     chosen: dict[str, Index] = field(default_factory=dict)
     tables: dict[str, dict[str, CallTable]] = field(default_factory=dict)
+    scopes: dict[str, NativeScope | None] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -108,7 +119,7 @@ class DeviceParticipant:
     name = "devices"
     priority = Priority.WITH_DEVICES
 
-    def __init__(self, devices: Devices, recorder: CallRecorder) -> None:
+    def __init__(self, devices: Devices, recorder: CallRecorder, workers: int = 1) -> None:
         self.devices = devices
         self.context = Context(devices.kernel)
         self.records: DeviceRecords | None = None
@@ -122,6 +133,7 @@ class DeviceParticipant:
         self._listed: NDArray[np.bool_] | None = None  # whom CANCEL still reaches; None: everyone
         self._held = np.zeros(0, np.int32)  # whom the list holds a reference on
         self._failures: list[CallbackError] = []
+        self._workers = workers
 
     # ---- the chain's side ----
 
@@ -154,7 +166,7 @@ class DeviceParticipant:
             self._arrange(walk, event)
         runs = walk.runs[event]
         for run in reversed(runs) if self._backwards(event) else runs:
-            if run.batch:
+            if run.way == _BATCH:
                 for side in self._sides(event):
                     yield from self._batch_steps(walk, event, run, side, bulk)
             elif bulk:
@@ -203,7 +215,7 @@ class DeviceParticipant:
         places = range(run.start, run.stop)
         for place in reversed(places) if self._backwards(event) else places:
             number = int(walk.chosen[event][place])
-            here = _Run(place, place + 1, False)
+            here = _Run(place, place + 1, _PYTHON)
             for side in sides:
                 call = partial(self._call, walk, event, here, (side,))
                 if self._callback(side, number, event) is None or not self._wants(
@@ -255,12 +267,35 @@ class DeviceParticipant:
         return None if ops is None else getattr(ops, event.lower())
 
     def _kinds(self, side: str, event: str) -> NDArray[np.int8]:
-        """Return for each owner 0 without a callback, 1 per device, 2 batch; 0 for no owner."""
+        """Return for each owner how its callback is called; 0 if it has none, and for no owner."""
         kinds = []
         for owner in self._owners(side):
             callback = None if owner.ops is None else getattr(owner.ops, event.lower())
-            kinds.append(0 if callback is None else 2 if isinstance(callback, Batch) else 1)
+            if callback is None:
+                kinds.append(0)
+            elif isinstance(callback, Batch):
+                kinds.append(_BATCH)
+            elif not isinstance(callback, NativeCallback):
+                kinds.append(_PYTHON)
+            else:
+                kinds.append(_THREADS if self._workers > 1 and owner.ops.thread_safe else _NATIVE)
         return np.array([*kinds, 0], np.int8)
+
+    @staticmethod
+    def _ways(driver: NDArray[np.int8], bus: NDArray[np.int8]) -> NDArray[np.int8]:
+        """Return how each device is called, of how its driver and its bus are.
+
+        Who has no callback goes with its neighbour before it.
+        """
+        ways = np.zeros(len(driver), np.int8)
+        for way in (_THREADS, _NATIVE, _PYTHON, _BATCH):  # the stronger claim last
+            ways[(driver == way) | (bus == way)] = way
+        silent = ways == 0
+        if silent.any() and len(ways):
+            last = np.maximum.accumulate(np.where(silent, 0, np.arange(len(ways))))
+            ways = np.where(silent, np.where(ways[last] == _BATCH, _PYTHON, ways[last]), ways)
+            ways[ways == 0] = _PYTHON
+        return ways
 
     def _arrange(self, walk: _Walk, event: str) -> None:
         """Cut the walk into runs for *event* and build its call tables."""
@@ -269,31 +304,36 @@ class DeviceParticipant:
         # PREPARE leaves its mark on every device; elsewhere who has no callback costs nothing.
         everyone = event == Event.PREPARE.name
         places = np.arange(len(walk.order)) if everyone else np.flatnonzero(called)
-        batch = (kinds["driver"][places] == 2) | (kinds["bus"][places] == 2)
+        ways = self._ways(kinds["driver"][places], kinds["bus"][places])
         if event == Event.FINISH.name:
             # RFC v1 1.12 looks for devices anew: who went is not found, equal depths come in the
             # order of registration. Batch runs stay together, as their slots do.
             here = self.devices.tree.alive[walk.order[places]]
-            places, batch = places[here], batch[here]
-            if not batch.any():
+            places, ways = places[here], ways[here]
+            if not (ways == _BATCH).any():
                 order = walk.order[places]
-                places = places[np.lexsort((order, -self.devices.tree.depths[order]))]
+                sorted_places = np.lexsort((order, -self.devices.tree.depths[order]))
+                places, ways = places[sorted_places], ways[sorted_places]
         chosen = walk.order[places]
         walk.places[event] = places
         walk.chosen[event] = chosen
-        walk.runs[event] = list(self._cut(walk, places, chosen, batch))
+        walk.runs[event] = list(self._cut(walk, places, chosen, ways))
         walk.tables[event] = {side: self._table(side, event) for side in SIDES}
+        walk.scopes[event] = self._scope(event)
 
     def _cut(
-        self, walk: _Walk, places: NDArray[np.intp], chosen: Index, batch: NDArray[np.bool_]
+        self, walk: _Walk, places: NDArray[np.intp], chosen: Index, ways: NDArray[np.int8]
     ) -> Iterator[_Run]:
         n = len(chosen)
         if not n:
             return
-        new = batch[1:] != batch[:-1]
+        new = ways[1:] != ways[:-1]
+        batch = ways == _BATCH
+        depths = self.devices.tree.depths
+        if (ways == _THREADS).any():  # which wait for each other at each depth
+            new |= (ways[1:] == _THREADS) & (depths[chosen[1:]] != depths[chosen[:-1]])
         if batch.any():
-            tree = self.devices.tree
-            differs = tree.depths[chosen[1:]] != tree.depths[chosen[:-1]]
+            differs = depths[chosen[1:]] != depths[chosen[:-1]]
             stride = np.zeros(n, np.uint64)
             for side in SIDES:
                 ids, nbytes = self._ids(side)[chosen], walk.nbytes[side][places]
@@ -308,7 +348,7 @@ class DeviceParticipant:
             new |= batch[1:] & differs
         cuts = [0, *(np.flatnonzero(new) + 1).tolist(), n]
         for start, stop in itertools.pairwise(cuts):
-            yield _Run(start, stop, bool(batch[start]))
+            yield _Run(start, stop, int(ways[start]))
 
     def _table(self, side: str, event: str) -> CallTable:
         calls: list[Callable[[Device], int | None] | None] = []
@@ -320,6 +360,22 @@ class DeviceParticipant:
         mode = _MODE.get(event, "plain")
         return CallTable(self._ids(side), calls, np.array(keys, np.int32), _BIT[side], mode)
 
+    def _scope(self, event: str) -> NativeScope | None:
+        """Return what the native callbacks of *event* reach, None if there are none."""
+        devices = self.devices
+        callbacks = (
+            getattr(owner.ops, event.lower())
+            for side in SIDES
+            for owner in self._owners(side)
+            if owner.ops is not None
+        )
+        if not any(isinstance(callback, NativeCallback) for callback in callbacks):
+            return None
+        flags = (devices.preserved, devices.reclaimed) if self.records is not None else (None, None)
+        return NativeScope(
+            devices.kernel.memory, devices.tree.table, event, devices.slots(), *flags
+        )
+
     def _key(self, event: str, side: str, name: str) -> int:
         return self._recorder.key(self.name, event, side, name)
 
@@ -327,18 +383,13 @@ class DeviceParticipant:
 
     def _call(self, walk: _Walk, event: str, run: _Run, sides: tuple[str, ...]) -> None:
         collect: list[Any] | None = [] if event in BACKWARDS else None
-        failure = call_devices(
-            self._recorder,
-            self.devices,
-            Device,
-            walk.chosen[event],
-            run.start,
-            run.stop,
-            self._backwards(event),
-            [walk.tables[event][side] for side in sides],
-            self._done,
-            collect,
-        )
+        call = partial(self._call_stretch, walk, event, run.way, sides)
+        if run.way == _THREADS and run.stop - run.start >= 2 * _SHARE:
+            failure = self._call_threads(call, run, self._backwards(event), collect)
+        else:
+            failure = call(self._recorder, run.start, run.stop, collect)
+        if walk.scopes[event] is not None and event == RESTORE:
+            self.devices.kernel.luo.note_reclaim()  # native code reclaims without a word
         interrupt = None
         for device, side, outcome in collect or ():
             if isinstance(outcome, BaseException) and not isinstance(outcome, Exception):
@@ -351,6 +402,59 @@ class DeviceParticipant:
             device, side, outcome = failure
             error = self._error(event, sides[side], device, outcome)
             raise error from error.__cause__
+
+    def _call_stretch(
+        self,
+        walk: _Walk,
+        event: str,
+        way: int,
+        sides: tuple[str, ...],
+        recorder: CallRecorder,
+        start: int,
+        stop: int,
+        collect: list[Any] | None,
+    ) -> Any:
+        return call_devices(
+            recorder,
+            self.devices,
+            Device,
+            walk.chosen[event],
+            start,
+            stop,
+            self._backwards(event),
+            [walk.tables[event][side] for side in sides],
+            self._done,
+            collect,
+            walk.scopes[event],
+            way in (_NATIVE, _THREADS),
+        )
+
+    def _call_threads(
+        self, call: Callable[..., Any], run: _Run, backwards: bool, collect: list[Any] | None
+    ) -> Any:
+        """Call the devices of one depth from several threads; returns the first failure in order.
+
+        Each has a stretch of its own. Of a stretch behind a failure some have run: they are
+        cancelled as those before it are.
+        """
+        count = min(self._workers, (run.stop - run.start) // _SHARE)
+        cuts = np.linspace(run.start, run.stop, count + 1).astype(int).tolist()
+        stretches = list(itertools.pairwise(cuts))
+        if backwards:
+            stretches.reverse()
+        forks = [self._recorder.fork() for _ in stretches]
+        found: list[list[Any] | None] = [None if collect is None else [] for _ in stretches]
+        with ThreadPoolExecutor(count) as pool:  # leaving waits for all of them
+            calls = [
+                pool.submit(call, fork, start, stop, there)
+                for fork, (start, stop), there in zip(forks, stretches, found, strict=True)
+            ]
+        for fork in forks:
+            self._recorder.absorb(fork)
+        for there in found:
+            if collect is not None and there is not None:
+                collect += there
+        return next((failure for done in calls if (failure := done.result()) is not None), None)
 
     def _error(self, event: str, side: str, device: int, outcome: object) -> CallbackError:
         return callback_error(
@@ -370,7 +474,7 @@ class DeviceParticipant:
         wanted = (self._done[chosen] & _BIT[side]) != 0
         edges = np.flatnonzero(np.diff(np.concatenate(([False], wanted, [False])).astype(np.int8)))
         return [
-            _Run(run.start + int(start), run.start + int(stop), True)
+            _Run(run.start + int(start), run.start + int(stop), _BATCH)
             for start, stop in zip(edges[::2], edges[1::2], strict=True)
         ]
 
@@ -541,7 +645,7 @@ class DeviceParticipant:
         batched = np.zeros(len(order), np.bool_)
         for event in (*(event.name for event in Event), RESTORE):
             for side in SIDES:
-                batched |= (self._kinds(side, event) == 2)[self._ids(side)[order]]
+                batched |= (self._kinds(side, event) == _BATCH)[self._ids(side)[order]]
         if not batched.any():
             return None
         # One number for each (driver, bus, sizes) that occurs.
@@ -895,7 +999,7 @@ class DeviceParticipant:
         self._arrange(walk, RESTORE)  # with the driver in it
         called = np.flatnonzero(walk.chosen[RESTORE] == index)
         if called.size and self._callback("driver", index, RESTORE) is not None:
-            run = _Run(int(called[0]), int(called[0]) + 1, False)
+            run = _Run(int(called[0]), int(called[0]) + 1, _PYTHON)
             if isinstance(self._callback("driver", index, RESTORE), Batch):
                 self._call_batch(walk, RESTORE, run, "driver")
             else:
@@ -905,6 +1009,18 @@ class DeviceParticipant:
         failures = self.collect()
         if failures:
             raise failures[0]
+
+    def note_binding(self, index: int) -> None:
+        """Have REBOOT and CANCEL call the driver that was bound to a device since PREPARE.
+
+        Only the quirk eligibility-checked-once lets that happen: tables are looked up at call time.
+        """
+        if not self.prepared or self._place(index) < 0:
+            return
+        assert self._walk is not None
+        self._done[index] |= _BIT["driver"]
+        for event in (Event.REBOOT.name, Event.CANCEL.name):
+            self._walk.runs.pop(event, None)
 
     def _reclaim_the_rest(self, walk: _Walk) -> None:
         """Reclaim the devices that have no restore callback: nobody else would.

@@ -7,6 +7,7 @@ are columns, and a :class:`Device` is made when somebody asks for one.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import operator
 import threading
@@ -17,16 +18,27 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from luo._kho import DeviceRef
+from luo._kho import DeviceRef, NativeCallback, capsule_address
 from luo.errors import KernelPanic, KhoNotFoundError, StateError, from_errno
 from luo.kho_tree import KhoNode
 from luo.notifier import Mortal, State
 
 if TYPE_CHECKING:
+    from luo._kho import DeviceTable
     from luo.kho import Kho
     from luo.memory import PhysicalMemory
 
-__all__ = ["Batch", "Bus", "Device", "DeviceBatch", "Devices", "Driver", "LiveUpdateOps", "batch"]
+__all__ = [
+    "Batch",
+    "Bus",
+    "Device",
+    "DeviceBatch",
+    "Devices",
+    "Driver",
+    "LiveUpdateOps",
+    "batch",
+    "native",
+]
 
 Outcome: TypeAlias = int | None
 
@@ -59,7 +71,53 @@ def batch(function: Callable[[DeviceBatch], Any]) -> Batch:
     return Batch(function)
 
 
-Callback: TypeAlias = "Callable[[Device], Outcome] | Batch"
+#: What a capsule that holds a native callback is called.
+NATIVE_SIGNATURE: Final = "int (struct luo_device *, void *)"
+
+
+def native(pointer: Any, ctx: Any = None, keepalive: object = None) -> NativeCallback:
+    """Make a callback of a C function, which is called without the GIL.
+
+    Args:
+        pointer: ``int (*)(struct luo_device *, void *)``: of cffi or ctypes, an address, or a
+            capsule called ``"int (struct luo_device *, void *)"``, whose context is *ctx* unless
+            that is given. ``luo.h`` in :func:`luo.get_include` says what the function may do.
+        ctx: its second argument: an address, or a pointer of cffi or ctypes.
+        keepalive: what must live as long as the callback; *pointer* and *ctx* do anyway.
+
+    Returns:
+        a callback for :class:`LiveUpdateOps`. 0 is success, a negative number an errno.
+
+    Raises:
+        TypeError, ValueError: this is no pointer to a function, or it is NULL.
+    """
+    if type(pointer).__name__ == "PyCapsule":
+        address, context = capsule_address(pointer, NATIVE_SIGNATURE)
+        context = context if ctx is None else _address(ctx)
+    else:
+        address, context = _address(pointer), 0 if ctx is None else _address(ctx)
+    return NativeCallback(address, context, (pointer, ctx, keepalive))
+
+
+def _address(pointer: Any) -> int:
+    """Return the address that *pointer* holds."""
+    if type(pointer).__module__ == "_cffi_backend":
+        import cffi
+
+        return int(cffi.FFI().cast("uintptr_t", pointer))
+    try:
+        return operator.index(pointer)
+    except TypeError:
+        pass
+    try:
+        if pointer is None or isinstance(pointer, str | bytes):  # ctypes takes these for strings
+            raise TypeError
+        return ctypes.cast(pointer, ctypes.c_void_p).value or 0
+    except (TypeError, ctypes.ArgumentError):
+        raise TypeError(f"native: {pointer!r} is no pointer") from None
+
+
+Callback: TypeAlias = "Callable[[Device], Outcome] | Batch | NativeCallback"
 StateSize: TypeAlias = "int | Callable[[Device], int] | Batch"
 
 
@@ -75,6 +133,7 @@ class LiveUpdateOps:
         finish: in the new kernel, when the update is over.
         cancel: undoes prepare and reboot.
         restore: in the new kernel, parents first; ``dev.reclaim()`` when the device runs again.
+        thread_safe: whether native callbacks may be called for several devices at once.
         state_size: bytes of the slot: a number, ``f(dev) -> int``, or ``batch(f)`` that returns a
             number or an array of n.
     """
@@ -85,11 +144,13 @@ class LiveUpdateOps:
     cancel: Callback | None = None
     restore: Callback | None = None
     state_size: StateSize = 0
+    thread_safe: bool = False
 
     def __post_init__(self) -> None:
         for name in ("prepare", "reboot", "finish", "cancel", "restore"):
             value = getattr(self, name)
-            if value is not None and not callable(value):
+            known = value is None or isinstance(value, NativeCallback) or callable(value)
+            if not known:
                 raise TypeError(f"LiveUpdateOps.{name}: {value!r} is not callable")
         if callable(self.state_size):
             return
@@ -159,6 +220,8 @@ class Tree(Protocol):
     def driver_names(self) -> list[str]: ...
     @property
     def column_names(self) -> list[str]: ...
+    @property
+    def table(self) -> DeviceTable: ...
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[int]: ...
@@ -631,6 +694,7 @@ class Devices(Mortal):
             self._moved.pop(index, None)
             last = max(self._moved.values(), default=(0, 0))
             self._moved[index] = len(self.requested) - 1, last[1] + 1
+            self.kernel.note_binding(index)
         if waits:
             self.kernel.restore_device(index)
             return
@@ -741,6 +805,10 @@ class Devices(Mortal):
     def clear_slots(self) -> None:
         """Forget where slots are: they have been freed."""
         self._slots = {}
+
+    def slots(self) -> dict[str, tuple[NDArray[np.uint64], NDArray[np.uint64]]]:
+        """Return (phys, nbytes) of each device's slot, by side; empty if there are none."""
+        return self._slots
 
     def slot(self, index: int, side: str) -> memoryview:
         """Return the view of one slot, empty if the device has none on this side."""

@@ -189,12 +189,14 @@ class SuccessorError(KhoError):
             ETIMEDOUT (answered too late).
         step: ``"load"``, ``"validate"`` or ``"acknowledge"``.
         rolled_back: whether a prepared update was cancelled without a failure.
+        undo_errors: what failed while it was cancelled; also attached as notes.
     """
 
     def __init__(self, errno: int, message: str, step: str = "validate") -> None:
         super().__init__(errno, message)
         self.step = step
         self.rolled_back = True
+        self.undo_errors: list[BaseException] = []
 
     def __reduce__(self) -> tuple[object, ...]:
         return (type(self), (self.errno, self.strerror, self.step))

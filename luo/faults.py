@@ -15,44 +15,37 @@ of the campaign, so that one does not hide another.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
-import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
-from luo import abi
-from luo.errors import (
-    CallbackError,
-    HandoverError,
-    HostCrashError,
-    KernelPanic,
-    LuoError,
-    StateError,
-    SuccessorError,
+from luo.abi import generation
+from luo.errors import LuoError
+from luo.fault_trial import (
+    BEYOND,
+    CANCEL,
+    ENGINE,
+    LEAVING,
+    REBOUND,
+    UNBOUND,
+    UNLOADED,
+    UPDATE,
+    Build,
+    Case,
+    Rig,
+    Subject,
+    Trial,
+    choose,
+    unused,
 )
-from luo.injection import (
-    CODE,
-    Allocations,
-    Call,
-    Clock,
-    Fault,
-    Watch,
-    mortal_image,
-    rebuild,
-)
-from luo.kernel import Kernel, KernelImage, RemoteKernel
-from luo.liveupdate import CancelResult, FinishResult
+from luo.injection import Call, Fault
+from luo.kernel import Kernel, KernelImage
 from luo.machine import Machine
-from luo.notifier import Priority, State
 from luo.report import version
 
-__all__ = ["KINDS", "Fault", "FaultReport", "FaultRow", "Violation", "run"]
+__all__ = ["EVENTS", "KINDS", "Fault", "FaultReport", "FaultRow", "Violation", "run"]
 
 #: Every kind of fault, in the order of the table.
 KINDS: Final = ("errno", "positive", "exception", "delay", "memory", "death")
@@ -73,27 +66,7 @@ EVENTS: Final = (
     "CANCEL",
 )
 
-Build: TypeAlias = Callable[[Machine], Kernel]
 Progress: TypeAlias = Callable[[int, int, str], None]
-
-ROLLED_BACK: Final = "rolled back"
-COMPLETED: Final = "completed"
-CRASHED: Final = "crashed host, as it must"
-
-_UPDATE: Final = ("load", "prepare", "kexec", "finish")
-_CANCEL: Final = ("load", "prepare", "cancel")
-_UNLOADED: Final = ("prepare", "kexec", "cancel")
-
-#: In the old kernel: one of these that fails ends the update.
-_STOPS: Final = frozenset({"STATE_SIZE", "PREPARE", "REBOOT"})
-
-#: In the successor, and with it the end of the host if it dies.
-_BEYOND: Final = frozenset({"BOOT", "RESTORE", "PROBE", "FINISH"})
-
-#: Whose faults are those of the engine itself.
-_ENGINE: Final = ("kernel", "memory")
-
-_DEVICES: Final = int(Priority.WITH_DEVICES)
 
 #: Kinds of faults that an event cannot have: nobody looks at the result, or times it.
 _LEFT_OUT: Final = {
@@ -104,6 +77,9 @@ _LEFT_OUT: Final = {
 
 #: Bytes of KHO's tree that no tree has room in.
 _NO_ROOM: Final = 64
+
+#: The next kernel says no, while there is a way back.
+REFUSAL: Final = Fault("image", "next kernel", "VALIDATE", "errno")
 
 #: What a violation is put down to that no quirk explains.
 _UNKNOWN: Final = ("unknown",)
@@ -235,769 +211,16 @@ class FaultReport:
         }
 
 
-# ---- what is put through it ----
-
-
-@dataclass(frozen=True, slots=True)
-class _Subject:
-    machine: Callable[[], Machine]
-    first: Build
-    successor: Build
-    image: KernelImage | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Case:
-    """One live update.
-
-    Attributes:
-        faults: that happen in it.
-        script: steps of the user.
-        after: what must work after a rollback: ``"update"``, ``"kexec"`` (an ordinary one) or "".
-        history: cases before it on the same machine.
-        room: bytes of KHO's tree, where there is a limit; 0 leaves it.
-        requested: whether the devices are requested already.
-    """
-
-    faults: tuple[Fault, ...] = ()
-    script: tuple[str, ...] = _UPDATE
-    after: str = ""
-    history: tuple[_Case, ...] = ()
-    room: int = 0
-    requested: bool = False
+# ---- the campaign ----
 
 
 class _Shown(NamedTuple):
     """A case that violates *check*, on which devices, and what was seen."""
 
-    case: _Case
+    case: Case
     devices: tuple[int, ...]
-    trial: _Trial
+    trial: Trial
     check: str
-
-
-def look(kernel: Kernel) -> dict[str, Any]:
-    """Return by name of the check all that a rollback must leave as it was.
-
-    Pages of KHO's map may stay, as in Linux, and so does what the previous kernel's KHO had for
-    itself: both count as free.
-    """
-    devices, kho = kernel.devices, kernel.kho
-    phys, orders = kho.preserved()
-    nr_free = kernel.memory.nr_free_pages() + kho.tree_pages
-    if kho.incoming is not None:
-        nr_free += sum(1 << order for order in kho.incoming.unrestored()[1].tolist())
-    return {
-        "state": kernel.luo.state.name,
-        "requested": _paths(devices, devices.requested),
-        "preserved": _paths(devices, devices.preserved),
-        "reclaimed": _paths(devices, devices.reclaimed),
-        "slots": _has_slots(kernel),
-        "references": {
-            devices.tree.path(int(index)): int(devices.references[index])
-            for index in np.flatnonzero(devices.references)
-        },
-        "nr_linked": devices.nr_linked,
-        "free pages": nr_free,
-        "free blocks": (kho.tree_pages, _free_blocks(kernel)),
-        "preserved set": frozenset(zip(phys.tolist(), orders.tolist(), strict=True)),
-        "KHO's tree": _nodes(kernel),
-    }
-
-
-def _free_blocks(kernel: Kernel) -> int:
-    """Return a number that stands for which memory is free, outside scratch."""
-    phys, orders = kernel.memory.free_blocks()
-    outside = np.ones(len(phys), np.bool_)
-    for start, nbytes in kernel.memory.scratch:
-        outside &= (phys < start) | (phys >= start + nbytes)
-    return hash((phys[outside].tobytes(), orders[outside].tobytes()))
-
-
-def _paths(devices: Any, mask: NDArray[np.bool_]) -> tuple[str, ...]:
-    return tuple(devices.tree.path(int(index)) for index in np.flatnonzero(mask))
-
-
-def _has_slots(kernel: Kernel) -> bool:
-    if not len(kernel.devices):
-        return False
-    try:
-        kernel.devices.slot(next(iter(kernel.devices.tree)), "driver")
-    except StateError:
-        return False
-    return True
-
-
-def _nodes(kernel: Kernel) -> tuple[str, ...]:
-    """Return the names in KHO's tree, and of what waits to join it."""
-    kho = kernel.kho
-    if kho.generation.inline:
-        return tuple(sorted(kho._tree.children))
-    names = set(kho.snapshot().subtrees)
-    if kho.root_bytes:  # else it is written by finalizing
-        names |= {node.name for node in kho.root.root.children}
-    return tuple(sorted(names))
-
-
-def _differences(before: dict[str, Any], after: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    for check, was in before.items():
-        found = after[check]
-        if found == was:
-            continue
-        if check == "free blocks":
-            if found[0] == was[0]:  # else it is the map that has grown
-                yield check, "other memory is free than before"
-        elif check == "preserved set":
-            more, less = len(found - was), len(was - found)
-            pages = sum(1 << order for _, order in found - was)
-            yield check, f"{more} blocks ({pages} pages) more and {less} less than before"
-        elif isinstance(was, tuple):
-            more = sorted(set(found) - set(was))
-            less = sorted(set(was) - set(found))
-            words = [f"{_few(more)}, not before"] * bool(more)
-            words += [f"no longer {_few(less)}"] * bool(less)
-            yield check, "; ".join(words)
-        else:
-            yield check, f"{found}, before {was}"
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-    return ", ".join(names[:2]) + more
-
-
-class _Rig:
-    """A machine, and the kernel that runs on it: NORMAL, and its state noted.
-
-    Attributes:
-        kernel, watch: that kernel, and what sees its calls.
-        before: what :func:`look` saw.
-        history: cases that ran since the machine was new.
-    """
-
-    def __init__(
-        self, subject: _Subject, quirks: frozenset[str], devices: tuple[int, ...] | None
-    ) -> None:
-        self.subject = subject
-        self.quirks = quirks
-        self.clock = Clock()
-        self.machine = subject.machine()
-        self.history: list[_Case] = []
-        self.kernel: Kernel
-        self.watch: Watch
-        self.before: dict[str, Any] = {}
-        self.start(devices)
-
-    def start(self, devices: tuple[int, ...] | None = None) -> None:
-        """Switch the machine on."""
-        self.kernel, self.watch = self.build(self.subject.first)
-        self.kernel.boot()
-        chosen = choose(self.kernel) if devices is None else devices
-        self.settle(chosen)
-
-    def build(self, build: Build) -> tuple[Kernel, Watch]:
-        """Build a kernel whose callbacks are watched."""
-        watch = Watch(self.clock)
-        return rebuild(build(self.machine), watch, self.quirks), watch
-
-    def settle(self, devices: tuple[int, ...]) -> None:
-        """Request *devices*, and prepare and cancel once.
-
-        What a first update allocates for good is there from then on: what subsystems start with,
-        and the pages of the map.
-        """
-        self.devices = devices
-        kernel = self.kernel
-        kernel.devices.request(np.array(devices, np.int32))
-        kernel.kexec_load(self.build(self.subject.successor)[0])
-        kernel.luo.prepare()
-        kernel.luo.cancel()
-        kernel.kexec_unload()
-        self.before = look(kernel)
-        self.watch.arm(())
-
-    def run(self, case: _Case) -> _Trial:
-        """Run *case* after its history, and move on to the kernel that it leaves."""
-        before: list[str] = []
-        requested = False
-        for earlier in case.history:
-            trial = self.run(replace(earlier, requested=requested))
-            before += trial.steps
-            requested = trial.outcome == ROLLED_BACK
-        trial = _Trial(self, replace(case, requested=requested or case.requested))
-        trial.run()
-        trial.steps[:0] = before
-        self.history.append(replace(case, history=()))
-        return trial
-
-    def close(self) -> None:
-        """Switch the machine off."""
-        running = self.machine.running
-        if running is not None:
-            running.close()
-        self.kernel.close()
-
-
-def choose(kernel: Kernel, among: NDArray[np.bool_] | None = None) -> tuple[int, ...]:
-    """Return devices that lead to every callback: three of each driver and of each bus."""
-    devices = kernel.devices
-    able = devices.eligible()
-    if among is not None:
-        able &= among
-    chosen: set[int] = set()
-    for ids, owners in ((devices.driver_ids, devices.drivers), (devices.bus_ids, devices.buses)):
-        for number, owner in enumerate(owners):
-            found = np.flatnonzero(able & (ids == number))
-            if owner.ops is not None and found.size:
-                chosen |= {int(found[place]) for place in (0, found.size // 2, -1)}
-    return tuple(sorted(chosen))
-
-
-def _unused(kernel: Kernel) -> Iterator[str]:
-    """Yield the drivers and buses that no device has."""
-    devices = kernel.devices
-    for kind, ids, owners in (
-        ("driver", devices.driver_ids, devices.drivers),
-        ("bus", devices.bus_ids, devices.buses),
-    ):
-        for number, owner in enumerate(owners):
-            if not (ids[devices.tree.alive] == number).any():
-                yield f"{kind} {owner.name}"
-
-
-# ---- one live update, and what is checked ----
-
-
-class _Trial:
-    """One case on one rig.
-
-    Attributes:
-        calls: what the old kernel called, then its successor.
-        outcome: what became of the update.
-        checks: names of the checks made.
-        wrong: what they found, as (check, text).
-        steps: what was done, as a user would write it.
-    """
-
-    def __init__(self, rig: _Rig, case: _Case) -> None:
-        self.rig = rig
-        self.case = case
-        self.old, self.old_watch = rig.kernel, rig.watch
-        self.new: Any = None
-        self.new_watch = Watch(rig.clock)
-        self.error: Exception | None = None
-        self.cancelled: CancelResult | None = None
-        self.finished: FinishResult | None = None
-        self.kept: NDArray[np.bool_] | None = None
-        self.own_page = 0
-        self.process = 0
-        self.reclaimed: NDArray[np.bool_] | None = None
-        self.allocations: dict[str, int] = {}
-        self.calls: list[Call] = []
-        self.outcome = ""
-        self.checks: list[str] = []
-        self.wrong: list[tuple[str, str]] = []
-        self.steps: list[str] = []
-
-    # ---- doing ----
-
-    def run(self) -> None:
-        """Do the steps, and check."""
-        names = [self.rig.machine.devices.path(index) for index in self.rig.devices]
-        if names and not self.case.requested:
-            self.steps.append(f"kernel.devices.request({_listed(names)})")
-        self._room()
-        for step in self.case.script:
-            try:
-                getattr(self, f"_{step}")()
-            except Exception as error:
-                self.error = error
-                words = str(error) if isinstance(error, LuoError) else repr(error)
-                self.steps[-1] += f"  -> {words}"
-                if self.case.script != _UNLOADED:
-                    break
-        self._judge()
-
-    def _room(self) -> None:
-        if self.case.room:
-            self.old.kho.fdt_max = self.case.room
-            self.steps.append(f"kernel.kho.fdt_max = {self.case.room}")
-
-    def _say(self, call: str, *events: str) -> None:
-        faults = [fault for fault in self.case.faults if fault.event in events]
-        words = "; ".join(filter(None, map(self._in_words, faults)))
-        self.steps.append(f"{call}  # {words}" if words else call)
-
-    def _in_words(self, fault: Fault) -> str:
-        if fault.kind == "kernel":
-            return f"no memory from allocation {fault.place} on" if fault.place else ""
-        if fault.kind == "image" and fault.what == "errno":
-            return "the next kernel refuses"
-        if fault.kind == "image":
-            when = {"LOAD": "while it is built", "WAIT": "", "VALIDATE": "while it validates"}
-            return f"the next kernel dies {when.get(fault.event, 'while it boots')}".rstrip()
-        where = "" if fault.device is None else f" of {self.rig.machine.devices.path(fault.device)}"
-        who = "subsystem" if fault.kind == "subsystem" else fault.kind
-        return f"{who} {fault.name} {fault.event}{where} {fault.words}"
-
-    def _death(self) -> Fault | None:
-        return next((fault for fault in self.case.faults if fault.what == "death"), None)
-
-    def _load(self) -> None:
-        death = self._death()
-        self._say("kernel.kexec_load(image)", "LOAD")
-        if death is None:
-            self.new, self.new_watch = self.rig.build(self.rig.subject.successor)
-            self.new_watch.arm(fault for fault in self.case.faults if fault.event in _BEYOND)
-            if any(fault.kind == "image" for fault in self.case.faults):
-                self.new.validate = _refuse
-            self.old.kexec_load(self.new)
-            return
-        image = self.rig.subject.image
-        assert image is not None
-        self.old.kexec_load(mortal_image(image, self.rig.quirks, death))
-        assert isinstance(self.old._next, RemoteKernel)
-        self.process = self.old._next.pid
-
-    def _prepare(self) -> None:
-        self._say("kernel.luo.prepare()", "STATE_SIZE", "PREPARE")
-        self.old_watch.arm(fault for fault in self.case.faults if fault.event not in _BEYOND)
-        self.old_watch.die = self._kill_successor
-        with self._allocations("PREPARE"):
-            self.old.luo.prepare()
-
-    def _cancel(self) -> None:
-        self._say("kernel.luo.cancel()", "CANCEL")
-        self.cancelled = self.old.luo.cancel()
-
-    def _kexec(self) -> None:
-        death = self._death()
-        if death is not None and death.event == "WAIT":
-            self._kill_successor()
-            self.steps.append(f"# {self._in_words(death)}")
-        events = ["REBOOT", "VALIDATE", "SHUTDOWN", "BOOT", "RESTORE", "PROBE"]
-        events += ["CANCEL"] * any(fault.event == "REBOOT" for fault in self.case.faults)
-        self._say("kernel = kernel.kexec()", *events)
-        self.old.on_handover = self._note_kept
-        try:
-            with self._allocations("BOOT"):
-                self.new = self.old.kexec()
-        finally:
-            self.old.on_handover = None
-
-    def _finish(self) -> None:
-        self._say("kernel.luo.finish()", "FINISH")
-        if isinstance(self.new, Kernel):
-            self.reclaimed = self.new.devices.reclaimed.copy()
-        self.finished = self.new.luo.finish()
-
-    @contextlib.contextmanager
-    def _allocations(self, event: str) -> Iterator[None]:
-        """Let memory end at the allocation that a fault of the kernel names."""
-        places = [fault.place for fault in self.case.faults if fault.key == (*_ENGINE, event)]
-        with Allocations(self.rig.machine, *places) as counted:
-            try:
-                yield
-            finally:
-                self.allocations[event] = counted.count
-
-    def _note_kept(self, handover: object) -> None:
-        self.kept = self.old.devices.preserved.copy()
-        self.own_page = self.old.kho.fdt_phys
-
-    def _kill_successor(self) -> None:
-        assert self.process
-        os.kill(self.process, signal.SIGKILL)
-
-    # ---- judging ----
-
-    def _check(self, name: str, wrong: str | Iterable[str] | bool | None = None) -> None:
-        if name not in self.checks:
-            self.checks.append(name)
-        if isinstance(wrong, str):
-            wrong = [wrong] if wrong else []
-        self.wrong += [(name, text) for text in wrong or ()]
-
-    def _judge(self) -> None:
-        self.calls = [*self.old_watch.calls, *self.new_watch.calls]
-        running = self.rig.machine.running
-        if running is self.old:
-            self.outcome = ROLLED_BACK
-            self._judge_old()
-        elif running is None or isinstance(self.error, HostCrashError | KernelPanic):
-            self.outcome = CRASHED
-            self._judge_crash()
-        else:
-            self.outcome = COMPLETED
-            self._judge_new()
-
-    def _expected(self) -> str:
-        death = self._death()
-        if death is not None:
-            return CRASHED if death.event in _BEYOND else ROLLED_BACK
-        if self.case.script != _UPDATE or self.case.room or self._stopping():
-            return ROLLED_BACK
-        if any(fault.kind == "image" for fault in self.case.faults):
-            return ROLLED_BACK
-        if any(fault.kind == "kernel" for fault in self.case.faults):
-            return self.outcome  # it may do without: the other checks say whether it is whole
-        return COMPLETED
-
-    def _stopping(self) -> Fault | None:
-        """Return the fault that must end the update: the first that is one."""
-        for fault in self.old_watch.fired:
-            if fault.event in _STOPS and (
-                fault.what in ("errno", "positive", "exception", "delay")
-                or (fault.what == "memory" and self._failed(fault))
-            ):
-                return fault
-        return None
-
-    def _failed(self, fault: Fault) -> bool:
-        return any(not call.ok for call in self.calls if call.key == fault.key)
-
-    def _judge_outcome(self) -> None:
-        expected = self._expected()
-        text = f"{self.outcome}, where {expected} was expected" if self.outcome != expected else ""
-        if text and self.error is not None:
-            text += f": {type(self.error).__name__}: {self.error}"
-        self._check("outcome", text)
-        fired = {*self.old_watch.fired, *self.new_watch.fired}
-        single = len(self.case.faults) == 1 and self._death() is None
-        missed = [f for f in self.case.faults if f.kind not in ("kernel", "image") and f not in fired]
-        self._check(
-            "reached", [f"{self._in_words(f)}: was not called" for f in missed] if single else ()
-        )
-
-    def _judge_old(self) -> None:
-        self._judge_outcome()
-        self._judge_error()
-        for check in self.rig.before:
-            self._check(check)
-        if self.case.room:
-            ran = [self._who(call) for call in self.old_watch.calls if call.event == "REBOOT"]
-            self._check("room", [f"{who} REBOOT ran although the tree does not fit" for who in ran[:1]])
-            with contextlib.suppress(LuoError):  # frozen: the look finds that
-                self.old.kho.fdt_max = abi.KHO_FDT_MAX
-        self.wrong += _differences(self.rig.before, look(self.old))
-        self._judge_cancels()
-        self._judge_order("CANCEL", self.old_watch)
-        self._judge_named("CANCEL", self.old_watch, self._cancel_failures())
-        self._check("shutdown", [self._who(c) for c in self.old_watch.calls if c.event == "SHUTDOWN"])
-        self.old.kexec_unload()
-        if self.wrong:
-            return
-        self.old_watch.arm(())
-        if self.case.after == "update":
-            self._after_update()
-        elif self.case.after == "kexec":
-            self._after_kexec()
-
-    def _after_update(self) -> None:
-        again = _Trial(self.rig, _Case(requested=True))
-        again.run()
-        self.steps += again.steps
-        self._check("second update", [f"{check}: {text}" for check, text in again.wrong])
-
-    def _after_kexec(self) -> None:
-        """An ordinary kexec must boot NORMAL: nothing of the update is handed over."""
-        rig = self.rig
-        successor, watch = rig.build(rig.subject.first)
-        self.steps += ["kernel.kexec_load(image)", "kernel = kernel.kexec()"]
-        try:
-            self.old.kexec_load(successor)
-            kernel = self.old.kexec()
-        except Exception as error:
-            self._check("ordinary kexec", f"{type(error).__name__}: {error}")
-            return
-        state = kernel.luo.state
-        self._check("ordinary kexec", f"boots {state.name}" if state is not State.NORMAL else "")
-        if not self.wrong:
-            self._move_to(successor, watch, same=False)
-
-    def _judge_error(self) -> None:
-        """The error says whose fault it was."""
-        error, fault = self.error, self._stopping()
-        if self.case.script == _UNLOADED:
-            right = isinstance(error, StateError) and error.errno == errno.EINVAL
-            ran = [self._who(call) for call in self.old_watch.calls if call.event == "REBOOT"]
-            self._check("error", "" if right else f"{error!r}, EINVAL was expected")
-            self._check("no image", [f"{who} ran although no image is loaded" for who in ran[:1]])
-            return
-        if error is None:
-            return
-        if not isinstance(error, LuoError):
-            self._check("error", f"{type(error).__name__}: {error}, which no caller expects")
-            return
-        if fault is None and any(f.kind == "image" or f.what == "death" for f in self.case.faults):
-            right = isinstance(error, SuccessorError)
-            self._check("error", "" if right else f"{error!r}, not of the successor")
-            return
-        if fault is None:
-            return
-        code = {"errno": CODE, "positive": errno.EINVAL, "exception": errno.EIO}.get(fault.what)
-        if fault.what == "delay":
-            code = errno.ETIMEDOUT
-        if fault.event == "STATE_SIZE" and fault.what == "positive":
-            code = errno.E2BIG
-        text = ""
-        if code is not None and getattr(error, "errno", None) != code:
-            text = f"{error!r}, {os.strerror(code)} was expected"
-        elif code != errno.E2BIG and isinstance(error, CallbackError):
-            if (error.kind, error.name) != (fault.kind, fault.name):
-                text = f"names {error.kind} {error.name}, not {fault.kind} {fault.name}"
-            elif fault.device is not None and error.device != self._path(fault.device):
-                text = f"names {error.device}, not {self._path(fault.device)}"
-        self._check("error", text)
-
-    def _judge_cancels(self) -> None:
-        """Who got through PREPARE gets one CANCEL, and nobody else gets any."""
-        wanted: dict[tuple[str, str, int | None], int] = {}
-        got: dict[tuple[str, str, int | None], int] = {}
-        prepares, cancels = self._with("PREPARE"), self._with("CANCEL")
-        for call in self.old_watch.calls:
-            if call.event == "PREPARE":
-                for who in call.done:
-                    wanted[who] = 1
-            elif call.event == "CANCEL":
-                for device in call.devices or (None,):
-                    who = (call.kind, call.name, device)
-                    got[who] = got.get(who, 0) + 1
-        found = []
-        for who in sorted({*wanted, *got}, key=str):
-            owner = who[:2]
-            if owner not in cancels or (owner not in prepares and got[who] <= 1):
-                continue
-            due, times = wanted.get(who, 0), got.get(who, 0)
-            if due != times:
-                ran = "ran" if due else "did not run"
-                found.append(f"{self._named(*who)} {ran} PREPARE and got {times} CANCEL")
-        self._check("callbacks", found)
-
-    def _with(self, event: str) -> set[tuple[str, str]]:
-        """Return the (kind, name) that have a callback for *event*."""
-        return {key[:2] for key in self.old_watch.keys if key[2] == event}
-
-    def _judge_order(self, event: str, watch: Watch) -> None:
-        """*event* goes against the order of PREPARE, which has children before parents."""
-        prepared, undone = _chain(self.old_watch.calls, "PREPARE"), _chain(watch.calls, event)
-        both = [name for name in prepared if name in undone]
-        found = []
-        if [name for name in undone if name in both] != both[::-1]:
-            found.append(f"{event} calls {', '.join(undone)}; PREPARE called {', '.join(prepared)}")
-        priorities = self.old_watch.priorities
-        by_priority = sorted(prepared, key=lambda name: priorities.get(name, _DEVICES))
-        if by_priority != prepared:
-            text = f"PREPARE calls {', '.join(prepared)}, against their priorities"
-            self._check("priorities", text)
-        self._check("order", found)
-        self._judge_depths()
-
-    def _judge_depths(self) -> None:
-        found = []
-        parents = self.rig.machine.devices.parents
-        seen: set[int] = set()
-        for call in self.old_watch.calls:
-            if call.event != "PREPARE":
-                continue
-            for device in call.devices:
-                above = int(parents[device])
-                while above >= 0:
-                    if above in seen:
-                        found.append(f"PREPARE calls {self._path(above)} before what is below it")
-                        break
-                    above = int(parents[above])
-            seen.update(call.devices)
-        self._check("children first", found[:1])
-
-    def _cancel_failures(self) -> list[Any]:
-        if self.cancelled is not None:
-            return list(self.cancelled.failures)
-        return list(getattr(self.error, "undo_errors", ()))
-
-    def _judge_named(self, event: str, watch: Watch, failures: Iterable[Any]) -> None:
-        """Every callback that failed is named in the result."""
-        named = {
-            (error.kind, error.name, error.device)
-            for error in failures
-            if isinstance(error, CallbackError) and error.event == event
-        }
-        owners = {key[:2] for key in named}
-        found = [
-            f"{self._in_words(fault)}, and the result does not name it"
-            for fault in watch.fired
-            if fault.event == event and fault.what == "delay" and fault.key[:2] not in owners
-        ]
-        for call in watch.calls:
-            paths = [self._path(device) for device in call.failed] or [None]
-            if call.event != event or call.ok:
-                continue
-            if not any((call.kind, call.name, path) in named for path in paths):
-                found.append(f"{self._who(call)} failed {event}, and the result does not name it")
-        self._check("result", found[:2])
-
-    def _judge_crash(self) -> None:
-        self._judge_outcome()
-        running = self.rig.machine.running
-        if running is not None:
-            running.close()
-        if isinstance(self.new, Kernel):
-            self.new.close()
-        gone = False
-        try:
-            _ = self.old.kho
-        except StateError as error:
-            gone = error.errno == errno.ESHUTDOWN
-        self._check("old kernel gone", "" if gone else "it is still there")
-        if self.wrong:
-            return
-        self.rig.start(self.rig.devices)
-        self._check("cold boot", "")
-
-    def _judge_new(self) -> None:
-        self._judge_outcome()
-        kernel = self.new
-        if not isinstance(kernel, Kernel):
-            return  # of another process, and it should have died: that is said
-        state = kernel.luo.state
-        self._check("state", f"{state.name} after FINISH" if state is not State.NORMAL else "")
-        if self.error is not None:
-            self._check("error", f"{type(self.error).__name__}: {self.error}")
-            return
-        assert self.finished is not None
-        assert self.kept is not None
-        restore_failures = list(kernel.restore_failures)
-        self._judge_reclaimed(kernel)
-        self._judge_named("RESTORE", self.new_watch, restore_failures)
-        self._judge_named("FINISH", self.new_watch, self.finished.failures)
-        self._judge_order("FINISH", self.new_watch)
-        self._judge_shutdown()
-        self._judge_finishes()
-        for name in ("preserved", "reclaimed"):
-            self._check(name, _still(_paths(kernel.devices, getattr(kernel.devices, name))))
-        self._check("slots", "still there after FINISH" if _has_slots(kernel) else "")
-        lost = self._judge_unrestored(kernel)
-        if not self.wrong:
-            self._move_to(kernel, self.new_watch, same=not lost)
-
-    def _judge_reclaimed(self, kernel: Kernel) -> None:
-        assert self.kept is not None
-        assert self.reclaimed is not None
-        assert self.finished is not None
-        named = set(self.finished.unreclaimed)
-        lost = [
-            path for path in _paths(kernel.devices, self.kept & ~self.reclaimed) if path not in named
-        ]
-        text = f"{_few(lost)} neither reclaimed nor named in the result" if lost else ""
-        self._check("reclaimed", text)
-
-    def _judge_shutdown(self) -> None:
-        """Shutdown goes to every device that is not preserved, and to no other."""
-        assert self.kept is not None
-        times: dict[int, int] = {}
-        for call in self.old_watch.calls:
-            if call.event == "SHUTDOWN":
-                times[call.devices[0]] = times.get(call.devices[0], 0) + 1
-        found = [f"{self._path(d)} is preserved and was shut down" for d in times if self.kept[d]]
-        found += [f"{self._path(d)} was shut down {n} times" for d, n in times.items() if n != 1]
-        self._check("shutdown", found[:2])
-
-    def _judge_finishes(self) -> None:
-        """Every callback that ran PREPARE gets one RESTORE and one FINISH, none CANCEL."""
-        found = []
-        prepared = {who for c in self.old_watch.calls if c.event == "PREPARE" for who in c.done}
-        for event in ("RESTORE", "FINISH"):
-            having = self._with(event)
-            times: dict[tuple[str, str, int | None], int] = {}
-            for call in self.new_watch.calls:
-                if call.event == event:
-                    for device in call.devices or (None,):
-                        who = (call.kind, call.name, device)
-                        times[who] = times.get(who, 0) + 1
-            for who in sorted(prepared, key=str):
-                if who[:2] in having and times.get(who, 0) != 1:
-                    found.append(f"{self._named(*who)} got {times.get(who, 0)} {event}")
-        found += [f"{self._who(c)} got CANCEL" for c in self.old_watch.calls if c.event == "CANCEL"]
-        self._check("callbacks", found[:3])
-
-    def _judge_unrestored(self, kernel: Kernel) -> bool:
-        """Nothing that PREPARE added may be left, but what a failed callback had to take over.
-
-        Returns:
-            whether a callback that failed left something.
-        """
-        incoming = kernel.kho.incoming
-        if incoming is None:
-            self._check("unrestored", "the next kernel found nothing")
-            return False
-        phys, orders = incoming.unrestored()
-        left = set(zip(phys.tolist(), orders.tolist(), strict=True))
-        left -= self.rig.before["preserved set"]
-        left = {block for block in left if block[0] != self.own_page}  # nobody restores that
-        failed_owners = {
-            (call.kind, call.name)
-            for call in self.new_watch.calls
-            if call.event in ("RESTORE", "FINISH") and not call.ok
-        }
-        if left and not failed_owners:
-            at = ", ".join(f"{where:#x}" for where, _ in sorted(left)[:2])
-            self._check("unrestored", f"{len(left)} blocks after FINISH, at {at}")
-        else:
-            self._check("unrestored", "")
-        return bool(left)
-
-    def _move_to(self, kernel: Kernel, watch: Watch, *, same: bool) -> None:
-        """Go on with *kernel*, whose memory must be as that of the one before."""
-        rig, before = self.rig, self.rig.before
-        rig.kernel, rig.watch = kernel, watch
-        try:
-            rig.settle(rig.devices)
-        except LuoError as error:
-            self._check("second update", f"{type(error).__name__}: {error}")
-            return
-        was, found = before["free pages"], rig.before["free pages"]
-        if same:
-            self._check("free pages", f"{found}, before {was}" if found != was else "")
-
-    # ---- words ----
-
-    def path_of(self, device: int | None) -> str:
-        """Return the path of a device, "" for none."""
-        return "" if device is None else self._path(device)
-
-    def _path(self, device: int) -> str:
-        return str(self.rig.machine.devices.path(device))
-
-    def _named(self, kind: str, name: str, device: int | None) -> str:
-        return f"{kind} {name}" + ("" if device is None else f" of {self._path(device)}")
-
-    def _who(self, call: Call) -> str:
-        return self._named(call.kind, call.name, call.devices[0] if call.devices else None)
-
-
-def _refuse(handover: object) -> None:
-    raise HandoverError("refused on purpose")
-
-
-def _listed(names: Sequence[str]) -> str:
-    return "[" + ", ".join(f'"{name}"' for name in names) + "]"
-
-
-def _still(paths: Sequence[str]) -> str:
-    return f"{_few(paths)} still 1 after FINISH" if paths else ""
-
-
-def _chain(calls: Iterable[Call], event: str) -> list[str]:
-    """Return who was called for *event*, in order: subsystems, and the devices as one."""
-    names = [
-        call.name if call.kind == "subsystem" else "devices"
-        for call in calls
-        if call.event == event
-    ]
-    return list(dict.fromkeys(names))
-
-
-# ---- the campaign ----
 
 
 def run(
@@ -1030,7 +253,7 @@ def run(
 
     Raises:
         ValueError: there is no such kind, or no device that a request matches.
-        LuoError: the kernel does not get as far as a first update.
+        LuoError: PREPARE fails without a fault.
     """
     image = kernel if isinstance(kernel, KernelImage) else None
     build = kernel.build if isinstance(kernel, KernelImage) else kernel
@@ -1038,7 +261,7 @@ def run(
     for kind in wanted:
         if kind not in KINDS:
             raise ValueError(f"fault {kind!r}: {', '.join(KINDS)}")
-    subject = _Subject(machine, first or build, build, image)
+    subject = Subject(machine, first or build, build, image)
     campaign = _Campaign(subject, tuple(requests), wanted, progress)
     try:
         campaign.run(pairs)
@@ -1050,7 +273,7 @@ def run(
 class _Campaign:
     def __init__(
         self,
-        subject: _Subject,
+        subject: Subject,
         requests: tuple[str, ...],
         kinds: tuple[str, ...],
         progress: Progress | None,
@@ -1059,13 +282,17 @@ class _Campaign:
         self.kinds = kinds if subject.image else tuple(k for k in kinds if k != "death")
         self.report = FaultReport()
         self._progress = progress
-        self._done = self._total = 0
+        self._total = 0
         with subject.first(subject.machine()) as kernel:
             self.quirks = frozenset(kernel.quirks)
             self.devices = self._chosen(kernel, requests)
-            self.report.unused += _unused(kernel)
-        self._rig: _Rig | None = None
-        self._explained: dict[Any, Violation] = {}
+            self._inline = generation(kernel.kho_abi).inline
+            self._bound = [n for n in self.devices if kernel.devices.driver_ids[n] >= 0]
+            below = kernel.devices.below
+            self._ports = [n for n in self._bound if below(n)[list(self.devices)].any()]
+            self.report.unused += unused(kernel)
+        self._rig: Rig | None = None
+        self._explained: dict[Any, list[Violation]] = {}
         self._light = False
 
     def close(self) -> None:
@@ -1094,35 +321,42 @@ class _Campaign:
         cases = [*self._callback_cases(sites), *self._engine_cases()]
         if pairs:
             cases += self._pairs(sites)
-        self._total = len(cases)
+        self._run(cases)
+        missing = self._keys - set(sites)
+        if any(event in ("PROBE", "SHUTDOWN") for *_, event in missing) and self.devices:
+            # All devices of that driver are preserved, so nobody probes them or shuts them down.
+            self.close()
+            self.devices = ()
+            others = {key: calls for key, calls in self._learn().items() if key in missing}
+            self._run([*self._callback_cases(others)])
+            missing -= set(others)
+        self.report.uncovered += sorted(
+            " ".join(key) for key in missing if " ".join(key[:2]) not in self.report.unused
+        )
+
+    def _run(self, cases: list[Case]) -> None:
+        self._total = len(self.report.rows) + len(cases)
         for case in cases:
             self._case(case)
 
     def _tell(self, what: str) -> None:
         if self._progress is not None:
-            self._progress(self._done, self._total, what)
+            self._progress(len(self.report.rows), self._total, what)
 
     def _learn(self) -> dict[tuple[str, str, str], list[Call]]:
         """Update and cancel once without a fault, and return who was called, by key."""
-        calls: list[Call] = []
-        watch = None
-        for case in (_Case(script=_CANCEL, after="kexec"), _Case()):
-            trial = self._case(case)
-            wanted = ("CANCEL",) if case.script == _CANCEL else tuple(set(EVENTS) - {"CANCEL"})
-            calls += [call for call in trial.calls if call.event in wanted]
-            watch = trial.old_watch
-            self._allocations = trial.allocations
         sites: dict[tuple[str, str, str], list[Call]] = {}
-        for call in calls:
-            sites.setdefault(call.key, []).append(call)
-        assert watch is not None
-        self._batched = set(watch.batched)
-        for kind, name, event in sorted(watch.keys - set(sites)):
-            if f"{kind} {name}" not in self.report.unused:
-                self.report.uncovered.append(f"{kind} {name} {event}")
+        for case in (Case(script=CANCEL, after="kexec"), Case()):
+            trial = self._case(case)
+            for call in trial.calls:
+                if (call.event == "CANCEL") == (case.script == CANCEL):
+                    sites.setdefault(call.key, []).append(call)
+        self._keys = trial.old_watch.keys
+        self._batched = trial.old_watch.batched
+        self._allocations = trial.allocations
         return sites
 
-    def _case(self, case: _Case) -> _Trial:
+    def _case(self, case: Case) -> Trial:
         """Run *case*, and find out about each violation; as often as a quirk is found behind it."""
         self._tell(_title(case))
         violations: list[Violation] = []
@@ -1133,33 +367,33 @@ class _Campaign:
             if not trial.wrong:
                 break
             self.close()
-            found = self._explain(replace(case, history=history), trial)
+            found = self._explain(replace(case, history=(*history, *case.history)), trial)
             violations += found
             taken = {quirk for one in found for quirk in one.quirks}
             if not taken & self.quirks:
                 break
             self.quirks -= taken
-        self._done += 1
         where = trial.path_of(case.faults[0].device) if case.faults else ""
         row = FaultRow(case.faults, where, trial.outcome, tuple(trial.checks), tuple(violations))
         self.report.rows.append(row)
         return trial
 
-    def _new_rig(self, subject: _Subject, devices: tuple[int, ...]) -> _Rig:
-        return _Rig(subject, self.quirks, devices)
+    def _new_rig(self, subject: Subject, devices: tuple[int, ...]) -> Rig:
+        return Rig(subject, self.quirks, devices)
 
-    def _callback_cases(self, sites: dict[tuple[str, str, str], list[Call]]) -> Iterator[_Case]:
+    def _callback_cases(self, sites: dict[tuple[str, str, str], list[Call]]) -> Iterator[Case]:
         for key in sorted(sites, key=lambda key: (EVENTS.index(key[2]), key)):
             for what in self.kinds:
                 for number, fault in enumerate(self._variants(key, what, sites[key])):
-                    script = _CANCEL if fault.event == "CANCEL" else _UPDATE
+                    script = CANCEL if fault.event == "CANCEL" else UPDATE
                     # What must work afterwards is tried once a callback and kind: in turn.
                     after = ("update", "kexec")[KINDS.index(what) % 2] if not number else ""
-                    yield _Case((fault,), script, after)
+                    yield Case((fault,), script, after)
+                    if script == CANCEL and what == "errno" and not number:
+                        again = Case((fault,), script)  # the second failure is told as well
+                        yield replace(again, history=(again,))
 
-    def _variants(
-        self, key: tuple[str, str, str], what: str, calls: list[Call]
-    ) -> Iterator[Fault]:
+    def _variants(self, key: tuple[str, str, str], what: str, calls: list[Call]) -> Iterator[Fault]:
         """Yield a fault at the first, a middle and the last device, or of a whole batch."""
         event = key[2]
         if what in _LEFT_OUT.get(event, ()):
@@ -1175,39 +409,56 @@ class _Campaign:
             for place in list(places)[:count]:
                 yield Fault(*key, what, devices[place])
 
-    def _engine_cases(self) -> Iterator[_Case]:
+    def _engine_cases(self) -> Iterator[Case]:
         """Yield the faults that are no callback's."""
         if "death" in self.kinds:
             for event in ("LOAD", "WAIT", "VALIDATE", "BOOT"):
-                yield _Case((Fault("image", "next kernel", event, "death"),), after="update")
+                yield Case((Fault("image", "next kernel", event, "death"),), after="update")
         if "errno" in self.kinds:
             for after in ("update", "kexec"):
-                yield _Case((Fault("image", "next kernel", "VALIDATE", "errno"),), after=after)
-            yield _Case((Fault("kernel", "no image", "REBOOT", "errno"),), script=_UNLOADED)
+                yield Case((REFUSAL,), after=after)
+            yield Case((Fault("kernel", "no image", "REBOOT", "errno"),), script=UNLOADED)
+            yield from self._going()
         if "memory" in self.kinds:
             for event, count in self._allocations.items():
                 step = max(1.0, count / _MANY)
                 places = sorted({1 + int(n * step) for n in range(min(count, _MANY))} | {count})
                 for place in places if count else ():
-                    yield _Case((Fault(*_ENGINE, event, "memory", None, place),))
+                    yield Case((Fault(*ENGINE, event, "memory", None, place),))
             if self._inline:
-                yield _Case((Fault(*_ENGINE, "PREPARE", "memory"),), room=_NO_ROOM)
+                yield Case((Fault(*ENGINE, "PREPARE", "memory"),), room=_NO_ROOM)
 
-    def _pairs(self, sites: dict[tuple[str, str, str], list[Call]]) -> Iterator[_Case]:
+    def _going(self) -> Iterator[Case]:
+        """Yield updates in which a driver or a subsystem goes."""
+        for script, who, devices in (
+            (UNBOUND, "driver gone", self._bound),
+            (REBOUND, "driver bound anew", self._ports),
+        ):
+            for index in devices[:1]:
+                yield Case((Fault("kernel", who, "PREPARE", "errno", index),), script)
+        if any(kind == "subsystem" for kind, _, _ in self._keys):
+            yield Case((Fault("kernel", "subsystem gone", "CANCEL", "errno"),), LEAVING)
+
+    def _pairs(self, sites: dict[tuple[str, str, str], list[Call]]) -> Iterator[Case]:
         """Yield two faults in one update, of one kind."""
         for firsts, second in ((("PREPARE", "REBOOT"), "CANCEL"), (("RESTORE",), "FINISH")):
             for what in (kind for kind in ("errno", "exception") if kind in self.kinds):
                 lasts = {
-                    key: list(self._variants(key, what, calls))[-1] for key, calls in sites.items()
+                    key: list(self._variants(key, what, calls))[-1]
+                    for key, calls in sites.items()
                     if key[2] in (*firsts, second)
                 }
-                for one in (fault for key, fault in lasts.items() if key[2] in firsts):
-                    for two in (fault for key, fault in lasts.items() if key[2] == second):
-                        yield _Case((one, two))
+                ones = [fault for key, fault in lasts.items() if key[2] in firsts]
+                if what == "errno" and second == "CANCEL":
+                    ones.append(REFUSAL)
+                twos = [fault for key, fault in lasts.items() if key[2] == second]
+                for one in ones:
+                    for two in twos:
+                        yield Case((one, two))
 
     # ---- a violation ----
 
-    def _explain(self, case: _Case, trial: _Trial) -> list[Violation]:
+    def _explain(self, case: Case, trial: Trial) -> list[Violation]:
         """Find the shortest sequence that shows what *trial* found, and the quirks behind it.
 
         Returns:
@@ -1236,7 +487,7 @@ class _Campaign:
         return found
 
     def _shows(
-        self, case: _Case, devices: tuple[int, ...], check: str, quirks: frozenset[str]
+        self, case: Case, devices: tuple[int, ...], check: str, quirks: frozenset[str]
     ) -> _Shown | None:
         """Try *case* on a fresh machine; None if *check* does not fail."""
         self._tell(f"shortening: {_title(case)}")
@@ -1245,7 +496,7 @@ class _Campaign:
             subject = self.subject
             if self._light:
                 subject = replace(subject, first=subject.successor)
-            rig = _Rig(subject, quirks, devices)
+            rig = Rig(subject, quirks, devices)
         except LuoError:
             return None
         try:
@@ -1256,14 +507,16 @@ class _Campaign:
             return None
         return _Shown(case, devices, trial, check)
 
-    def _shorten(self, case: _Case, trial: _Trial) -> _Shown:
+    def _shorten(self, case: Case, trial: Trial) -> _Shown:
         check = trial.wrong[0][0]
         best = _Shown(case, self.devices, trial, check)
         tries = iter(range(_TRIES))
 
-        def attempt(case: _Case, devices: tuple[int, ...]) -> bool:
+        def attempt(case: Case, devices: tuple[int, ...]) -> bool:
             nonlocal best
-            if next(tries, None) is None:
+            # Whose driver goes must be requested, or it is another case.
+            kept = {fault.device for fault in case.faults if fault.kind == "kernel"} - {None}
+            if not kept <= set(devices) or next(tries, None) is None:
                 return False
             shown = self._shows(case, devices, check, self.quirks)
             if shown is not None:
@@ -1272,12 +525,17 @@ class _Campaign:
 
         alone = replace(case, history=())
         self._light = self.subject.first is not self.subject.successor
-        if self._light and not attempt(alone, self.devices):
+        again = self._light and attempt(alone, self.devices)
+        if not again:
             self._light = False
-        if not self._light and not attempt(alone, self.devices):
-            for earlier in reversed(case.history):
-                if attempt(replace(case, history=(earlier,)), self.devices):
-                    break
+            again = attempt(alone, self.devices) or any(
+                attempt(replace(case, history=(earlier,)), self.devices)
+                for earlier in reversed(case.history)
+            )
+        if not again:
+            others = f"# after {len(case.history)} other updates of the same machine"
+            best.trial.steps.insert(0, others)
+            return best
         for fewer in _simpler(best.case):
             if attempt(fewer, best.devices):
                 break
@@ -1315,43 +573,40 @@ class _Campaign:
             left = self.quirks - set(without)
             return self._shows(shown.case, shown.devices, check, left) is None
 
-        for quirks in (*candidates, *((quirk,) for quirk in sorted(self.quirks))):
+        guilty = sorted(self.quirks)
+        if cured(()) or not cured(guilty):  # a fresh machine does not show it, or any does
+            return _UNKNOWN
+        for quirks in (*candidates, *((quirk,) for quirk in guilty)):
             if cured(quirks):
                 return quirks
-        guilty = sorted(self.quirks)
-        if not cured(guilty):
-            return _UNKNOWN
         for quirk in list(guilty):
             rest = [other for other in guilty if other != quirk]
             if cured(rest):
                 guilty = rest
         return tuple(guilty)
 
-    @property
-    def _inline(self) -> bool:
-        assert self._rig is not None
-        return self._rig.kernel.kho.generation.inline
 
-
-def _simpler(case: _Case) -> Iterator[_Case]:
+def _simpler(case: Case) -> Iterator[Case]:
     """Yield cases that are shorter than *case*, the shortest first."""
-    yield _Case(script=("prepare", "cancel"))
+    yield Case(script=("prepare", "cancel"))
     if case.script != ("prepare", "cancel"):
-        yield _Case(script=_CANCEL)
-        yield _Case()
+        yield Case(script=CANCEL)
+        yield Case()
+    if any(fault.what == "death" and fault.event not in BEYOND for fault in case.faults):
+        yield Case((REFUSAL,))
     for after in ("", case.after):
         for fault in case.faults:
             if len(case.faults) > 1:
                 yield replace(case, faults=(fault,), after=after, history=())
     if case.history:
         yield replace(case, history=())
-    if case.script == _UPDATE and all(f.event in ("STATE_SIZE", "PREPARE") for f in case.faults):
+    if case.script == UPDATE and all(f.event in ("STATE_SIZE", "PREPARE") for f in case.faults):
         yield replace(case, script=("prepare",), after="", history=())
     if case.after:
         yield replace(case, after="")
 
 
-def _title(case: _Case) -> str:
+def _title(case: Case) -> str:
     if not case.faults:
         return "no fault"
     return " and ".join(f"{f.name} {f.event}: {f.what}" for f in case.faults)

@@ -25,9 +25,7 @@ import logging
 import os
 import queue
 import select
-import shutil
 import stat
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -38,9 +36,10 @@ os.environ.setdefault("FUSE_LIBRARY_NAME", "fuse3")  # mfusepy would rather have
 import mfusepy
 
 from luo.errors import LuoError, from_errno
+from luo.mountpoint import clear, guarded
 from luo.sysfs import OpenFile, Tree
 
-__all__ = ["Mount", "clear", "is_dead"]
+__all__ = ["Mount"]
 
 _log = logging.getLogger(__name__)
 
@@ -49,8 +48,6 @@ _SIGNAL_SECONDS: Final = 0.2  # how late ^C may be noticed when nothing is going
 _MAX_THREADS: Final = 1000  # requests at once; a write keeps one until it is done
 _JOIN_SECONDS: Final = 2.0
 _READY_SECONDS: Final = 30.0
-
-_FUSERMOUNT: Final = "fusermount3"
 
 _LIBFUSE: Final = mfusepy._libfuse
 if mfusepy.fuse_version_major != 3:
@@ -75,28 +72,6 @@ for _name, _result, *_arguments in (
 
 _READY: Final = select.POLLIN | select.POLLOUT | select.POLLRDNORM | select.POLLWRNORM
 _NOTIFIED: Final = select.POLLERR | select.POLLPRI
-
-_MNT_DETACH: Final = 2
-
-
-def is_dead(directory: str) -> bool:
-    """Return whether a mount whose process was killed is still in the way at *directory*."""
-    try:
-        os.stat(directory)
-    except OSError as error:
-        return error.errno == errno.ENOTCONN
-    return False
-
-
-def clear(directory: str) -> bool:
-    """Unmount *directory*, also if it is dead or in use; return whether that was done."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.umount2(os.fsencode(directory), _MNT_DETACH) == 0:
-        return True
-    if shutil.which(_FUSERMOUNT) is None:
-        return False
-    command = [_FUSERMOUNT, "-u", "-z", directory]
-    return not subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode
 
 
 # ---- libfuse's loop, in threads of ours ----
@@ -270,7 +245,7 @@ class Mount:
 
     @contextlib.contextmanager
     def mounted(self) -> Iterator[None]:
-        """Keep it mounted while the block runs.
+        """Keep it mounted while the block runs; if the process is killed in it, it is cleared.
 
         Raises:
             OSError: EIO if libfuse could not mount; it has said why on standard error.
@@ -278,18 +253,21 @@ class Mount:
         loop = threading.Thread(target=self._loop, name="luo-fuse", daemon=True)
         self.tree.watchers.append(self._wake)
         try:
-            loop.start()
-            self._ready.wait(_READY_SECONDS)
-            if self._failure is not None or not self._ready.is_set():
-                why = self._failure or "libfuse did not get ready"
-                raise OSError(errno.EIO, f"mount {self.directory}: {why}")
-            yield
+            with guarded(self.directory):
+                try:
+                    loop.start()
+                    self._ready.wait(_READY_SECONDS)
+                    if self._failure is not None or not self._ready.is_set():
+                        why = self._failure or "libfuse did not get ready"
+                        raise OSError(errno.EIO, f"mount {self.directory}: {why}")
+                    yield
+                finally:
+                    self._closing.set()
+                    if loop.is_alive():
+                        clear(self.directory)
+                        loop.join(_JOIN_SECONDS)  # else a process keeps a file open
         finally:
-            self._closing.set()
             self.tree.watchers.remove(self._wake)
-            if loop.is_alive():
-                clear(self.directory)
-                loop.join(_JOIN_SECONDS)  # else a process keeps a file open; it gets ENOTCONN
 
     def run(self) -> None:
         """Do the events that processes write, until somebody unmounts the directory.
@@ -319,8 +297,6 @@ class Mount:
         }
         if self._mounter[0] == 0:
             options["allow_other"] = True
-        if shutil.which(_FUSERMOUNT) is not None:
-            options["auto_unmount"] = True  # it stays, and unmounts if this process is killed
         try:
             mfusepy.FUSE(self, self.directory, **options)
         except RuntimeError as error:
@@ -335,6 +311,11 @@ class Mount:
     def init(self, path: str) -> None:
         """Note that the mount works: the first request of all."""
         self._ready.set()
+
+    def destroy(self, path: str) -> None:
+        """Forget who polls: libfuse's session is about to be freed."""
+        for number in list(self._handles):
+            self.release("", number)
 
     # ---- writing ----
 

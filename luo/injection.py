@@ -12,12 +12,14 @@ import errno
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Final, NamedTuple, NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
 from luo.device import Batch, Bus, DeviceBatch, Driver, LiveUpdateOps, batch
 from luo.errors import errno_name
@@ -147,6 +149,7 @@ class Watch:
         keys: (kind, name, event) of every callback.
         batched: those that serve many devices at once.
         priorities: place in the chain of each subsystem by name.
+        preserved: blocks that the callbacks of each (kind, name) have preserved.
         die: called by a fault that kills the successor.
     """
 
@@ -158,6 +161,7 @@ class Watch:
         self.keys: set[tuple[str, str, str]] = set()
         self.batched: set[tuple[str, str, str]] = set()
         self.priorities: dict[str, int] = {}
+        self.preserved: Counter[tuple[str, str]] = Counter()
         self.die: Callable[[], object] = _kill_myself
         self._faults: dict[tuple[str, str, str], Fault] = {}
 
@@ -165,6 +169,7 @@ class Watch:
         """Begin a new list of calls, in which *faults* happen."""
         self.calls = []
         self.fired = []
+        self.preserved.clear()
         self._faults = {fault.key: fault for fault in faults}
 
     # ---- the parts of a kernel ----
@@ -239,6 +244,7 @@ class Watch:
         self, key: tuple[str, str, str], devices: tuple[int, ...], work: Callable[[], Any]
     ) -> Any:
         ok, wrong = False, devices
+        before = self._nr_preserved(key[2])
         try:
             outcome = work()
             if isinstance(outcome, np.ndarray) and key[2] != "STATE_SIZE":
@@ -249,6 +255,10 @@ class Watch:
             return outcome
         finally:
             self.calls.append(Call(*key, devices, wrong, ok))
+            self.preserved[key[:2]] += self._nr_preserved(key[2]) - before
+
+    def _nr_preserved(self, event: str) -> int:
+        return self.kernel.kho.nr_preserved if event in ("PREPARE", "REBOOT") else 0
 
     # ---- a fault ----
 
@@ -336,7 +346,9 @@ def mortal(
 
     Args:
         machine: the machine.
-        name, cmdline, args: of the image.
+        name: of the image.
+        cmdline: likewise.
+        args: likewise.
         quirks: that it has.
         fault: fields of a :class:`Fault` by name; its event may also be ``"LOAD"``,
             ``"VALIDATE"`` or ``"BOOT"``.
@@ -379,15 +391,22 @@ def exhausted(memory: PhysicalMemory) -> Iterator[None]:
             memory.free_folios(folios)
 
 
-def _take_all(memory: PhysicalMemory) -> list[Any]:
+def outside_scratch(memory: PhysicalMemory) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+    """Return the free blocks outside scratch, as :meth:`PhysicalMemory.free_blocks` does."""
     phys, orders = memory.free_blocks()
     outside = np.ones(len(phys), np.bool_)
     for start, nbytes in memory.scratch:
         outside &= (phys < start) | (phys >= start + nbytes)
-    counts = np.bincount(orders[outside]).tolist()
+    return phys[outside], orders[outside]
+
+
+def _take_all(memory: PhysicalMemory) -> list[Any]:
+    counts = np.bincount(outside_scratch(memory)[1]).tolist()
     # Largest first: what is asked for is there as it stands, and nothing is cut up.
     return [
-        memory.alloc_folios(count, order) for order, count in reversed([*enumerate(counts)]) if count
+        memory.alloc_folios(count, order)
+        for order, count in reversed([*enumerate(counts)])
+        if count
     ]
 
 

@@ -188,7 +188,8 @@ class Kernel:
         behaviour: ``"intended"``, what RFC v1 meant, or ``"rfc1"``, what its code does.
         quirks: names in :data:`luo.quirks.QUIRKS` that it has besides; with a ``-`` in front, has
             not.
-        workers: 1.
+        workers: threads that call native callbacks which are thread-safe, for devices of one depth
+            at a time; all others are called one after the other.
         callback_limit: seconds that a callback may take, None for as long as it likes. A later one
             is ETIMEDOUT when it returns, and in PREPARE and REBOOT everything is rolled back.
         clock: returns nanoseconds; None is the system's monotonic clock.
@@ -233,8 +234,8 @@ class Kernel:
         clock: Callable[[], int] | None = None,
         observer: Callable[[str, str], None] | None = None,
     ) -> None:
-        if workers != 1:
-            raise ValueError(f"workers {workers!r}: this engine has 1")
+        if not 1 <= workers <= 1024:
+            raise ValueError(f"workers {workers!r}: 1 to 1024 threads")
         if callback_limit is not None and not callback_limit > 0:
             raise ValueError(f"callback_limit {callback_limit!r}: seconds, more than 0")
         if kho_abi is None:
@@ -269,7 +270,7 @@ class Kernel:
         )
         for subsystem in subsystems:
             self.luo.register(subsystem)
-        self._layer = DeviceParticipant(self.devices, self.profile)
+        self._layer = DeviceParticipant(self.devices, self.profile, workers)
         self.luo.join_devices(self._layer)
         self.observer = observer
         self.on_handover: Callable[[Handover], None] | None = None
@@ -479,6 +480,10 @@ class Kernel:
         """Restore a device that came over and was bound to a driver after boot."""
         self._layer.restore_device(index)
 
+    def note_binding(self, index: int) -> None:
+        """Let an update that is prepared know that a device has another driver."""
+        self._layer.note_binding(index)
+
     def kho_node(self, owner: Device | Driver | Bus) -> KhoNode:
         """Return the KHO node of *owner*; see :attr:`luo.device.Device.kho_node`."""
         return self._layer.kho_node(owner)
@@ -593,7 +598,7 @@ class Kernel:
         self.luo.refuse_callback("kexec")
         if self._next is None:
             if "no-image-check" in self.quirks and self.luo.reboot():
-                self.cancel_reboot()
+                self.luo.cancel()
             raise StateError(errno.EINVAL, "kexec: no kernel image is loaded")
         successor, self._next = self._next, None
         return jump(
@@ -654,10 +659,6 @@ class Kernel:
             "map_bytes": self._kho.tree_pages * self.machine.memory.page_size,
             "preserved_pages": self._kho.preserved_pages,
         }
-
-    def cancel_reboot(self) -> bool:
-        """Cancel after a failed jump; returns whether nothing failed."""
-        return not self.luo.cancel().failures
 
     def depart(self) -> None:
         """Be gone: the commit point is passed."""

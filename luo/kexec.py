@@ -138,7 +138,6 @@ class _Old(Protocol):
     luo: Any
 
     def reboot(self, verify: bool) -> Departure: ...
-    def cancel_reboot(self) -> bool: ...
     def take_back(self) -> None: ...
     def depart(self) -> None: ...
 
@@ -199,9 +198,12 @@ def jump(
         successor.close()
         with contextlib.suppress(HostCrashError):  # an old kernel that died has nothing to cancel
             if old.luo.state is State.PREPARED:
-                clean = old.cancel_reboot()
+                failures = old.luo.cancel().failures
+                for problem in failures:
+                    error.add_note(f"while cancelling: {problem}")
                 if isinstance(error, SuccessorError):
-                    error.rolled_back = clean
+                    error.undo_errors = [*failures]
+                    error.rolled_back = not failures
             else:
                 old.take_back()
         raise

@@ -361,7 +361,7 @@ class RemoteKernel:
             if "no-image-check" in self.quirks:
                 self._ask("event", event="reboot")
                 if self.luo.state is State.PREPARED:
-                    self.cancel_reboot()
+                    self.luo.cancel()
             raise StateError(errno.EINVAL, "kexec: no kernel image is loaded")
         successor, self._next = self._next, None
         try:
@@ -371,10 +371,6 @@ class RemoteKernel:
                 self.close()  # its process ended while the next kernel booted
         assert isinstance(kernel, RemoteKernel)
         return kernel
-
-    def cancel_reboot(self) -> bool:
-        """Cancel after a failed jump; returns whether nothing failed."""
-        return not self.luo.cancel().failures
 
     def take_back(self) -> None:
         """Undo what :meth:`reboot` did for an ordinary kexec that did not happen."""

@@ -416,10 +416,12 @@ class Tree:
         self._kernel().luo.kill(thread)
 
     def _kexec(self, kernel: AnyKernel) -> None:
-        self.load()
         with self._changed:
+            if self._jumping is not None:
+                raise from_errno(errno.EBUSY, "kexec: a jump is under way")
             self._jumping = kernel, threading.get_ident()
         try:
+            self.load()
             kernel.kexec(timeout=self._timeout)
         finally:
             with self._changed:
@@ -576,7 +578,9 @@ class Tree:
             )
             files[f"{group}/finish"] = _attribute(0o200, None, lambda _: _tell(luo.finish()), (1,))
         debug = "kernel/debug/liveupdate"
-        files[f"{debug}/reboot"] = _attribute(0o200, None, lambda _: luo.dry_reboot(), (1,), size=0)
+        files[f"{debug}/reboot"] = _attribute(
+            0o200, None, lambda _: _tell(luo.dry_reboot()), (1,), size=0
+        )
         files[f"{debug}/kexec"] = _attribute(
             0o200, None, lambda _: self._kexec(kernel), (1,), size=0
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rig import SMALL, Log, forest, small_kernel, snapshot
 
+from luo.device import Bus, Driver, batch
 from luo.errors import HandoverError, KernelPanic
 from luo.kernel import Kernel
 from luo.liveupdate import Priority, Subsystem
@@ -29,6 +30,42 @@ def machine(memory="64MiB"):
 def plain(machine, **kwargs):
     """Return a kernel that does what it should."""
     return small_kernel(machine, Log(), **kwargs)
+
+
+#: The small set, three more functions, and a console whose driver knows no live update.
+EVERY = {
+    **SMALL,
+    **{f"pci0/port/nic{number}": ("pci", "nic") for number in (2, 3, 4)},
+    "console": (None, "tty"),
+}
+
+
+def every_machine():
+    """Return a machine with a device for each kind of callback."""
+    return Machine("64MiB", forest(EVERY))
+
+
+def every(machine, **kwargs):
+    """Return a kernel with each kind of callback: batches, sizes, probe, shutdown, subsystems."""
+    log = Log()
+    nvme = Driver(
+        "nvme",
+        log.ops("driver", "nvme", size=lambda device: 40),
+        probe=lambda device: None,
+        shutdown=lambda device: None,
+    )
+    tty = Driver("tty", probe=lambda device: None, shutdown=lambda device: None)
+    nic = log.ops("driver", "nic", size=batch(lambda devices: 24), batched=True)
+    given = {
+        "drivers": [Driver("portdrv", log.ops("driver", "portdrv")), Driver("nic", nic), nvme, tty],
+        "buses": [Bus("pci", log.ops("bus", "pci", size=8))],
+        "subsystems": [
+            log.subsystem("early", priority=Priority.BEFORE_DEVICES),
+            log.subsystem("amid"),
+            log.subsystem("late", priority=Priority.AFTER_DEVICES),
+        ],
+    }
+    return Kernel(machine, **{**given, **kwargs})
 
 
 def end():

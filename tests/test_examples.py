@@ -97,6 +97,18 @@ def test_nic_driver_given_to_luo_run_serves_both_cards(tmp_path):
     assert document["devices"]["verified_bytes"] == document["devices"]["state_bytes"]
 
 
+def test_nic_driver_passes_luo_faults(tmp_path):
+    """Whichever of its callbacks fails, or lacks memory, nothing is half preserved."""
+    done = program(
+        "-P", "-m", "luo", "faults", "--kind", "errno", "--kind", "memory",
+        "--host", EXAMPLES / "nic_host.toml", "--drivers", EXAMPLES / "nic_driver.py",
+        cwd=tmp_path,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "nothing was ever half preserved" in done.stdout
+
+
 def test_failing_driver_as_a_program_shows_error_and_rollback(tmp_path):
     """Event, driver, device, errno, file and line are in the error; nothing is left behind."""
     driver = EXAMPLES / "failing_driver.py"

@@ -185,6 +185,36 @@ cdef class CallRecorder:
                         f"histogram bucket {bucket}: not in 0..{HISTOGRAM_BUCKETS - 1}")
                 row.histogram[<int>bucket] += count
 
+    def fork(self):
+        """Return an empty recorder with the same rows, clock and limit, for another thread."""
+        cdef CallRecorder other = CallRecorder(self.clock)
+        other.limit_ns = self.limit_ns
+        for label in self.names:
+            other.key(*label)
+        return other
+
+    def absorb(self, CallRecorder other not None):
+        """Add what a :meth:`fork` recorded since, and clear it."""
+        cdef Py_ssize_t i
+        cdef int bucket
+        cdef call_stats *row
+        cdef call_stats *more
+        if other.nr_stats > self.nr_stats:
+            raise ValueError("absorb: the recorder has rows that this one has not")
+        for i in range(other.nr_stats):
+            row, more = self.stats[i], other.stats[i]
+            if more.calls == 0:
+                continue
+            row.calls += more.calls
+            row.devices += more.devices
+            row.total_ns += more.total_ns
+            row.min_ns = min(row.min_ns, more.min_ns)
+            row.max_ns = max(row.max_ns, more.max_ns)
+            for bucket in range(HISTOGRAM_BUCKETS):
+                row.histogram[bucket] += more.histogram[bucket]
+            memset(more, 0, sizeof(call_stats))
+            more.min_ns = INT64_MAX
+
     def clear(self):
         """Forget all calls; row numbers stay valid."""
         cdef Py_ssize_t i
@@ -229,7 +259,7 @@ cdef class CallTable:
 
     Args:
         ids: driver or bus number of each device (``int32``), -1 for none.
-        calls: callable or None for each number.
+        calls: callable, :class:`NativeCallback` or None for each number.
         keys: recorder row for each number (``int32``).
         bit: this side's bit in the done mask.
         mode: ``"plain"``; ``"set"`` sets the bit after success (PREPARE); ``"clear"`` calls
@@ -240,8 +270,9 @@ cdef class CallTable:
     cdef const int32_t[::1] ids
     cdef list calls
     cdef const int32_t[::1] keys
-    cdef uint8_t bit
-    cdef int mode
+    cdef call_side side
+    cdef luo_callback *native
+    cdef void **contexts
 
     def __cinit__(
         self, const int32_t[::1] ids not None, list calls not None,
@@ -259,8 +290,23 @@ cdef class CallTable:
         self.ids = ids
         self.calls = calls
         self.keys = keys
-        self.bit = bit
-        self.mode = modes[mode]
+        self.native = <luo_callback *>calloc(len(calls) + 1, sizeof(luo_callback))
+        self.contexts = <void **>calloc(len(calls) + 1, sizeof(void *))
+        if self.native == NULL or self.contexts == NULL:
+            raise MemoryError("call table")
+        for i in range(len(calls)):
+            if isinstance(calls[i], NativeCallback):
+                self.native[i] = <luo_callback>(<NativeCallback>calls[i]).address
+                self.contexts[i] = <void *>(<NativeCallback>calls[i]).ctx
+        self.side.ids = &ids[0] if ids.shape[0] else NULL
+        self.side.keys = &keys[0] if keys.shape[0] else NULL
+        self.side.calls, self.side.contexts = self.native, self.contexts
+        self.side.bit = bit
+        self.side.mode = modes[mode]
+
+    def __dealloc__(self):
+        free(self.native)
+        free(self.contexts)
 
 
 cdef bint is_zero(object outcome) except -1:
@@ -272,10 +318,109 @@ cdef bint is_zero(object outcome) except -1:
         return False
 
 
+cdef bint call_one(
+    CallRecorder recorder, native_device *device, const call_side *sides, int nr_sides,
+    uint8_t *done, int64_t *last, call_failure *failures, Py_ssize_t *nr_failures, bint collect,
+) noexcept nogil:
+    """Call the native callbacks of one device; returns whether the loop has to stop."""
+    cdef const call_side *side
+    cdef luo_callback call
+    cdef int32_t number, index = device.index
+    cdef int64_t now, elapsed
+    cdef int t, rc
+    for t in range(nr_sides):
+        side = &sides[t]
+        number = side.ids[index]
+        if number < 0:
+            continue
+        if side.mode >= CALL_CLEAR:
+            if not done[index] & side.bit:
+                continue
+            if side.mode == CALL_CLEAR:
+                done[index] &= <uint8_t>~side.bit
+        call = side.calls[number]
+        rc = 0
+        if call != NULL:
+            rc = call(<luo_device *>device, side.contexts[number])
+            now = monotonic_ns()
+            elapsed = now - last[0]
+            last[0] = now
+            recorder.record(side.keys[number], elapsed, 1)
+            if rc == 0 and recorder.limit_ns and elapsed > recorder.limit_ns:
+                rc = -c_errno.ETIMEDOUT
+                if side.mode == CALL_SET:  # it did its work, late
+                    done[index] |= side.bit
+            if rc != 0:
+                failures[nr_failures[0]].device = index
+                failures[nr_failures[0]].side = t
+                failures[nr_failures[0]].rc = rc
+                nr_failures[0] += 1
+                if not collect:
+                    return True
+                continue
+        if side.mode == CALL_SET:
+            done[index] |= side.bit
+    return False
+
+
+cdef call_native(
+    CallRecorder recorder, NativeScope scope, const int32_t[::1] order, Py_ssize_t start,
+    Py_ssize_t stop, bint backwards, const call_side *sides, int nr_sides, uint8_t[::1] done,
+    list failures,
+):
+    """:func:`call_devices` where nobody needs Python: a stretch at a time without the GIL."""
+    cdef call_failure found[2 * NATIVE_STRETCH]
+    cdef native_device device
+    cdef Py_ssize_t n = 0, end, i, nr_found, nr = stop - start, nr_devices = done.shape[0]
+    cdef int64_t last = monotonic_ns()
+    cdef bint collect = failures is not None, stopped = False
+    cdef int32_t wrong = -1
+    device.calls = &native_calls
+    device.scope = &scope.scope
+    while n < nr and not stopped:
+        end = min(n + NATIVE_STRETCH, nr)
+        nr_found = 0
+        with nogil:
+            while n < end:
+                i = stop - 1 - n if backwards else start + n
+                n += 1
+                device.index = order[i]
+                if not 0 <= device.index < nr_devices:
+                    wrong = device.index
+                    stopped = True
+                    break
+                if call_one(recorder, &device, sides, nr_sides, &done[0], &last, found,
+                            &nr_found, collect):
+                    stopped = True
+                    break
+        if wrong >= 0:
+            raise IndexError(f"call_devices: device {wrong} of {nr_devices}")
+        for i in range(nr_found):
+            outcome = (found[i].device, found[i].side, native_outcome(recorder, found[i].rc))
+            if not collect:
+                return outcome
+            failures.append(outcome)
+        try:
+            PyErr_CheckSignals()
+        except BaseException as interrupt:
+            if not collect:
+                raise
+            failures.append((device.index, 0, interrupt))
+    return None
+
+
+cdef object native_outcome(CallRecorder recorder, int rc):
+    if rc == -c_errno.ETIMEDOUT and recorder.limit_ns:
+        return TimeoutError(
+            c_errno.ETIMEDOUT, f"took too long, the limit is {recorder.limit_ns / 1e6:.3f} ms")
+    return rc
+
+
 def call_devices(
     CallRecorder recorder not None, object devices, type device_type not None,
     const int32_t[::1] order not None, Py_ssize_t start, Py_ssize_t stop, bint backwards,
-    list tables not None, uint8_t[::1] done not None, list failures,
+    list tables not None, uint8_t[::1] done not None, list failures, NativeScope scope=None,
+    bint native=False,
 ):
     """Call each device's callbacks in *order*, timed, table after table for each device.
 
@@ -285,77 +430,100 @@ def call_devices(
         tables: one or two :class:`CallTable`, in the order of calling.
         done: one byte a device, see :class:`CallTable`.
         failures: None stops at the first failure; a list collects them all, interrupts too.
+        scope: what native callbacks reach; needed if there are any.
+        native: that no device here has a callback in Python: the GIL is released.
 
     Returns:
         None, or the first failure if *failures* is None. A failure is (device, table number,
         outcome): the exception that was raised, or the value that was returned.
     """
     cdef Py_ssize_t n, i, nr_devices = done.shape[0]
-    cdef int t, nr_tables = len(tables)
-    cdef int32_t device, number
+    cdef int t, rc, nr_tables = len(tables)
+    cdef int32_t number
     cdef CallTable table
     cdef object call, outcome, view
     cdef int64_t last, now
+    cdef call_side sides[2]
+    cdef native_device device
 
     if not issubclass(device_type, DeviceRef):
         raise TypeError(f"call_devices: {device_type.__name__} is no DeviceRef")
     if not (0 <= start <= stop <= order.shape[0]):
         raise IndexError(f"call_devices: {start}..{stop} of {order.shape[0]}")
-    for table in tables:
+    if not 0 < nr_tables <= 2:
+        raise ValueError(f"call_devices: {nr_tables} tables, not 1 or 2")
+    for t in range(nr_tables):
+        table = <CallTable?>tables[t]
         if table.ids.shape[0] < nr_devices:
             raise IndexError("call_devices: a table is shorter than the done mask")
+        for i in range(table.keys.shape[0]):
+            if not 0 <= table.keys[i] < recorder.nr_stats:
+                raise IndexError(f"call_devices: recorder has no row {table.keys[i]}")
+        sides[t] = table.side
+    if native and scope is not None and recorder.clock is None and nr_devices:
+        return call_native(recorder, scope, order, start, stop, backwards, sides, nr_tables, done,
+                           failures)
 
+    device.calls = &native_calls
+    device.scope = NULL if scope is None else &scope.scope
     last = recorder.now()
     for n in range(stop - start):
         i = stop - 1 - n if backwards else start + n
-        device = order[i]
-        if not 0 <= device < nr_devices:
-            raise IndexError(f"call_devices: device {device} of {nr_devices}")
+        device.index = order[i]
+        if not 0 <= device.index < nr_devices:
+            raise IndexError(f"call_devices: device {device.index} of {nr_devices}")
         view = None
         for t in range(nr_tables):
-            table = <CallTable>tables[t]
-            number = table.ids[device]
+            number = sides[t].ids[device.index]
             if number < 0:
                 continue
-            if table.mode >= CALL_CLEAR:
-                if not done[device] & table.bit:
+            if sides[t].mode >= CALL_CLEAR:
+                if not done[device.index] & sides[t].bit:
                     continue
-                if table.mode == CALL_CLEAR:
-                    done[device] &= <uint8_t>~table.bit
-            call = table.calls[number]
+                if sides[t].mode == CALL_CLEAR:
+                    done[device.index] &= <uint8_t>~sides[t].bit
+            call = (<CallTable>tables[t]).calls[number]
             if call is not None:
-                if view is None:
-                    # Past __init__: this is once a callback.
-                    view = DeviceRef.__new__(device_type)
-                    (<DeviceRef>view).devices = devices
-                    (<DeviceRef>view).index = device
-                try:
-                    outcome = call(view)
-                    if outcome is not None and is_zero(outcome):
-                        outcome = None
-                except Exception as error:
-                    outcome = error
-                except BaseException as error:
-                    # An interrupt ends what can be undone; where nothing stops, the caller
-                    # raises it when everybody has been called.
-                    if failures is None:
-                        raise
-                    outcome = error
+                if sides[t].calls[number] != NULL:
+                    if scope is None:
+                        raise TypeError("call_devices: native callbacks need a scope")
+                    with nogil:
+                        rc = sides[t].calls[number](
+                            <luo_device *>&device, sides[t].contexts[number])
+                    outcome = rc if rc else None
+                else:
+                    if view is None:
+                        # Past __init__: this is once a callback.
+                        view = DeviceRef.__new__(device_type)
+                        (<DeviceRef>view).devices = devices
+                        (<DeviceRef>view).index = device.index
+                    try:
+                        outcome = call(view)
+                        if outcome is not None and is_zero(outcome):
+                            outcome = None
+                    except Exception as error:
+                        outcome = error
+                    except BaseException as error:
+                        # An interrupt ends what can be undone; where nothing stops, the caller
+                        # raises it when everybody has been called.
+                        if failures is None:
+                            raise
+                        outcome = error
                 now = recorder.now()
-                recorder.record(table.keys[number], now - last, 1)
+                recorder.record(sides[t].keys[number], now - last, 1)
                 if outcome is None and recorder.limit_ns:
                     outcome = recorder.overdue(now - last)
                     # It did its work, late: whoever undoes has to undo it too.
-                    if outcome is not None and table.mode == CALL_SET:
-                        done[device] |= table.bit
+                    if outcome is not None and sides[t].mode == CALL_SET:
+                        done[device.index] |= sides[t].bit
                 last = now
                 if outcome is not None:
                     if failures is None:
-                        return device, t, outcome
-                    failures.append((device, t, outcome))
+                        return device.index, t, outcome
+                    failures.append((device.index, t, outcome))
                     continue
-            if table.mode == CALL_SET:
-                done[device] |= table.bit
+            if sides[t].mode == CALL_SET:
+                done[device.index] |= sides[t].bit
     return None
 
 

@@ -1350,7 +1350,7 @@ cdef class PhysicalMemory:
         for order in range(self.state.top + 1):
             count = self.state.nr_heads[order]
             if count:
-                phys.append(list_heads(self, self.state.heads[order], order, count))
+                phys.append(list_heads(self, self.state, self.state.heads[order], order, count))
                 orders.append(np.full(count, order, np.uint8))
         if not phys:
             return np.empty(0, np.uint64), np.empty(0, np.uint8)
@@ -1459,11 +1459,15 @@ cdef object describe_block(PhysicalMemory memory, uint64_t pfn, int order, bint 
             f"{pfn << memory.page_shift:#x}/order {order}")
 
 
-cdef object list_heads(PhysicalMemory memory, const uint64_t *words, int order, uint64_t count):
-    """Addresses of the *count* blocks of one order that are marked in *words*, ascending."""
+cdef object list_heads(
+    PhysicalMemory memory, const page_state *st, const uint64_t *words, int order, uint64_t count
+):
+    """Addresses of the *count* blocks of one order that are marked in *words* of *st*, ascending.
+
+    The state is the memory's, or one that a kernel builds beside it before it boots.
+    """
     cdef uint64_t[::1] out
     cdef uint64_t index = 0, n = 0, nr_bits
-    cdef page_state *st = memory.state
     result = np.empty(count, np.uint64)
     out = result
     nr_bits = page_index(st, st.end_pfn - 1, order) + 1

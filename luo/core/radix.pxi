@@ -1519,7 +1519,8 @@ cdef class IncomingMemory:
         st = self.pages()
         for order in range(st.top, -1, -1):
             if st.nr_claims[order]:
-                found = list_heads(self.memory, st.claims[order], order, st.nr_claims[order])
+                found = list_heads(
+                    self.memory, st, st.claims[order], order, st.nr_claims[order])
                 phys.append(found)
                 orders.append(np.full(len(found), order, np.uint8))
         return np.concatenate(phys), np.concatenate(orders)

@@ -114,7 +114,7 @@ def test_image_in_a_namespace_is_found(machine):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"kho_abi": "kho-v9"}, {"behaviour": "rfc2"}, {"workers": 2},
+    [{"kho_abi": "kho-v9"}, {"behaviour": "rfc2"}, {"workers": 0},
      {"quirks": ["x"]}, {"callback_limit": 0}],
     ids=str,
 )  # fmt: skip

@@ -21,7 +21,6 @@ FINISH = "kernel/liveupdate/finish"
 KEXEC = "kernel/debug/liveupdate/kexec"
 DISK = "devices/pci0/disk"
 GROUP = ["requested", "preserved", "reclaimed"]
-PLAIN = KernelImage("kernels:plain")
 WHERE = pytest.mark.parametrize("in_process", [True, False], ids=["here", "process"])
 
 
@@ -43,12 +42,13 @@ def tree(kernel):
 
 
 @contextlib.contextmanager
-def mounted_machine(**kwargs):
+def mounted_machine(in_process=False, **args):
     """A tree over a machine whose kernel can be followed by an image; all is closed at the end."""
     machine = kernels.machine()
-    kernel = kernels.plain(machine).boot()
+    kernel = kernels.plain(machine, **args).boot()
     try:
-        with Tree(machine, image=PLAIN, **kwargs) as tree:
+        image = KernelImage("kernels:plain", args=args)
+        with Tree(machine, image=image, in_process=in_process) as tree:
             yield tree
     finally:
         if machine.running is not None:
@@ -163,6 +163,21 @@ def test_debug_files_show_the_live_root_tree_and_its_subtrees(kernel, tree):
     assert tree.stat(f"{out}/sub_fdts/liveupdate_orchestrator").size == len(blob)
     areas = "".join(f"{phys:#x}\n" for phys, _ in kernel.kho.scratch)
     assert tree.read(f"{out}/scratch_phys") == areas.encode()
+
+
+def test_debug_files_of_a_kernel_in_another_process_are_its_own():
+    """What a remote kernel has finalized is seen and done from here."""
+    out = "kernel/debug/kho/out"
+    with mounted_machine(kho_abi="kho-v5-series") as tree:
+        tree.write(KEXEC, "1")
+        assert tree.read(f"{out}/finalize") == b"0\n"
+        assert errno_of(tree.read, f"{out}/fdt") == errno.ENOENT
+        assert tree.write(f"{out}/fdt_max", "0x200000") == 8
+        assert tree.read(f"{out}/fdt_max") == b"2097152\n"
+        assert tree.write(f"{out}/finalize", "1") == 1
+        assert Fdt(tree.read(f"{out}/fdt")).root["compatible"].tobytes() == b"kho-v1\0"
+        assert errno_of(tree.write, f"{out}/finalize", "1") == errno.EEXIST
+        assert tree.write(f"{out}/finalize", "0") == 1
 
 
 # ---- owners ----
@@ -366,6 +381,22 @@ def test_read_during_a_jump_waits_for_the_new_kernel():
                 early = list(seen)
                 go_on.set()
         assert (early, seen, raised) == ([], [b"updated\n"], [])
+
+
+def test_kexec_during_a_jump_is_ebusy():
+    """One jump at a time, as in Linux."""
+    waits, begun, go_on = waits_in("reboot")
+    machine = small_machine()
+    with small_kernel(machine, Log(), [waits]).boot() as kernel, Tree(machine) as tree:
+        kernel.kexec_load(small_kernel(machine, Log(), [Subsystem("waits")]))
+        tree.write(PREPARE, "1")
+        with at_work(lambda: tree.write(KEXEC, "1")) as raised:
+            assert begun.wait(60)
+            second = errno_of(tree.write, KEXEC, "1")
+            go_on.set()
+        assert (second, raised) == (errno.EBUSY, [])
+        assert tree.read(STATE) == b"updated\n"
+        machine.running.close()
 
 
 def test_write_that_waits_while_the_kernel_goes_is_enodev(kernel, tree):

@@ -505,6 +505,7 @@ class Trial:
 
     def _judge(self) -> None:
         self.calls = [*self.old_watch.calls, *self.new_watch.calls]
+        self._judge_callbacks()
         running = self.rig.machine.running
         if running is self.old:
             self.outcome = ROLLED_BACK
@@ -515,6 +516,16 @@ class Trial:
         else:
             self.outcome = COMPLETED
             self._judge_new()
+
+    def _judge_callbacks(self) -> None:
+        """Who is not made to fail does not; who failed RESTORE may have nothing to FINISH."""
+        asked = {fault.key[:2] for fault in self.case.faults}
+        found = [
+            f"{self._who(call)} failed {call.event}, and no fault was put there"
+            for call in self.calls
+            if not call.ok and call.key[:2] not in asked and ENGINE not in asked
+        ]
+        self._check("no fault", *found[:2])
 
     def _expected(self) -> str:
         death = self._death()
@@ -603,7 +614,7 @@ class Trial:
         state = kernel.luo.state
         self._check("ordinary kexec", f"boots {state.name}" if state is not State.NORMAL else "")
         if not self.wrong:
-            self._move_to(successor, watch, same=False)
+            self._move_to(successor, watch)
 
     def _judge_error(self) -> None:
         """The error says whose fault it was."""
@@ -773,14 +784,17 @@ class Trial:
         for name in ("preserved", "reclaimed"):
             self._check(name, _still(_paths(kernel.devices, getattr(kernel.devices, name))))
         self._check("slots", "still there after FINISH" if _has_slots(kernel) else "")
-        lost = self._judge_unrestored(kernel)
+        self._judge_unrestored(kernel)
         if self.wrong:
             return
-        if lost:  # of a subsystem that failed to take over what it had
+        # Who failed to take over what it had has less than before, and who was probed afresh
+        # perhaps something else: no kernel to go on with.
+        failed = any(call.event == "RESTORE" and not call.ok for call in self.new_watch.calls)
+        failed |= any(fault.event == "PROBE" for fault in self.new_watch.fired)
+        self._move_to(kernel, self.new_watch, same=not failed)
+        if failed and not self.wrong:
             kernel.shutdown()
             self._start_again()
-        else:
-            self._move_to(kernel, self.new_watch, same=True)
 
     def _judge_reclaimed(self, kernel: Kernel) -> None:
         assert self.kept is not None
@@ -829,16 +843,12 @@ class Trial:
         found += [f"{self._who(c)} got CANCEL" for c in self.old_watch.calls if c.event == "CANCEL"]
         self._check("callbacks", *found[:3])
 
-    def _judge_unrestored(self, kernel: Kernel) -> bool:
-        """Nothing that PREPARE added may be left, but what a failed callback had to take over.
-
-        Returns:
-            whether a callback that failed left something.
-        """
+    def _judge_unrestored(self, kernel: Kernel) -> None:
+        """Nothing that PREPARE added may be left, but what a failed callback had to take over."""
         incoming = kernel.kho.incoming
         if incoming is None:
             self._check("unrestored", "the next kernel found nothing")
-            return False
+            return
         phys, orders = incoming.unrestored()
         left = set(zip(phys.tolist(), orders.tolist(), strict=True))
         left -= self.rig.before["preserved set"]
@@ -852,10 +862,16 @@ class Trial:
         at = ", ".join(f"{where:#x}" for where, _ in sorted(left)[:2])
         text = f"{len(left)} blocks after FINISH, at {at}; {allowed} are of callbacks that failed"
         self._check("unrestored", text if len(left) > allowed else "")
-        return bool(left)
 
-    def _move_to(self, kernel: Kernel, watch: Watch, *, same: bool) -> None:
-        """Go on with *kernel*, whose memory must be as that of the one before."""
+    def _move_to(self, kernel: Kernel, watch: Watch, *, same: bool | None = None) -> None:
+        """Go on with *kernel*, which must be ready for the next update.
+
+        Args:
+            kernel: it runs now.
+            watch: what sees its calls.
+            same: whether it has as much free memory as the one before, or at least as much; None
+                if it is another kernel and nothing can be said.
+        """
         rig, before = self.rig, self.rig.before
         rig.kernel, rig.watch = kernel, watch
         try:
@@ -864,8 +880,9 @@ class Trial:
             self._check("second update", f"{type(error).__name__}: {error}")
             return
         was, found = before["free pages"], rig.before["free pages"]
-        if same:
-            self._check("free pages", f"{found}, before {was}" if found != was else "")
+        if same is not None:
+            wrong = found != was if same else found < was
+            self._check("free pages", f"{found}, before {was}" if wrong else "")
 
     # ---- words ----
 

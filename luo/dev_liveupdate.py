@@ -27,7 +27,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luo import abi
-from luo._kho import CallTable, NativeCallback, NativeScope, call_devices, pack_slots
+from luo._kho import (
+    CallTable,
+    NativeCallback,
+    NativeScope,
+    call_devices,
+    group_rows,
+    pack_slots,
+    spread_strings,
+)
 from luo.device import Batch, Bus, Device, DeviceBatch, Devices, Driver
 from luo.device_records import SIDES, Address, DeviceRecords, Index, slot_digests
 from luo.errors import CallbackError, StateError, from_errno
@@ -648,17 +656,8 @@ class DeviceParticipant:
                 batched |= (self._kinds(side, event) == _BATCH)[self._ids(side)[order]]
         if not batched.any():
             return None
-        # One number for each (driver, bus, sizes) that occurs.
-        parts: list[NDArray[Any]] = [
-            *(self._ids(side)[order] for side in SIDES),
-            *(nbytes[side] for side in SIDES),
-        ]
-        by_parts = np.lexsort(parts)
-        new = np.zeros(len(order), np.bool_)
-        for part in parts:
-            new[1:] |= part[by_parts][1:] != part[by_parts][:-1]
-        number = np.empty(len(order), np.int32)
-        number[by_parts] = np.cumsum(new)
+        drivers, buses = (self._ids(side)[order] for side in SIDES)
+        number = group_rows(drivers, buses, nbytes["driver"], nbytes["bus"])
         group = np.full(len(self.devices.requested), -1, np.int32)
         group[order[batched]] = number[batched]
         return group
@@ -711,22 +710,9 @@ class DeviceParticipant:
             self._saved.node.properties["slabs"] = self._saved.slab_entries.tobytes()
         if not len(order):
             return
-        properties: dict[str, Any] = {
-            "path": _strings(*tree.paths(order)),
-            "bus": self._names("bus", order),
-            "driver": self._names("driver", order),
-            "state": np.stack(
-                [phys["driver"], nbytes["driver"], phys["bus"], nbytes["bus"]], axis=1
-            )
-            .view(np.uint8)
-            .reshape(len(order), 32),
-            "index": order.astype(np.uint64).view(np.uint8).reshape(len(order), 8),
-        }
-        names = ("device", 0, len(order))
-        limit = kernel.memory.page_size << kernel.memory.max_order
-        ends = np.cumsum(FdtWriter.nodes_size(names, properties))
         if self._saved.node is not None:
-            self._saved.shard_bytes = int(ends[-1])
+            names, properties = self._columns(order, phys, nbytes, 0, len(order))
+            self._saved.shard_bytes = int(FdtWriter.nodes_size(names, properties).sum())
             if self._saved.shard_bytes > kho.fdt_max and not self._has("written-in-reboot"):
                 raise from_errno(
                     errno.E2BIG,
@@ -735,45 +721,68 @@ class DeviceParticipant:
                 )
             self._saved.node.rows.append((names, properties))
             return
+        room = (kernel.memory.page_size << kernel.memory.max_order) - abi.LUO_SHARD_OVERHEAD
         entries = []
-        start = 0
+        start, guess = 0, room // abi.LUO_RECORD_BYTES
         while start < len(order):
-            before = int(ends[start - 1]) if start else 0
-            room = limit - abi.LUO_SHARD_OVERHEAD
-            stop = int(np.searchsorted(ends, before + room, side="right"))
-            if stop == start:
+            # A shard at a time: what is made for one is warm, and used again for the next.
+            stop = min(start + guess, len(order))
+            names, properties = self._columns(order, phys, nbytes, start, stop)
+            ends = np.cumsum(FdtWriter.nodes_size(names, properties))
+            count = int(np.searchsorted(ends, room, side="right"))
+            if start + count == stop < len(order):
+                guess *= 2  # there is room for more
+                continue
+            if not count:
                 raise from_errno(
                     errno.E2BIG,
                     f"PREPARE {tree.path(int(order[start]))}: record above {room} bytes",
                 )
-            size = int(ends[stop - 1]) - before + abi.LUO_SHARD_OVERHEAD
+            guess = count + count // 16 + 16
+            size = int(ends[count - 1]) + abi.LUO_SHARD_OVERHEAD
             shard = kho.alloc_preserve(size)
             self._saved.shards.append(shard)
             writer = FdtWriter(into=kernel.memory.view(shard, size))
             with writer.node(""):
                 writer.property_string("compatible", abi.LUO_DEVICES_COMPATIBLE)
-                writer.add_nodes(names, properties, start=start, stop=stop)
+                writer.add_nodes(names, properties, stop=count)
             written = len(writer.finish())
             self._saved.shard_bytes += written
-            entries.append((shard, written, start, stop - start))
-            start = stop
+            entries.append((shard, written, start, count))
+            start += count
         self._saved.chains["records"] = kho.write_blocks(
             np.array(entries, np.uint64).tobytes(), abi.LUO_EXTENT_BYTES
         )
 
-    def _names(self, side: str, order: Index) -> Column:
+    def _columns(
+        self,
+        order: Index,
+        phys: dict[str, Address],
+        nbytes: dict[str, Address],
+        start: int,
+        stop: int,
+    ) -> tuple[tuple[str, int, int], dict[str, Any]]:
+        """Return names and columns of the records *start* to *stop*, for ``add_nodes()``."""
+        here = slice(start, stop)
+        devices = order[here]
+        state = np.empty((len(devices), 4), np.uint64)
+        for place, column in enumerate(
+            (phys["driver"], nbytes["driver"], phys["bus"], nbytes["bus"])
+        ):
+            state[:, place] = column[here]
+        return ("device", start, len(devices)), {
+            "path": Column(*self.devices.tree.table.paths(devices, terminated=True)),
+            "bus": self._names("bus", devices),
+            "driver": self._names("driver", devices),
+            "state": state.view(np.uint8),
+            "index": devices.astype(np.uint64).view(np.uint8).reshape(len(devices), 8),
+        }
+
+    def _names(self, side: str, devices: Index) -> Column:
         """Return the bus or driver name of each device as a string column; none has no row."""
-        names = [owner.name.encode() + b"\0" for owner in self._owners(side)]
-        ids = self._ids(side)[order]
-        lengths = np.array([*map(len, names), 0], np.uint64)
-        offsets = np.concatenate((np.zeros(1, np.uint64), np.cumsum(lengths[ids])))
-        width = int(lengths.max())
-        table = np.zeros((len(names) + 1, width), np.uint8)
-        for number, name in enumerate(names):
-            table[number, : len(name)] = np.frombuffer(name, np.uint8)
-        rows = table[ids]
-        data = rows[np.arange(width) < lengths[ids][:, None]]
-        return Column(data, offsets, ids >= 0)
+        ids = self._ids(side)[devices]
+        names = [owner.name.encode() for owner in self._owners(side)]
+        return Column(*spread_strings(ids, names), ids >= 0)
 
     # ---- KHO nodes ----
 
@@ -1039,15 +1048,3 @@ class DeviceParticipant:
 
 def _name(owner: Device | Driver | Bus) -> str:
     return owner.path if isinstance(owner, Device) else owner.name
-
-
-def _strings(data: NDArray[np.uint8], offsets: Address) -> Column:
-    """Return the rows of (data, offsets) with a NUL after each."""
-    n = len(offsets) - 1
-    spread = np.zeros(len(data) + n, np.uint8)
-    lengths = np.diff(offsets)
-    ends = np.cumsum(lengths + np.uint64(1))
-    keep = np.ones(len(spread), np.bool_)
-    keep[ends - np.uint64(1)] = False
-    spread[keep] = data
-    return Column(spread, np.concatenate((np.zeros(1, np.uint64), ends)), None)

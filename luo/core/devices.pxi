@@ -1913,8 +1913,12 @@ cdef class DeviceTable:
                 devtab_write_path(&self.t, at, &target[0])
         return data.decode("utf-8", "surrogateescape")
 
-    def paths(self, const int32_t[::1] rows not None):
+    def paths(self, const int32_t[::1] rows not None, bint terminated=False):
         """Return the paths of *rows*: (uint8 data, uint64 offsets of shape (n+1,)).
+
+        Args:
+            rows: int32.
+            terminated: with a NUL after each.
 
         Raises:
             IndexError: no such row.
@@ -1933,7 +1937,7 @@ cdef class DeviceTable:
                 valid = devtab_rows_exist(&self.t, &rows[0], count, &fault)
                 path_bytes = devtab_u16(self.t.path_bytes)
                 for i in range(count if valid else 0):
-                    offsets[i + 1] = offsets[i] + path_bytes[rows[i]]
+                    offsets[i + 1] = offsets[i] + path_bytes[rows[i]] + terminated
         if not valid:
             raise IndexError(f"paths: no device {rows[fault.row]}")
         data = np.empty(offsets[count], dtype=np.uint8)
@@ -1941,6 +1945,8 @@ cdef class DeviceTable:
         with nogil:
             with self.lock:
                 devtab_write_paths(&self.t, &rows[0], count, &offsets[0], &target[0])
+            for i in range(count if terminated else 0):
+                target[offsets[i + 1] - 1] = 0
         return data, offset_array
 
     # ---- what a live update asks ---------------------------------------------------------------

@@ -457,7 +457,7 @@ def call_devices(
         if table.ids.shape[0] < nr_devices:
             raise IndexError("call_devices: a table is shorter than the done mask")
         for i in range(table.keys.shape[0]):
-            if not 0 <= table.keys[i] < recorder.nr_stats:
+            if table.calls[i] is not None and not 0 <= table.keys[i] < recorder.nr_stats:
                 raise IndexError(f"call_devices: recorder has no row {table.keys[i]}")
         sides[t] = table.side
     if native and scope is not None and recorder.clock is None and nr_devices:
@@ -567,6 +567,109 @@ def pack_slots(const uint64_t[::1] sizes not None, uint64_t slab_bytes):
     if used:
         full.append(used)
     return slabs, offsets, np.array(full, np.uint64)
+
+
+def spread_strings(const int32_t[::1] ids not None, list names not None):
+    """Return *names* by number as the rows of a string column: the reverse of match_strings().
+
+    Args:
+        ids: ``int32``: number of each row in *names*, -1 for an empty row.
+        names: list of ``bytes`` without NUL.
+
+    Returns:
+        (data, offsets): every string with a NUL behind it, ``uint8`` and ``uint64`` (n + 1,).
+
+    Raises:
+        IndexError: a row has another number.
+    """
+    cdef Py_ssize_t i, bad = -1, n = ids.shape[0], nr_names = len(names)
+    cdef bytes joined = b"".join([name + b"\0" for name in names])
+    cdef const uint8_t[::1] text = joined
+    begins = np.zeros(nr_names + 1, np.uint64)
+    np.cumsum([len(name) + 1 for name in names], out=begins[1:])
+    cdef const uint64_t[::1] begin = begins
+    offset_array = np.empty(n + 1, np.uint64)
+    cdef uint64_t[::1] offsets = offset_array
+    cdef uint64_t at = 0
+    cdef uint8_t[::1] target
+    cdef int32_t number
+    with nogil:
+        offsets[0] = 0
+        for i in range(n):
+            number = ids[i]
+            if number >= nr_names or number < -1:
+                bad = i
+                break
+            if number >= 0:
+                at += begin[number + 1] - begin[number]
+            offsets[i + 1] = at
+    if bad >= 0:
+        raise IndexError(f"spread_strings: row {bad} has number {ids[bad]} of {nr_names}")
+    data = np.empty(at, np.uint8)
+    target = data
+    with nogil:
+        for i in range(n):
+            if offsets[i + 1] > offsets[i]:
+                memcpy(&target[offsets[i]], &text[begin[ids[i]]], offsets[i + 1] - offsets[i])
+    return data, offset_array
+
+
+cdef struct row_key:
+    uint64_t word[3]
+
+
+def group_rows(
+    const int32_t[::1] first not None, const int32_t[::1] second not None,
+    const uint64_t[::1] third not None, const uint64_t[::1] fourth not None,
+):
+    """Return for each row a number that rows with the same four values share; ``int32``.
+
+    Numbers are given in the order of first occurrence.
+    """
+    cdef Py_ssize_t i, n = first.shape[0]
+    cdef uint64_t slots = 64, at, hashed
+    cdef int32_t found, nr_groups = 0
+    cdef int32_t *table = NULL
+    cdef row_key *keys = NULL
+    cdef row_key key
+    if second.shape[0] != n or third.shape[0] != n or fourth.shape[0] != n:
+        raise ValueError("group_rows: arrays differ in length")
+    while slots < <uint64_t>n * 2:
+        slots *= 2
+    result = np.empty(n, np.int32)
+    cdef int32_t[::1] out = result
+    table = <int32_t *>calloc(slots, sizeof(int32_t))
+    keys = <row_key *>malloc((n + 1) * sizeof(row_key))
+    if table == NULL or keys == NULL:
+        free(table)
+        free(keys)
+        raise MemoryError("group_rows")
+    with nogil:
+        for i in range(n):
+            key.word[0] = <uint64_t><uint32_t>first[i] << 32 | <uint32_t>second[i]
+            key.word[1], key.word[2] = third[i], fourth[i]
+            # Neighbours are mostly of one kind.
+            if i and memcmp(&key, &keys[out[i - 1]], sizeof(key)) == 0:
+                out[i] = out[i - 1]
+                continue
+            hashed = (key.word[0] * 0x9E3779B97F4A7C15u ^ key.word[1]) * 0xD6E8FEB86659FD93u
+            hashed = ((hashed ^ hashed >> 32) + key.word[2]) * 0x9E3779B97F4A7C15u
+            at = hashed >> 20 & (slots - 1)
+            while True:
+                found = table[at]
+                if found == 0:
+                    keys[nr_groups] = key
+                    out[i] = nr_groups
+                    nr_groups += 1
+                    table[at] = nr_groups
+                    break
+                if memcmp(&key, &keys[found - 1], sizeof(key)) == 0:
+                    out[i] = found - 1
+                    break
+                at = (at + 1) & (slots - 1)
+    free(table)
+    free(keys)
+    return result
 
 
 def match_strings(

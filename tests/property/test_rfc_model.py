@@ -20,6 +20,8 @@ from luo.quirks import HOME, QUIRKS
 DRIVERS, BUSES, SUBSYSTEMS = ("d0", "d1", "d2"), ("b0", "b1"), ("s0", "s1", "s2", "s3")
 EVENTS = ("prepare", "reboot", "finish", "cancel", "restore")
 MOST_DEVICES = 9
+#: An order that is not defined is no order to compare.
+UNDEFINED = frozenset({"depth-from-garbage"})
 #: Explaining a failure takes minutes and adds nothing to the sequence.
 PHASES = [phase for phase in Phase if phase is not Phase.explain]
 
@@ -35,11 +37,11 @@ def software(draw):
     """A kernel's drivers and buses, some of them without a table or missing, and subsystems."""
 
     def some(names):
-        tables = [st.none(), *[events] * 5]
+        tables = [st.none(), *[events] * 9]
         return tuple(
             Owner(name, draw(draw(st.sampled_from(tables))), draw(st.booleans()))
             for name in names
-            if draw(st.integers(0, 9))
+            if draw(st.integers(0, 14))
         )
 
     chain = draw(st.lists(parts, max_size=3, unique_by=lambda part: part.name))
@@ -139,6 +141,7 @@ class LiveUpdates(RuleBasedStateMachine):
 
     @initialize(data=st.data(), parts=software())
     def cold_boot(self, data, parts):
+        """Switch a machine on."""
         self.recorder = Recorder()
         self.hardware, self.machine = Machine(), EngineMachine("32MiB")
         for number in range(data.draw(st.integers(1, 7))):
@@ -259,14 +262,18 @@ class LiveUpdates(RuleBasedStateMachine):
             assert [*map(told, self.kernel.restore_failures)] == failed
 
     @precondition(lambda self: self.model.state == NORMAL and self.model.enabled)
-    @rule(data=st.data(), parts=software())
-    def live_update(self, data, parts):
+    @rule(wanted=st.sets(st.integers(0, MOST_DEVICES - 1)))
+    def request_and_prepare(self, wanted):
         for number in self.hardware.alive():
-            if data.draw(st.booleans()):
-                self.request(number, True)
-        self.load(parts)
+            self.request(number, number not in wanted)
         self.recorder.faults = self.model.faults = {}
         self.both(self.model.prepare, self.kernel.luo.prepare)
+
+    @precondition(lambda self: self.model.state == NORMAL and self.model.enabled)
+    @rule(data=st.data(), parts=software(), wanted=st.sets(st.integers(0, MOST_DEVICES - 1)))
+    def live_update(self, data, parts, wanted):
+        self.load(parts)
+        self.request_and_prepare(wanted)
         self.agree()
         self.kexec(data)
 
@@ -376,12 +383,27 @@ class Rfc1(LiveUpdates):
     """The same with every quirk that has an outcome to compare."""
 
     behaviour, kho_abi = "rfc1", HOME
-    extra = ("-depth-from-garbage",)  # an order that is not defined is no order to compare
-    quirks = frozenset(QUIRKS) - {"depth-from-garbage"}
+    extra = tuple(f"-{name}" for name in UNDEFINED)
+    quirks = frozenset(QUIRKS) - UNDEFINED
 
 
-TestIntended = LiveUpdates.TestCase
-TestRfc1 = Rfc1.TestCase
-TestIntended.settings = TestRfc1.settings = settings(
-    max_examples=120, stateful_step_count=30, report_multiple_bugs=False, phases=PHASES
+class Mixed(LiveUpdates):
+    """The same with any of the quirks, switched one by one."""
+
+    kho_abi = HOME
+
+    @initialize(
+        data=st.data(),
+        parts=software(),
+        quirks=st.sets(st.sampled_from(sorted(set(QUIRKS) - UNDEFINED))),
+    )
+    def cold_boot(self, data, parts, quirks):
+        self.quirks = frozenset(quirks)
+        self.extra = tuple(quirks)
+        super().cold_boot(data, parts)
+
+
+TestIntended, TestRfc1, TestMixed = LiveUpdates.TestCase, Rfc1.TestCase, Mixed.TestCase
+TestIntended.settings = TestRfc1.settings = TestMixed.settings = settings(
+    stateful_step_count=30, report_multiple_bugs=False, phases=PHASES
 )

@@ -8,7 +8,7 @@ import pytest
 from rig import Log, errno_of, forest, plain_kernel, small_kernel, small_machine, updated
 
 from luo.device import Bus, Device, Driver, LiveUpdateOps, batch
-from luo.errors import KhoError, StateError
+from luo.errors import KhoError
 from luo.kernel import Kernel
 from luo.liveupdate import State
 from luo.machine import Machine
@@ -155,19 +155,6 @@ def test_requested_is_written_and_read(kernel):
     assert not kernel.devices.requested.any()
 
 
-def test_requested_same_value_succeeds_in_any_state(kernel, machine, log):
-    """Writing what is there succeeds at once: in any state, eligible or not."""
-    kernel.devices[NIC0].requested = True
-    kernel.luo.prepare()
-    kernel.devices[NIC0].requested = True
-    kernel.devices[DISK].requested = False
-    kernel = updated(kernel, small_kernel(machine, log))
-    kernel.devices[NIC0].requested = False
-    silent = kernel_with({"nvme": None})
-
-    silent.devices[DISK].requested = False
-
-
 @pytest.mark.parametrize("state", [State.PREPARED, State.UPDATED])
 def test_requested_outside_normal_is_einval(state, kernel, machine, log):
     """A change needs NORMAL."""
@@ -181,14 +168,6 @@ def test_requested_outside_normal_is_einval(state, kernel, machine, log):
     assert errno_of(kernel.devices.request, "*") == errno.EINVAL
     assert errno_of(kernel.devices.request, [4]) == errno.EINVAL
     assert not device.requested
-
-
-def test_requested_state_is_checked_before_eligibility():
-    """In PREPARED an ineligible device is refused for the state."""
-    kernel = kernel_with({"nvme": None})
-    kernel.luo.prepare()
-    with pytest.raises(StateError, match="NORMAL"):
-        kernel.devices[DISK].requested = True
 
 
 NOT_ELIGIBLE = [
@@ -485,47 +464,6 @@ def test_shutdown_in_normal_reaches_every_device(machine):
     assert calls == [("down", path) for path in EVERYONE[::-1]]
     assert machine.running is None
     assert errno_of(kernel.shutdown) == errno.ESHUTDOWN
-
-
-def test_shutdown_in_prepared_skips_preserved_devices(machine):
-    """Nothing of LUO is hooked there: no CANCEL, and what is preserved is not shut down."""
-    calls = []
-    kernel = lifecycle(calls)(machine).boot()
-    kernel.devices.request([2])
-    kernel.luo.prepare()
-    calls.clear()
-    kernel.shutdown()
-
-    assert calls == [("down", DISK), ("down", "pci0/port/nic1")]
-
-
-def test_shutdown_in_updated_skips_preserved_devices(machine):
-    """``preserved`` counts for every kind of reboot, until FINISH takes it away."""
-    calls = []
-    make = lifecycle(calls)
-    kernel = make(machine).boot()
-    kernel.devices.request([2])
-    kernel = updated(kernel, make(machine))
-    calls.clear()
-    kernel.shutdown()
-
-    assert calls == [("down", DISK), ("down", "pci0/port/nic1")]
-
-
-def test_shutdown_after_cancelled_reboot_reaches_every_device(machine):
-    """After REBOOT and CANCEL the flags are 0: an ordinary reboot skips nobody (quirk 6)."""
-    calls = []
-    make = lifecycle(calls)
-    kernel = make(machine).boot()
-    kernel.devices.request("*")
-    kernel.luo.prepare()
-    kernel.luo.reboot()
-    kernel.luo.cancel()
-    kernel.kexec_load(make(machine))
-    calls.clear()
-    kernel.kexec()
-
-    assert calls[:4] == [("down", path) for path in EVERYONE[::-1]]
 
 
 def test_shutdown_that_raises_does_not_stop_the_jump(machine, log, caplog):

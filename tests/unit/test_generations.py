@@ -19,7 +19,7 @@ from rig import (
 from rig import updated as update
 
 from luo import abi
-from luo.errors import CallbackError, HandoverError, KernelPanic, KhoError, SuccessorError
+from luo.errors import CallbackError, HandoverError, KhoError, SuccessorError
 from luo.kernel import KernelImage, live_update
 from luo.kho import ChunkMap, Handover, Incoming, Kho, KhoEvent, KhoNode, radix_key
 from luo.machine import Machine
@@ -878,22 +878,6 @@ def test_preserve_in_reboot_is_ebusy_where_prepare_closed_the_map(name, log):
         assert before == state_of(kernel)
     else:
         assert kernel.luo.reboot()
-
-
-@pytest.mark.parametrize(
-    "version", [b"", struct.pack("=II", 2, 0), struct.pack("=II", 1, 1), bytes(9)]
-)
-def test_inline_luo_node_of_another_version_panics(version, log):
-    """RFC v1's own rule, for RFC v1's own node."""
-    machine = small_machine()
-    kernel = small_kernel(machine, log, kho_abi="kho-v5-series").boot()
-    node = KhoNode()
-    kernel.kho.add_node(None, abi.LUO_NODE, node)
-    kernel.kho.add_prop(node, "version", version)
-    handover = kernel.kho.handover()
-    kernel.close()
-    with pytest.raises(KernelPanic, match="version"):
-        small_kernel(machine, log, kho_abi="kho-v5-series").boot(handover)
 
 
 @pytest.mark.parametrize("name", CLOSING)

@@ -3,7 +3,6 @@
 import errno
 import itertools
 import struct
-import threading
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from rig import updated as update
 
 from luo import abi
 from luo.device import Bus, Driver, LiveUpdateOps
-from luo.errors import CallbackError, HandoverError, KernelPanic, KhoError, StateError
+from luo.errors import CallbackError, HandoverError, KhoError, StateError
 from luo.fdt import Fdt, FdtWriter
 from luo.kernel import Kernel
 from luo.liveupdate import Event, Priority, State, Subsystem
@@ -107,44 +106,6 @@ PAIRS = [
 ]
 
 
-def test_state_and_event_are_numbered_as_in_the_kernel():
-    """The numbers and the order of states, events and priorities are the kernel's."""
-    assert [State(i).name for i in range(3)] == ["NORMAL", "PREPARED", "UPDATED"]
-    assert [Event(i).name for i in range(4)] == ["PREPARE", "REBOOT", "FINISH", "CANCEL"]
-    assert [Priority(i).name for i in (0, 1, 2)] == [
-        "BEFORE_DEVICES",
-        "WITH_DEVICES",
-        "AFTER_DEVICES",
-    ]
-
-
-@pytest.mark.parametrize(("state", "event"), PAIRS)
-def test_event_in_each_state_follows_the_table(state, event, log):
-    """An event of the table leads where the table says and calls; any other changes nothing."""
-    kernel = in_state(state, log)
-    call = {
-        Event.PREPARE: kernel.luo.prepare,
-        Event.REBOOT: kernel.luo.reboot,
-        Event.FINISH: kernel.luo.finish,
-        Event.CANCEL: kernel.luo.cancel,
-    }[event]
-    expected = ALLOWED.get((state, event))
-    if expected is not None:
-        call()
-
-        assert expected is kernel.luo.state
-        assert {event.name} == {entry[0] for entry in log.calls}
-        return
-    before = snapshot(kernel)
-    if event is Event.REBOOT:  # an ordinary kexec goes on
-        assert call() is False
-    else:
-        assert errno_of(call) == errno.EINVAL
-
-    assert log.calls == []
-    assert before == snapshot(kernel)
-
-
 @pytest.mark.parametrize(("state", "event"), PAIRS)
 def test_steps_in_each_state_follows_the_table(state, event, log):
     """The stepping form allows what the table allows; the state counts at the first step."""
@@ -161,19 +122,6 @@ def test_steps_in_each_state_follows_the_table(state, event, log):
         drain(steps)
 
         assert expected is kernel.luo.state
-
-
-def test_wrong_state_names_the_wanted_and_the_present_one(log):
-    """The refusal of an event names both states."""
-    kernel = in_state(State.NORMAL, log)
-    with pytest.raises(StateError, match=r"needs UPDATED.*is NORMAL"):
-        kernel.luo.finish()
-
-
-def test_dry_reboot_outside_prepared_is_einval(log):
-    """A dry run needs PREPARED."""
-    for state in (State.NORMAL, State.UPDATED):
-        assert errno_of(in_state(state, log).luo.dry_reboot) == errno.EINVAL
 
 
 def test_dry_reboot_calls_reboot_then_cancels(log):
@@ -240,19 +188,6 @@ def test_event_disabled_is_eopnotsupp(cmdline, log, machine):
     assert State.NORMAL is kernel.luo.state
 
 
-@pytest.mark.parametrize(
-    ("value", "on"),
-    [("on", 1), ("y", 1), ("Y", 1), ("t", 1), ("1", 1), ("e", 1), ("oNxyz", 1), ("1garbage", 1),
-     ("off", 0), ("of", 0), ("n", 0), ("N", 0), ("f", 0), ("0", 0), ("d", 0), ("D", 0),
-     ("", 0), ("o", 0), ("2", 0), ("x", 0), ("-1", 0)],
-)  # fmt: skip
-def test_cmdline_liveupdate_is_read_as_the_kernel_reads_a_bool(value, on, log, machine):
-    """The first character decides, of ``o…`` the second; anything else leaves it off."""
-    kernel = small_kernel(machine, log, cmdline=f"kho=1 liveupdate={value}")
-
-    assert bool(on) is kernel.luo.enabled
-
-
 # ---- order ----
 
 
@@ -296,46 +231,6 @@ def test_chain_subsystem_without_callback_is_passed_over(log, machine):
 
 
 # ---- registration ----
-
-
-def test_register_same_name_is_eexist(log, machine):
-    """A name is taken once, also that of the devices."""
-    kernel = boot(machine, log, log.subsystem("one"))
-
-    assert errno_of(kernel.luo.register, Subsystem("one")) == errno.EEXIST
-    assert errno_of(kernel.luo.register, Subsystem("devices")) == errno.EEXIST
-    assert errno_of(boot, small_machine(), log, Subsystem("x"), Subsystem("x")) == errno.EEXIST
-
-
-def test_unregister_unknown_is_enoent(log, machine):
-    """Who is not registered cannot be unregistered; who is, once."""
-    one = log.subsystem("one")
-    kernel = boot(machine, log, one)
-
-    assert errno_of(kernel.luo.unregister, "two") == errno.ENOENT
-    kernel.luo.unregister(one)
-    assert errno_of(kernel.luo.unregister, "one") == errno.ENOENT
-    kernel.luo.prepare()
-    assert "one" not in names(log.calls)
-
-
-def test_unregister_of_the_devices_is_refused(log, machine):
-    """The devices are no subsystem that anybody could take out of the chain."""
-    kernel = boot(machine, log)
-
-    assert errno_of(kernel.luo.unregister, "devices") is not None
-    kernel.luo.prepare()
-    assert slots_exist(kernel)
-
-
-def test_register_in_prepared_is_ebusy(log):
-    """In PREPARED nobody joins or leaves: it would get one half of an update (quirk 11)."""
-    kernel = in_state(State.PREPARED, log)
-
-    assert errno_of(kernel.luo.register, log.subsystem("new")) == errno.EBUSY
-    assert errno_of(kernel.luo.unregister, "one") == errno.EBUSY
-    kernel.luo.cancel()
-    assert names(log.calls) == ["late", "devices", "two", "one", "early"]
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "a\0b", "x" * 64, "ä" * 32])
@@ -408,66 +303,6 @@ def test_callback_that_calls_back_gets_edeadlk(event, what, log):
     expected = State.PREPARED if event in ("PREPARE", "REBOOT") else State.NORMAL
     assert expected is kernel.luo.state
     assert kernel.machine.running is kernel
-
-
-def test_event_while_this_thread_reads_the_state_is_edeadlk(log, machine):
-    """A reader that starts an event would wait for itself."""
-    kernel = boot(machine, log)
-    with kernel.luo.read_state() as state:
-        assert State.NORMAL is state
-        with kernel.luo.read_state():
-            pass
-        assert errno_of(kernel.luo.prepare) == errno.EDEADLK
-    kernel.luo.prepare()
-
-
-def test_event_waits_for_a_reader_in_another_thread(log, machine):
-    """An event begins when the last reader has left."""
-    kernel = boot(machine, log)
-    reading, may_end = threading.Event(), threading.Event()
-    order = []
-
-    def read():
-        with kernel.luo.read_state():
-            reading.set()
-            may_end.wait(10)
-            order.append("reader left")
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    reading.wait(10)
-    log.hooks["PREPARE", "driver", "nvme", "pci0/disk"] = lambda device: order.append("prepared")
-    threading.Timer(0.05, may_end.set).start()
-    kernel.luo.prepare()
-    reader.join()
-
-    assert order == ["reader left", "prepared"]
-
-
-def test_reboot_after_cancel_in_another_thread_calls_nobody(log, machine):
-    """The state is looked at again under the lock: no REBOOT callback runs in NORMAL (quirk 10)."""
-    kernel = boot(machine, log)
-    kernel.luo.prepare()
-    inside, results = threading.Event(), []
-
-    def slow(device):
-        inside.set()
-        rebooter.join(0.2)
-
-    log.hooks["CANCEL", "driver", "nvme", "pci0/disk"] = slow
-
-    def reboot():
-        inside.wait(10)
-        results.append(errno_of(kernel.luo.reboot))
-
-    rebooter = threading.Thread(target=reboot)
-    rebooter.start()
-    kernel.luo.cancel()
-    rebooter.join()
-
-    assert results in ([None], [errno.EINVAL])
-    assert log.of("REBOOT") == []
-    assert State.NORMAL is kernel.luo.state
 
 
 # ---- failures ----
@@ -1081,76 +916,6 @@ def left_behind(machine, log, version=OURS, *, data=None):
     handover = hand_over(kernel.kho)
     kernel.close()
     return handover
-
-
-def test_boot_without_luo_node_is_normal(log, machine):
-    """A handover without LUO's node is an ordinary kexec."""
-    kernel = small_kernel(machine, log).boot()
-    handover = hand_over(kernel.kho)
-    kernel.close()
-    kernel = small_kernel(machine, log).boot(handover)
-
-    assert kernel.kho.incoming is not None
-    assert State.NORMAL is kernel.luo.state
-
-
-def test_boot_with_luo_node_is_updated(log, machine):
-    """A node of our version leads to UPDATED."""
-    kernel = small_kernel(machine, log).boot(left_behind(machine, log))
-
-    assert State.UPDATED is kernel.luo.state
-    assert kernel.luo.finish().unreclaimed == ()
-
-
-@pytest.mark.parametrize(
-    "version",
-    [None, b"", b"\1\0\0\0", struct.pack("=II", 1, 0) + b"\0", struct.pack("=II", 2, 0),
-     struct.pack("=II", 0, 0), struct.pack("=II", 1, 1), struct.pack("=II", 1, 2**32 - 1),
-     struct.pack(">II", 1, 0)],
-    ids=["missing", "empty", "short", "long", "major+1", "major-1", "minor+1", "minor-max",
-         "big-endian"],
-)  # fmt: skip
-@pytest.mark.parametrize("cmdline", ["kho=on liveupdate=on", "kho=on liveupdate=off"])
-def test_boot_with_another_version_panics(version, cmdline, log, machine):
-    """A version of another length, major, or newer minor is a panic, also with LUO off."""
-    handover = left_behind(machine, log, version)
-    with pytest.raises(KernelPanic, match="version"):
-        small_kernel(machine, log, cmdline=cmdline).boot(handover)
-
-
-def test_boot_with_an_older_minor_is_updated(log, machine, monkeypatch):
-    """A kernel reads the minors before its own."""
-    monkeypatch.setattr(abi, "LUO_VERSION", (1, 3))
-    handover = left_behind(machine, log, struct.pack("=II", 1, 2))
-
-    assert State.UPDATED is small_kernel(machine, log).boot(handover).luo.state
-
-
-def test_boot_with_luo_off_and_a_node_panics(log, machine):
-    """The node is there and the feature is off: panic, after the version was looked at."""
-    handover = left_behind(machine, log)
-    with pytest.raises(KernelPanic, match="off"):
-        small_kernel(machine, log, cmdline="kho=on liveupdate=off").boot(handover)
-    assert machine.running is None
-
-
-def test_boot_with_kho_off_and_a_node_panics(log, machine):
-    """``kho=off`` does not hide what came over: LUO's node is found, and LUO is off."""
-    handover = left_behind(machine, log)
-    with pytest.raises(KernelPanic, match="off"):
-        small_kernel(machine, log, cmdline="kho=off liveupdate=on").boot(handover)
-    assert machine.running is None
-
-
-def test_boot_with_kho_off_and_no_node_is_normal(log, machine):
-    """Without a node there is nothing to panic for."""
-    kernel = small_kernel(machine, log).boot()
-    handover = hand_over(kernel.kho)
-    kernel.close()
-    kernel = small_kernel(machine, log, cmdline="kho=off").boot(handover)
-
-    assert State.NORMAL is kernel.luo.state
-    assert errno_of(kernel.luo.prepare) == errno.EOPNOTSUPP
 
 
 @pytest.mark.parametrize("blob", [b"no tree at all", b"\xd0\x0d\xfe\xed" + bytes(60)])

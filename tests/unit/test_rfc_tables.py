@@ -11,7 +11,16 @@ import threading
 import time
 
 import pytest
-from rig import Log, errno_of, forest, plain_kernel, small_kernel, small_machine, updated
+from rig import (
+    Log,
+    errno_of,
+    forest,
+    plain_kernel,
+    small_kernel,
+    small_machine,
+    snapshot,
+    updated,
+)
 
 from luo import abi, liveupdate
 from luo.device import Bus, Driver, LiveUpdateOps
@@ -183,12 +192,14 @@ def test_trigger_in_each_state_is_what_the_table_says(trigger, state, behaviour,
     table = TRANSITIONS if behaviour == "intended" else TRANSITIONS_RFC1
     code, after, events = table[trigger, state]
     kernel = in_state(state, log, behaviour)
+    before = snapshot(kernel)
     result = None
     if code:
         with pytest.raises(OSError) as caught:
             TRIGGERS[trigger](kernel)
 
         assert caught.value.errno == code
+        assert after != state or snapshot(kernel) == before
     else:
         result = TRIGGERS[trigger](kernel)
     if after is not None:
@@ -238,9 +249,9 @@ def test_change_of_state_is_logged(state, trigger, line, log, caplog):
 # ---- errors: who is refused with what ----
 
 
-def off(cmdline):
+def off(cmdline, **kwargs):
     """A kernel without live update."""
-    return lambda log: small_kernel(small_machine(), log, cmdline=cmdline).boot()
+    return lambda log: small_kernel(small_machine(), log, cmdline=cmdline, **kwargs).boot()
 
 
 def state(name):
@@ -311,6 +322,8 @@ REFUSALS = [
     ("slot", normal, EINVAL),
     ("kho_node", normal, EINVAL),
     ("reclaim nic", prepared, EINVAL),
+    # 1.14, 17: without its directory a device cannot change hands in RFC v1's code
+    ("change owner", off("kho=1", behaviour="rfc1"), errno.ENOENT),
     # kexec and boot
     ("boot", normal, EBUSY),
     ("boot another", normal, EBUSY),
@@ -351,6 +364,7 @@ ACTS = {
     "slot": lambda kernel: kernel.devices[NIC].slot,
     "kho_node": lambda kernel: kernel.devices[NIC].kho_node,
     "reclaim nic": lambda kernel: kernel.devices[NIC].reclaim(),
+    "change owner": lambda kernel: kernel.devices.change_owner(2, 1000, 1000),
     "boot": lambda kernel: kernel.boot(),
     "boot another": lambda kernel: small_kernel(kernel.machine, Log()).boot(),
     "state": lambda kernel: kernel.luo.state,
@@ -369,28 +383,6 @@ def test_refusal_has_its_errno(act, kernel, code, log):
 
     assert caught.value.errno == code
     assert {call[0] for call in log.calls} <= {"REBOOT"}  # only of the first of two
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        *(TRIGGERS[name] for name in ("prepare", "cancel", "finish", "reboot", "dry_reboot")),
-        *(TRIGGERS[name] for name in ("request", "register", "unregister", "bind", "unbind")),
-        load_and_kexec,
-        shut_down,
-        lambda kernel: kernel.luo.read_state().__enter__(),
-        lambda kernel: kernel.devices.request("*"),
-    ],
-)
-@pytest.mark.parametrize("event", ["PREPARE", "CANCEL", "FINISH", "REBOOT"])
-def test_callback_that_would_wait_for_itself_is_edeadlk(event, call, log):
-    """The event holds the lock for writing: its own callback is refused, at once (1.14, 21)."""
-    kernel = in_state({"PREPARE": "NORMAL", "FINISH": "UPDATED"}.get(event, "PREPARED"), log)
-    seen = []
-    log.hooks[event, "subsystem", "sub", None] = lambda _: seen.append(errno_of(call, kernel))
-    TRIGGERS[event.lower()](kernel)
-
-    assert seen == [errno.EDEADLK]
 
 
 @pytest.mark.parametrize("event", ["prepare", "cancel", "finish", "reboot"])
@@ -453,6 +445,84 @@ def test_kernel_wrong_behaviour_is_value_error(settings, error):
     """A behaviour, quirk or generation that there is not, or that cannot be together."""
     with pytest.raises(ValueError, match=error):
         Kernel(small_machine(), **settings)
+
+
+# ---- 1.9: who may be requested, and in which order that is checked ----
+
+SUPPORT = [None, "good", "bad"]  # no driver (or bus), one with a table, one without
+PAIRS = list(itertools.product(SUPPORT, SUPPORT))
+
+
+def supports(node):
+    """Whether what is there has a table."""
+    return "bad" not in node
+
+
+def family(parent, child, behaviour):
+    """A kernel of two devices, each a pair of its driver and its bus."""
+    shape = {"up": (parent[1], parent[0]), "up/down": (child[1], child[0])}
+    owners = {"good": TABLE, "bad": None}
+    machine = Machine("64MiB", forest(shape))
+    return plain_kernel(machine, owners, owners, behaviour=behaviour).boot()
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+@pytest.mark.parametrize("parent", PAIRS)
+@pytest.mark.parametrize("child", PAIRS)
+def test_request_is_granted_to_who_supports_live_update(child, parent, behaviour):
+    """Driver and bus, where there are any, need a table; in RFC v1's code on the whole path."""
+    kernel = family(parent, child, behaviour)
+    granted = supports(child) and (behaviour == "intended" or supports(parent))
+    code = errno_of(kernel.devices.request_one, 1, True)
+
+    assert code == (None if granted else EINVAL)
+    assert kernel.devices.requested.tolist() == [False, granted]
+    kernel.luo.prepare()
+    assert kernel.devices.preserved.tolist() == [granted and supports(parent), granted]
+
+
+def rebound(kernel):
+    """Bind the device to a driver without a table."""
+    kernel.devices["up/down"].unbind()
+    kernel.devices["up/down"].bind("bad")
+
+
+GOOD = ("good", None)
+#: (what happened before, value written, errno or None, words of the refusal)
+WRITES = [
+    ([], True, None, ""),
+    ([], False, None, ""),  # the same value
+    (["prepare"], False, None, ""),  # the same value counts in any state
+    (["request", "prepare"], True, None, ""),
+    (["request", "rebind"], True, None, ""),  # and is not asked whether it may
+    (["request", "rebind"], False, None, ""),  # nor is a 0
+    (["rebind"], True, EINVAL, "does not support"),
+    (["prepare"], True, EINVAL, "PREPARED"),
+    (["request", "prepare"], False, EINVAL, "PREPARED"),
+    (["rebind", "prepare"], True, EINVAL, "PREPARED"),  # the state comes before eligibility
+    (["prepare", "cancel"], True, None, ""),
+    (["request", "prepare", "cancel"], False, None, ""),  # it has survived
+    (["request", "prepare", "reboot"], False, EINVAL, "PREPARED"),
+]
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+@pytest.mark.parametrize(("before", "value", "code", "words"), WRITES)
+def test_write_of_requested_is_checked_in_order(before, value, code, words, behaviour):
+    """First whether it changes anything, then the state, then whether the device supports it."""
+    kernel = family(GOOD, GOOD, behaviour)
+    for what in before:
+        {**TRIGGERS, "request": toggle("up/down", True), "rebind": rebound}[what](kernel)
+    was = bool(kernel.devices.requested[1])
+    if code is None:
+        kernel.devices.request_one(1, value)
+    else:
+        with pytest.raises(KhoError, match=words) as caught:
+            kernel.devices.request_one(1, value)
+
+        assert caught.value.errno == code
+    assert bool(kernel.devices.requested[1]) is (was if code else value)
+    assert kernel.devices.nr_linked == kernel.devices.requested.sum()
 
 
 # ---- 1.13: the kernel's own return values of KHO's tree ----
@@ -607,8 +677,10 @@ def test_boot_check(version, cmdline, panics, kho_abi):
     if panics:
         with pytest.raises(KernelPanic, match=panics):
             kernel.boot(handover)
+        assert machine.running is None
     else:
         assert kernel.boot(handover).luo.state is State.UPDATED
+        assert kernel.luo.finish().unreclaimed == ()
 
 
 @pytest.mark.parametrize("kho_abi", ["kho-v4", HOME])

@@ -189,6 +189,16 @@ def test_run_tries_each_allocation_of_prepare_and_boot(report):
     assert {row.outcome for row in report.rows if row.event == "BOOT"} == {CRASHED}
 
 
+def test_kexec_that_is_refused_tells_which_cancel_failed():
+    """Nothing that fails in a rollback is lost."""
+    found, trial = wrong(Case((REFUSAL, fault("subsystem", "late", "CANCEL"))))
+
+    assert found == set()
+    assert trial.error.rolled_back is False
+    assert [problem.name for problem in trial.error.undo_errors] == ["late"]
+    assert trial.error.__notes__[0].startswith("while cancelling: CANCEL subsystem late")
+
+
 @pytest.mark.parametrize("abi", GENERATIONS)
 def test_run_in_every_generation_violates_nothing(abi):
     """The handover's format changes nothing about who is rolled back."""

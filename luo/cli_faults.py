@@ -172,9 +172,10 @@ def _show(console: Console, report: FaultReport) -> None:
     console.print(_table(report))
     marks = ", ".join(f"{mark} {words}" for words, mark in _MARKS.items())
     console.print(f"{marks}, ✗ violated; with the number of updates", style="dim")
-    for words, names in (("no device has", report.unused), ("not called", report.uncovered)):
-        if names:
-            console.print(f"{words}: {', '.join(names)}", style="dim")
+    if report.unused:
+        console.print(f"no device has: {', '.join(report.unused)}", style="dim")
+    if report.uncovered:
+        console.print(f"never called: {', '.join(report.uncovered)}", style="yellow")
     if report.quirks:
         console.print(_quirks(report))
     for violation in report.violations[: None if report.quirks else _SHOWN]:

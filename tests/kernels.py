@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rig import SMALL, Log, forest, small_kernel, snapshot
 
-from luo.device import Bus, Driver, batch
+from luo.device import Bus, Driver, LiveUpdateOps, batch
 from luo.errors import HandoverError, KernelPanic
 from luo.kernel import Kernel
 from luo.liveupdate import Priority, Subsystem
@@ -66,6 +66,14 @@ def every(machine, **kwargs):
         ],
     }
     return Kernel(machine, **{**given, **kwargs})
+
+
+def few(machine):
+    """Return a kernel of one driver and one subsystem."""
+    log = Log()
+    disk = Driver("nvme", log.ops("driver", "nvme", size=40))
+    pci = Bus("pci", LiveUpdateOps())
+    return Kernel(machine, drivers=[disk], buses=[pci], subsystems=[log.subsystem("late")])
 
 
 def end():

@@ -361,7 +361,7 @@ class _Campaign:
         self._tell(_title(case))
         violations: list[Violation] = []
         while True:
-            rig = self._rig = self._rig or self._new_rig(self.subject, self.devices)
+            rig = self._rig = self._rig or Rig(self.subject, self.quirks, self.devices)
             history = tuple(rig.history)
             trial = rig.run(case)
             if not trial.wrong:
@@ -377,9 +377,6 @@ class _Campaign:
         row = FaultRow(case.faults, where, trial.outcome, tuple(trial.checks), tuple(violations))
         self.report.rows.append(row)
         return trial
-
-    def _new_rig(self, subject: Subject, devices: tuple[int, ...]) -> Rig:
-        return Rig(subject, self.quirks, devices)
 
     def _callback_cases(self, sites: dict[tuple[str, str, str], list[Call]]) -> Iterator[Case]:
         for key in sorted(sites, key=lambda key: (EVENTS.index(key[2]), key)):

@@ -21,7 +21,8 @@ from typing import Any, Final, NamedTuple, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from luo.device import Batch, Bus, DeviceBatch, Driver, LiveUpdateOps, batch
+from luo._kho import CallRecorder, CallTable, NativeCallback, NativeScope, call_devices
+from luo.device import Batch, Bus, Device, DeviceBatch, Driver, LiveUpdateOps, batch
 from luo.errors import errno_name
 from luo.kernel import Kernel, KernelImage
 from luo.kho import Kho
@@ -214,6 +215,8 @@ class Watch:
         if isinstance(callback, Batch):
             self.batched.add(key)
             return batch(partial(self._batch, key, callback))
+        if isinstance(callback, NativeCallback):
+            callback = partial(_call_native, key, callback)
         return partial(self._single, key, callback)
 
     # ---- a call ----
@@ -299,6 +302,23 @@ class Watch:
                 result[start:stop] = 0 if outcome is None else outcome
         result[place] = _number(fault)
         return result
+
+
+def _call_native(key: tuple[str, str, str], callback: NativeCallback, device: Device) -> Any:
+    """Call a C function for one device, as the engine does for many."""
+    kind, name, event = key
+    devices = device.devices
+    count = len(devices.requested)
+    beyond = event in ("RESTORE", "FINISH")
+    flags = (devices.preserved, devices.reclaimed) if beyond else (None, None)
+    scope = NativeScope(devices.kernel.memory, devices.tree.table, event, devices.slots(), *flags)
+    recorder = CallRecorder()
+    row = np.array([recorder.key("devices", event, kind, name)], np.int32)
+    bit = 1 if kind == "driver" else 2  # says which slot it is given
+    table = CallTable(np.zeros(count, np.int32), [callback], row, bit, "plain")
+    here, done = np.array([device.index], np.int32), np.zeros(count, np.uint8)
+    failure = call_devices(recorder, devices, Device, here, 0, 1, False, [table], done, None, scope)
+    return None if failure is None else failure[2]
 
 
 def _number(fault: Fault) -> int:

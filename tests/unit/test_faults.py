@@ -1,6 +1,7 @@
 """``luo faults``: every callback fails in every way; what is half preserved is found, and named."""
 
 import contextlib
+import ctypes
 import errno
 import json
 import os
@@ -19,7 +20,7 @@ from luo import faults
 from luo.abi import GENERATIONS
 from luo.cli import main
 from luo.dev_liveupdate import DeviceParticipant
-from luo.device import Driver, LiveUpdateOps
+from luo.device import Driver, LiveUpdateOps, native
 from luo.errors import KhoError, LuoError
 from luo.fault_trial import (
     CANCEL,
@@ -186,6 +187,16 @@ def test_run_tries_each_allocation_of_prepare_and_boot(report):
     assert places["PREPARE"] == list(range(1, len(places["PREPARE"]) + 1))
     assert len(places["PREPARE"]) >= 4
     assert {row.outcome for row in report.rows if row.event == "BOOT"} == {CRASHED}
+
+
+def test_kexec_that_is_refused_tells_which_cancel_failed():
+    """Nothing that fails in a rollback is lost."""
+    found, trial = wrong(Case((REFUSAL, fault("subsystem", "late", "CANCEL"))))
+
+    assert found == set()
+    assert trial.error.rolled_back is False
+    assert [problem.name for problem in trial.error.undo_errors] == ["late"]
+    assert trial.error.__notes__[0].startswith("while cancelling: CANCEL subsystem late")
 
 
 @pytest.mark.parametrize("abi", GENERATIONS)
@@ -633,6 +644,27 @@ def test_allocations_that_end_at_the_second_let_the_first_through():
     assert counted.count == 2
     kernel.kho.alloc_preserve(4096)
     kernel.close()
+
+
+def test_run_of_native_callbacks_fails_them_like_others():
+    """C functions are called one by one, and do their work."""
+    signature = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+    count = 0
+
+    @signature
+    def function(device, ctx):
+        nonlocal count
+        count += 1
+        return 0
+
+    ops = LiveUpdateOps(*(native(function) for _ in range(4)))
+
+    report = faults.run(lambda machine: Kernel(machine, drivers=[Driver("nvme", ops)]), disks)
+
+    assert report.ok, "\n\n".join(map(str, report.violations))
+    events = {key[2] for key in report.callbacks if key[0] == "driver"}
+    assert events == {"PREPARE", "REBOOT", "FINISH", "CANCEL"}
+    assert count > len(report.rows)
 
 
 # ---- violations: the shortest sequence, and the quirks behind it ----

@@ -557,6 +557,9 @@ def group_rows(
 def match_strings(
     data: NDArray[np.uint8], offsets: NDArray[np.uint64], names: list[bytes]
 ) -> NDArray[np.int32]: ...
+def find_stray_slot(
+    slabs: NDArray[np.uint64], phys: NDArray[np.uint64], nbytes: NDArray[np.uint64]
+) -> int: ...
 def digest_slots(
     slab: memoryview | NDArray[np.uint8],
     offsets: NDArray[np.uint64],

@@ -873,8 +873,11 @@ class DeviceParticipant:
         kept = np.zeros(len(self._done), np.bool_)
         done = np.zeros_like(self._done)
         if failure is not None and failure.device is not None:
-            index = self.devices.tree[failure.device]
-            kept[self._walk.order[: self._place(index)]] = True
+            # Not looked up in the tree: it may have been unplugged since.
+            order = self._walk.order
+            place = [self.devices.tree.path(int(i)) for i in order].index(failure.device)
+            index = int(order[place])
+            kept[order[:place]] = True
             if failure.kind == "bus":
                 done[index] = self._done[index] & _BIT["driver"]
         done[kept] = self._done[kept]

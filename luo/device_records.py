@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luo import abi
-from luo._kho import digest_slots, match_strings
+from luo._kho import digest_slots, find_stray_slot, match_strings
 from luo.device import Devices
 from luo.errors import FdtError, HandoverError
 from luo.fdt import Column, Fdt
@@ -131,7 +131,8 @@ class DeviceRecords:
                 (phys, first, _read_shard(incoming, phys, nbytes, count))
                 for phys, nbytes, first, count in shards.tolist()
             )
-        parts: dict[str, list[Any]] = {name: [] for name in ("path", "state", "bus", "driver")}
+        parts: dict[str, list[Any]] = {name: [] for name in ("path", "bus", "driver")}
+        state: list[list[Address]] = [[np.zeros(0, np.uint64)] for _ in range(4)]
         matched = [np.zeros(0, np.int32)]
         tree = devices.tree
         drivers = dict.fromkeys([*tree.driver_names, *(driver.name for driver in devices.drivers)])
@@ -153,13 +154,15 @@ class DeviceRecords:
             # A device of that path on another bus is another device.
             matched.append(np.where(parts["bus"][-1] == here, index, -1).astype(np.int32))
             parts["path"].append(path)
-            parts["state"].append(np.ascontiguousarray(columns["state"].fixed()).view(np.uint64))
-        state = np.concatenate([np.zeros((0, 4), np.uint64), *parts["state"]])
+            raw = np.ascontiguousarray(columns["state"].fixed()).view(np.uint64)
+            for number, column in enumerate(state):
+                column.append(raw[:, number].copy())
+        driver_phys, driver_bytes, bus_phys, bus_bytes = map(np.concatenate, state)
         records = cls(
             np.concatenate(matched),
             parts["path"],
-            {"driver": state[:, 0].copy(), "bus": state[:, 2].copy()},
-            {"driver": state[:, 1].copy(), "bus": state[:, 3].copy()},
+            {"driver": driver_phys, "bus": bus_phys},
+            {"driver": driver_bytes, "bus": bus_bytes},
             {side: np.concatenate([np.zeros(0, np.int32), *parts[side]]) for side in SIDES},
             names,
             heads,
@@ -176,27 +179,17 @@ class DeviceRecords:
         """Raise unless every slot lies in the slab that lists its record."""
         n = len(self.devices)
         listed = np.zeros(n, np.bool_)
-        start, end = np.zeros(n, np.uint64), np.zeros(n, np.uint64)
-        for phys, nbytes, first, count in self.slabs.tolist():
+        for phys, _nbytes, first, count in self.slabs.tolist():
             if first + count > n or listed[first : first + count].any():
                 raise HandoverError(f"slab lists records {first}…{first + count} of {n}", phys)
             listed[first : first + count] = True
-            start[first : first + count] = phys
-            end[first : first + count] = phys + nbytes
         for side in SIDES:
-            phys_of, size = self.phys[side], self.nbytes[side]
-            used = size > 0
-            wrong = used & (
-                ~listed
-                | (phys_of < start)
-                | (phys_of > end)
-                | (size > end - np.minimum(phys_of, end))
-            )
-            if wrong.any():
-                first = int(np.flatnonzero(wrong)[0])
+            wrong = find_stray_slot(self.slabs, self.phys[side], self.nbytes[side])
+            if wrong >= 0:
                 raise HandoverError(
-                    f"record {first}: {side} slot of {int(size[first])} bytes leaves its slab",
-                    int(phys_of[first]),
+                    f"record {wrong}: {side} slot of {int(self.nbytes[side][wrong])} bytes"
+                    " leaves its slab",
+                    int(self.phys[side][wrong]),
                 )
         live = self.devices[self.devices >= 0]
         if live.size and int(np.bincount(live).max()) > 1:

@@ -246,9 +246,8 @@ class Kernel:
             failure = self._notify(part, event)
             failures = self._collect() if failure is None or not failure.errno else [failure]
             heard += self._heard(event, part, failures)
-            if failure is None or event == RESTORE:
-                continue
-            if not failure.errno or "failure-stops-the-rest" in self.quirks:
+            stops = "failure-stops-the-rest" in self.quirks and event != RESTORE
+            if failure is not None and stops:  # also a positive return, of which nobody hears
                 break
         return heard
 

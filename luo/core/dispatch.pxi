@@ -707,6 +707,40 @@ def match_strings(
     return result
 
 
+def find_stray_slot(
+    const uint64_t[:, ::1] slabs not None, const uint64_t[::1] phys not None,
+    const uint64_t[::1] nbytes not None,
+):
+    """Return the first record whose slot does not lie in the slab that lists it, -1 if none.
+
+    Args:
+        slabs: ``uint64 (n, 4)``: phys, bytes, first record, count; each record is in one at most,
+            and none names records that there are not.
+        phys, nbytes: of each record's slot; one of no bytes is nowhere.
+    """
+    cdef Py_ssize_t i, s, stop, at, n = phys.shape[0], found = -1
+    cdef uint64_t start, end
+    if nbytes.shape[0] != n or (slabs.shape[0] and slabs.shape[1] != 4):
+        raise ValueError("find_stray_slot: arrays differ in shape")
+    listed = np.zeros(n, np.uint8)
+    cdef uint8_t[::1] seen = listed
+    with nogil:
+        for s in range(slabs.shape[0]):
+            start, end = slabs[s, 0], slabs[s, 0] + slabs[s, 1]
+            if slabs[s, 2] > <uint64_t>n or slabs[s, 3] > <uint64_t>n - slabs[s, 2] or end < start:
+                continue
+            at, stop = <Py_ssize_t>slabs[s, 2], <Py_ssize_t>(slabs[s, 2] + slabs[s, 3])
+            for i in range(at, stop):
+                if (nbytes[i] == 0 or phys[i] >= start and phys[i] <= end
+                        and nbytes[i] <= end - phys[i]):
+                    seen[i] = 1
+        for i in range(n):
+            if nbytes[i] and not seen[i]:
+                found = i
+                break
+    return found
+
+
 def digest_slots(
     const uint8_t[::1] slab not None, const uint64_t[::1] offsets not None,
     const uint64_t[::1] sizes not None, const int32_t[::1] owners not None,

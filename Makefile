@@ -87,7 +87,7 @@ lint: $(INSTALLED) $(TEST) $(LINT)  ## ruff, cython-lint, codespell, mypy, stubt
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cython-lint luo
 	$(BIN)/codespell
 	$(BIN)/mypy
-	$(BIN)/python -P -m mypy.stubtest luo._kho
+	$(BIN)/python -P -m mypy.stubtest --mypy-config-file pyproject.toml luo._kho
 
 format: $(LINT)  ## let ruff format and mend what it can
 	$(BIN)/ruff check --fix

@@ -170,7 +170,8 @@ class DeviceParticipant:
             return
         walk = self._walk
         assert walk is not None
-        if event not in walk.runs:
+        # Drivers may have come and gone in PREPARED, where RFC v1's code does not refuse it.
+        if event not in walk.runs or self._has("eligibility-checked-once"):
             self._arrange(walk, event)
         runs = walk.runs[event]
         for run in reversed(runs) if self._backwards(event) else runs:

@@ -22,7 +22,9 @@ from luo.cli import main
 from luo.dev_liveupdate import DeviceParticipant
 from luo.device import Driver, LiveUpdateOps, native
 from luo.errors import KhoError, LuoError
-from luo.fault_trial import (
+from luo.faults import KINDS, REFUSAL, Fault
+from luo.faults.injection import Allocations, exhausted
+from luo.faults.trial import (
     CANCEL,
     COMPLETED,
     CRASHED,
@@ -37,8 +39,6 @@ from luo.fault_trial import (
     Subject,
     choose,
 )
-from luo.faults import KINDS, REFUSAL, Fault
-from luo.injection import Allocations, exhausted
 from luo.kernel import Kernel, KernelImage
 from luo.liveupdate import Orchestrator
 from luo.machine import Machine
@@ -315,13 +315,13 @@ def hold(kernel):
 def test_check_of_a_rollback_finds_what_a_cancel_callback_leaves(monkeypatch, check, work):
     """A flag, a slot, a reference, a link, a page, a preserved page."""
     settled = []
-    look = luo.fault_trial.look
+    look = luo.faults.trial.look
 
     def looked(kernel):
         settled.append(1)  # the bug begins when the rig has taken its first look
         return look(kernel)
 
-    monkeypatch.setattr("luo.fault_trial.look", looked)
+    monkeypatch.setattr("luo.faults.trial.look", looked)
     part = meddler("cancel", lambda kernel: settled and work(kernel))
 
     found, _ = wrong(Case(script=CANCEL), subsystems=[part])

@@ -23,7 +23,8 @@ import numpy as np
 
 from luo.abi import generation
 from luo.errors import LuoError
-from luo.fault_trial import (
+from luo.faults.injection import Call, Fault
+from luo.faults.trial import (
     BEYOND,
     CANCEL,
     ENGINE,
@@ -40,7 +41,6 @@ from luo.fault_trial import (
     choose,
     unused,
 )
-from luo.injection import Call, Fault
 from luo.kernel import Kernel, KernelImage
 from luo.machine import Machine
 from luo.report import version

@@ -1,23 +1,18 @@
-"""The ``luo`` command: the only place that knows options, screens and exit statuses.
-
-Exit status: 0 done, 1 the live update failed, 2 wrong usage or input, 130 interrupted.
-"""
+"""``luo run``: a live update of a host."""
 
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from luo.cli_errors import (
+from luo.cli.errors import (
     FAILED,
     INTERRUPTED,
     WRONG,
@@ -26,9 +21,7 @@ from luo.cli_errors import (
     write_json,
     wrong_input,
 )
-from luo.cli_faults import faults
-from luo.cli_graph import graph
-from luo.cli_host import (
+from luo.cli.host import (
     Duration,
     HostSource,
     KernelSettings,
@@ -37,57 +30,17 @@ from luo.cli_host import (
     kernel_options,
     request,
 )
-from luo.cli_image import image as image_commands
-from luo.cli_mount import mount
-from luo.cli_quirks import quirks as quirk_commands
 from luo.errors import KhoNoMemoryError, LuoError
 from luo.image import Image
 from luo.kernel import Kernel, dry_run, live_update
 from luo.kho import Handover
 from luo.profile import screen
-from luo.report import Report, describe, version
+from luo.report import Report, describe
 
-__all__ = ["main"]
-
-
-class _OneLine(click.Group):
-    """A group whose errors are one line on standard error."""
-
-    def main(self, *args: Any, **extra: Any) -> Any:
-        """Run, and exit."""
-        # A shell starts background jobs with SIGINT ignored; an update must still roll back.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _interrupt)
-        try:
-            status = super().main(*args, **{**extra, "standalone_mode": False})
-        except click.ClickException as error:
-            click.echo(f"luo: {error.format_message()}", err=True)
-            status = error.exit_code
-        except (click.Abort, KeyboardInterrupt):
-            status = INTERRUPTED
-        sys.exit(status if isinstance(status, int) else 0)
+__all__ = ["run"]
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
-@click.group(
-    cls=_OneLine, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
-)
-@click.version_option(version(), prog_name="luo")
-def main() -> None:
-    """Live updates of a Linux host: what survives the reboot, what it costs, and what fails."""
-
-
-main.add_command(image_commands)
-main.add_command(quirk_commands)
-main.add_command(graph)
-main.add_command(mount)
-main.add_command(faults)
-
-
-@main.command()
+@click.command()
 @host_options
 @click.option(
     "--request",

@@ -31,7 +31,7 @@ from luo.errors import (
     StateError,
     SuccessorError,
 )
-from luo.injection import (
+from luo.faults.injection import (
     CODE,
     Allocations,
     Call,

@@ -10,8 +10,8 @@ from types import ModuleType
 
 import click
 
-from luo.cli_errors import Wrong, wrong_input
-from luo.cli_host import HostSource, KernelSettings, boot, host_options, kernel_options
+from luo.cli.errors import Wrong, wrong_input
+from luo.cli.host import HostSource, KernelSettings, boot, host_options, kernel_options
 from luo.errors import KernelPanic, LuoError
 from luo.machine import Machine
 from luo.mountpoint import clear, is_dead

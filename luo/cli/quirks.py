@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from luo.cli_errors import Wrong
+from luo.cli.errors import Wrong
 from luo.demonstrations import run
 from luo.quirks import QUIRKS, Quirk
 

@@ -20,11 +20,11 @@ from rich.table import Table
 from rich.text import Text
 
 from luo import drivers
-from luo.cli_errors import FAILED, INTERRUPTED, check_writable, write_json, wrong_input
-from luo.cli_host import HostSource, KernelSettings, host_options, image_of, kernel_options
+from luo.cli.errors import FAILED, INTERRUPTED, check_writable, write_json, wrong_input
+from luo.cli.host import HostSource, KernelSettings, host_options, image_of, kernel_options
 from luo.errors import CallbackError
-from luo.fault_trial import COMPLETED, CRASHED, ROLLED_BACK, unused
 from luo.faults import KINDS, FaultReport, FaultRow, Violation, run
+from luo.faults.trial import COMPLETED, CRASHED, ROLLED_BACK, unused
 from luo.kernel import KernelImage
 from luo.quirks import QUIRKS
 from luo.topology import Host

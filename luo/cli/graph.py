@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import click
 
 from luo import drivers
-from luo.cli_errors import Wrong, wrong_input
-from luo.cli_host import HostSource, KernelSettings, host_options, kernel_options, request
+from luo.cli.errors import Wrong, wrong_input
+from luo.cli.host import HostSource, KernelSettings, host_options, kernel_options, request
 from luo.device import Bus, Driver
 from luo.notifier import Subsystem
 

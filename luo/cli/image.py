@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from luo import abi
-from luo.cli_errors import FAILED, Wrong, wrong_input
+from luo.cli.errors import FAILED, Wrong, wrong_input
 from luo.errors import FdtError
 from luo.fdt import Fdt
 from luo.image import Image, Subtree, Violation

@@ -986,6 +986,7 @@ class DeviceParticipant:
         matched = records.devices[found]
         self.records = records
         self._nodes = records.nodes
+        self._done = np.zeros(len(self.devices.requested), np.uint8)
         self._walk = _Walk(
             matched,
             {side: records.phys[side][found] for side in SIDES},

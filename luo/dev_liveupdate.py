@@ -170,7 +170,8 @@ class DeviceParticipant:
             return
         walk = self._walk
         assert walk is not None
-        if event not in walk.runs:
+        # Drivers may have come and gone in PREPARED, where RFC v1's code does not refuse it.
+        if event not in walk.runs or self._has("eligibility-checked-once"):
             self._arrange(walk, event)
         runs = walk.runs[event]
         for run in reversed(runs) if self._backwards(event) else runs:
@@ -985,6 +986,7 @@ class DeviceParticipant:
         matched = records.devices[found]
         self.records = records
         self._nodes = records.nodes
+        self._done = np.zeros(len(self.devices.requested), np.uint8)
         self._walk = _Walk(
             matched,
             {side: records.phys[side][found] for side in SIDES},

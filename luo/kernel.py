@@ -419,6 +419,7 @@ class Kernel:
         if plan.luo is not None:
             if not self.luo.enabled:
                 raise KernelPanic(f"{abi.LUO_NODE}: found, but live update is off in this kernel")
+            self.devices.rescan()  # what was plugged in after this kernel was loaded
             plan.records = DeviceRecords.read(plan.incoming, plan.luo, self.devices)
         return plan
 

@@ -304,10 +304,10 @@ class Kernel:
             return False
         for part in self.order(REBOOT):
             failure = self._notify(part, REBOOT)
-            if failure is not None and failure.errno:
-                undone = self._heard(CANCEL, DEVICES, self._collect()) + self._cancel()
-                raise Refused(failure.errno, failure, undone)
             if failure is not None:
+                undone = self._heard(CANCEL, DEVICES, self._collect())
+                if failure.errno:
+                    raise Refused(failure.errno, failure, undone + self._cancel())
                 break  # 1.7: the kexec goes ahead
         if self.node:  # only quirk 5 leaves it: kho_add_node() returns 1
             self._cancel()
@@ -410,6 +410,7 @@ class Kernel:
                 if device in self.requested and lost:
                     return Failure((PREPARE, "devices", "", None), errno.EINVAL, None)
         self.list = self.preserve_list()
+        self.held = []  # quirk 13 may have kept FINISH from it: ours
         if "reference-leak" in self.quirks:
             self._leak()
         for place, device in enumerate(self.list):

@@ -579,6 +579,22 @@ def test_views_of_the_old_kernel_are_cut_off(kernel, machine, log):
     assert bytes(kernel.devices[NIC0].slot) == now
 
 
+@pytest.mark.parametrize("kho_abi", ["kho-v4", "kho-v5-series"])
+def test_device_added_after_the_successor_was_loaded_comes_over(kho_abi):
+    """Hot plug while the next kernel waits: it finds the device when it looks at the records."""
+    machine, log = Machine("64MiB"), Log()
+    kernel = Kernel(machine, kho_abi=kho_abi).boot()
+    kernel.kexec_load(plain_kernel(machine, {"d": log.ops("driver", "d")}, {}, kho_abi=kho_abi))
+    machine.devices.add("late", driver="d")
+    kernel.devices["late"].requested = True
+    kernel.luo.prepare()
+    kernel = kernel.kexec()
+
+    assert kernel.devices["late"].reclaimed
+    assert kernel.luo.finish().unreclaimed == ()
+    assert [call[0] for call in log.calls] == ["RESTORE", "FINISH"]
+
+
 def test_device_added_after_boot_is_enumerated_and_kept(machine):
     """Hot plug: a device that comes after the kernel was built is bound, requested and kept."""
     make = lifecycle([])

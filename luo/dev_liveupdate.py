@@ -33,15 +33,11 @@ from luo._kho import (
     NativeScope,
     call_devices,
     group_rows,
-    pack_slots,
-    spread_strings,
 )
 from luo.device import Batch, Bus, Device, DeviceBatch, Devices, Driver
 from luo.device_records import SIDES, Address, DeviceRecords, Index, slot_digests
 from luo.errors import CallbackError, StateError, from_errno
-from luo.fdt import Column, FdtWriter
 from luo.kho import KhoNode
-from luo.kho_tree import to_fdt
 from luo.notifier import (
     BACKWARDS,
     RESTORE,
@@ -52,10 +48,10 @@ from luo.notifier import (
     callback_error,
     failed,
 )
+from luo.saved_devices import SavedDevices, aligned
 
 if TYPE_CHECKING:
     from luo._kho import CallRecorder
-    from luo.kho import Kho
 
 __all__ = ["DeviceParticipant"]
 
@@ -102,25 +98,6 @@ class _Walk:
     scopes: dict[str, NativeScope | None] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
-class _Saved:
-    """What PREPARE allocated, for whoever must free it."""
-
-    slabs: list[int] = field(default_factory=list)
-    shards: list[int] = field(default_factory=list)
-    chains: dict[str, int] = field(default_factory=dict)
-    slab_entries: NDArray[np.uint64] = field(default_factory=lambda: np.zeros((0, 4), np.uint64))
-    node: KhoNode | None = None  # of an inline tree, instead of shards and chains
-    nodes: int = 0  # address of the tree of KHO nodes
-    nodes_bytes: int = 0
-    nr_records: int = 0
-    shard_bytes: int = 0
-
-
-def _aligned(nbytes: Address) -> Address:
-    return (nbytes + np.uint64(7)) & ~np.uint64(7)
-
-
 class DeviceParticipant:
     """All devices of a kernel as one participant of the chain."""
 
@@ -134,7 +111,7 @@ class DeviceParticipant:
         self._recorder = recorder
         self._done = np.zeros(len(devices.requested), np.uint8)
         self._walk: _Walk | None = None
-        self._saved = _Saved()
+        self._saved = SavedDevices(self.devices)
         self._nodes: KhoNode | None = None  # what drivers put beside their slots
         self._nodes_closed = False
         self._place_of: Index | None = None
@@ -185,9 +162,11 @@ class DeviceParticipant:
             self._mark(event, walk.chosen[event][run.start : run.stop])
         self._mark(event, walk.order)
         if event == Event.PREPARE.name:
-            self._write_nodes()
-        elif event == Event.REBOOT.name:
-            self._patch_nodes()
+            self._nodes_closed = True
+            if self._nodes is not None and not self.devices.kernel.kho.generation.inline:
+                self._saved.write_nodes(self._nodes)  # an inline tree takes them as they are
+        elif event == Event.REBOOT.name and self._saved.nodes and self._nodes is not None:
+            self._saved.patch_nodes(self._nodes)
         elif event == Event.CANCEL.name:
             self._discard()
         elif event == Event.FINISH.name:
@@ -260,25 +239,19 @@ class DeviceParticipant:
 
     # ---- who is called ----
 
-    def _ids(self, side: str) -> Index:
-        return self.devices.driver_ids if side == "driver" else self.devices.bus_ids
-
-    def _owners(self, side: str) -> list[Any]:
-        return self.devices.drivers if side == "driver" else self.devices.buses
-
     def _owner(self, side: str, device: int) -> str:
-        number = int(self._ids(side)[device])
-        return "" if number < 0 else str(self._owners(side)[number].name)
+        number = int(self.devices.ids(side)[device])
+        return "" if number < 0 else str(self.devices.parties(side)[number].name)
 
     def _callback(self, side: str, device: int, event: str) -> Any:
-        number = int(self._ids(side)[device])
-        ops = None if number < 0 else self._owners(side)[number].ops
+        number = int(self.devices.ids(side)[device])
+        ops = None if number < 0 else self.devices.parties(side)[number].ops
         return None if ops is None else getattr(ops, event.lower())
 
     def _kinds(self, side: str, event: str) -> NDArray[np.int8]:
         """Return for each owner how its callback is called; 0 if it has none, and for no owner."""
         kinds = []
-        for owner in self._owners(side):
+        for owner in self.devices.parties(side):
             callback = None if owner.ops is None else getattr(owner.ops, event.lower())
             if callback is None:
                 kinds.append(0)
@@ -308,7 +281,9 @@ class DeviceParticipant:
 
     def _arrange(self, walk: _Walk, event: str) -> None:
         """Cut the walk into runs for *event* and build its call tables."""
-        kinds = {side: self._kinds(side, event)[self._ids(side)[walk.order]] for side in SIDES}
+        kinds = {
+            side: self._kinds(side, event)[self.devices.ids(side)[walk.order]] for side in SIDES
+        }
         called = (kinds["driver"] > 0) | (kinds["bus"] > 0)
         # PREPARE leaves its mark on every device; elsewhere who has no callback costs nothing.
         everyone = event == Event.PREPARE.name
@@ -345,9 +320,9 @@ class DeviceParticipant:
             differs = depths[chosen[1:]] != depths[chosen[:-1]]
             stride = np.zeros(n, np.uint64)
             for side in SIDES:
-                ids, nbytes = self._ids(side)[chosen], walk.nbytes[side][places]
+                ids, nbytes = self.devices.ids(side)[chosen], walk.nbytes[side][places]
                 differs |= (ids[1:] != ids[:-1]) | (nbytes[1:] != nbytes[:-1])
-                stride += _aligned(nbytes)
+                stride += aligned(nbytes)
             for side in SIDES:
                 # The slots of a run lie at equal distances, so that they are one array.
                 phys = walk.phys[side][places]
@@ -362,12 +337,12 @@ class DeviceParticipant:
     def _table(self, side: str, event: str) -> CallTable:
         calls: list[Callable[[Device], int | None] | None] = []
         keys = []
-        for owner in self._owners(side):
+        for owner in self.devices.parties(side):
             callback = None if owner.ops is None else getattr(owner.ops, event.lower())
             calls.append(None if isinstance(callback, Batch) else callback)
             keys.append(self._key(event, side, owner.name) if callback is not None else 0)
         mode = _MODE.get(event, "plain")
-        return CallTable(self._ids(side), calls, np.array(keys, np.int32), _BIT[side], mode)
+        return CallTable(self.devices.ids(side), calls, np.array(keys, np.int32), _BIT[side], mode)
 
     def _scope(self, event: str) -> NativeScope | None:
         """Return what the native callbacks of *event* reach, None if there are none."""
@@ -375,7 +350,7 @@ class DeviceParticipant:
         callbacks = (
             getattr(owner.ops, event.lower())
             for side in SIDES
-            for owner in self._owners(side)
+            for owner in self.devices.parties(side)
             if owner.ops is not None
         )
         if not any(isinstance(callback, NativeCallback) for callback in callbacks):
@@ -491,7 +466,7 @@ class DeviceParticipant:
         index = walk.chosen[event][run.start : run.stop]
         place = walk.places[event][run.start]
         size, phys = int(walk.nbytes[side][place]), int(walk.phys[side][place])
-        stride = sum(int(_aligned(walk.nbytes[s][place : place + 1])[0]) for s in SIDES)
+        stride = sum(int(aligned(walk.nbytes[s][place : place + 1])[0]) for s in SIDES)
         if size:
             extent = self.devices.kernel.memory.view(phys, stride * (len(index) - 1) + size)
             slots = np.ndarray((len(index), size), np.uint8, extent, 0, (stride, 1))
@@ -561,8 +536,8 @@ class DeviceParticipant:
                 by_device[side][order] = nbytes[side]
             order = self._order(requested, group)
             nbytes = {side: by_device[side][order] for side in SIDES}
-        phys = self._allocate_slots(order, nbytes)
-        self._write_records(order, phys, nbytes)
+        phys = self._saved.allocate_slots(order, nbytes)
+        self._saved.write_records(order, phys, nbytes)
         self._done = np.zeros(len(devices.requested), np.uint8)
         self._walk = _Walk(order, phys, nbytes)
         self._hold(order)
@@ -603,9 +578,9 @@ class DeviceParticipant:
 
         Without *one_by_one*, 0 for a device whose size a callback of its own must tell.
         """
-        ids = self._ids(side)[order]
+        ids = self.devices.ids(side)[order]
         sizes = np.zeros(len(order), np.uint64)
-        for number, owner in enumerate(self._owners(side)):
+        for number, owner in enumerate(self.devices.parties(side)):
             if owner.ops is None or (
                 owner.ops.state_size.__class__ is int and not owner.ops.state_size
             ):
@@ -654,136 +629,14 @@ class DeviceParticipant:
         batched = np.zeros(len(order), np.bool_)
         for event in (*(event.name for event in Event), RESTORE):
             for side in SIDES:
-                batched |= (self._kinds(side, event) == _BATCH)[self._ids(side)[order]]
+                batched |= (self._kinds(side, event) == _BATCH)[self.devices.ids(side)[order]]
         if not batched.any():
             return None
-        drivers, buses = (self._ids(side)[order] for side in SIDES)
+        drivers, buses = (self.devices.ids(side)[order] for side in SIDES)
         number = group_rows(drivers, buses, nbytes["driver"], nbytes["bus"])
         group = np.full(len(self.devices.requested), -1, np.int32)
         group[order[batched]] = number[batched]
         return group
-
-    def _allocate_slots(self, order: Index, nbytes: dict[str, Address]) -> dict[str, Address]:
-        kho: Kho = self.devices.kernel.kho
-        limit = self.devices.kernel.memory.page_size << self.devices.kernel.memory.max_order
-        # Capped before they are added: a callback may say anything.
-        capped = {side: np.minimum(nbytes[side], np.uint64(limit + 1)) for side in SIDES}
-        sizes = _aligned(capped["driver"]) + _aligned(capped["bus"])
-        too_large = np.flatnonzero(sizes > limit)
-        if too_large.size:
-            place = int(too_large[0])
-            asked = " and ".join(str(int(nbytes[side][place])) for side in SIDES)
-            raise from_errno(
-                errno.E2BIG,
-                f"PREPARE {self.devices.tree.path(int(order[place]))}: slots of {asked} bytes,"
-                f" a kernel allocates {limit} in one piece",
-            )
-        slab, offset, used = pack_slots(sizes, limit)
-        entries = np.zeros((len(used), 4), np.uint64)
-        for number, nbytes_used in enumerate(used.tolist()):
-            self._saved.slabs.append(kho.alloc_preserve(nbytes_used))
-            entries[number, 1] = nbytes_used
-        entries[:, 0] = np.array(self._saved.slabs, np.uint64)
-        entries[:, 2] = np.searchsorted(slab, np.arange(len(used)))
-        entries[:, 3] = np.bincount(slab[slab < len(used)], minlength=len(used))[: len(used)]
-        self._saved.slab_entries = entries
-        if not kho.generation.inline and len(used) and not self._has("flags-not-restored"):
-            self._saved.chains["slabs"] = kho.write_blocks(entries.tobytes(), abi.LUO_EXTENT_BYTES)
-        # A slot of no bytes after the last full slab has no slab; its address is never used.
-        start = np.array([*self._saved.slabs, 0], np.uint64)[np.minimum(slab, len(used))] + offset
-        return {
-            "driver": np.where(nbytes["driver"] > 0, start, np.uint64(0)),
-            "bus": np.where(nbytes["bus"] > 0, start + _aligned(nbytes["driver"]), np.uint64(0)),
-        }
-
-    def _write_records(
-        self, order: Index, phys: dict[str, Address], nbytes: dict[str, Address]
-    ) -> None:
-        """Write one FDT node a device into shards that a kernel can allocate in one piece."""
-        kernel, tree = self.devices.kernel, self.devices.tree
-        kho: Kho = kernel.kho
-        if self._has("flags-not-restored"):
-            return
-        self._saved.nr_records = len(order)
-        if kho.generation.inline:
-            self._saved.node = KhoNode()
-            self._saved.node.properties["count"] = np.uint64(len(order)).tobytes()
-            self._saved.node.properties["slabs"] = self._saved.slab_entries.tobytes()
-        if not len(order):
-            return
-        if self._saved.node is not None:
-            names, properties = self._columns(order, phys, nbytes, 0, len(order))
-            self._saved.shard_bytes = int(FdtWriter.nodes_size(names, properties).sum())
-            if self._saved.shard_bytes > kho.fdt_max and not self._has("written-in-reboot"):
-                raise from_errno(
-                    errno.E2BIG,
-                    f"PREPARE: records of {self._saved.shard_bytes} bytes, fdt_max is"
-                    f" {kho.fdt_max}",
-                )
-            self._saved.node.rows.append((names, properties))
-            return
-        room = (kernel.memory.page_size << kernel.memory.max_order) - abi.LUO_SHARD_OVERHEAD
-        entries = []
-        start, guess = 0, room // abi.LUO_RECORD_BYTES
-        while start < len(order):
-            # A shard at a time: what is made for one is warm, and used again for the next.
-            stop = min(start + guess, len(order))
-            names, properties = self._columns(order, phys, nbytes, start, stop)
-            ends = np.cumsum(FdtWriter.nodes_size(names, properties))
-            count = int(np.searchsorted(ends, room, side="right"))
-            if start + count == stop < len(order):
-                guess *= 2  # there is room for more
-                continue
-            if not count:
-                raise from_errno(
-                    errno.E2BIG,
-                    f"PREPARE {tree.path(int(order[start]))}: record above {room} bytes",
-                )
-            guess = count + count // 16 + 16
-            size = int(ends[count - 1]) + abi.LUO_SHARD_OVERHEAD
-            shard = kho.alloc_preserve(size)
-            self._saved.shards.append(shard)
-            writer = FdtWriter(into=kernel.memory.view(shard, size))
-            with writer.node(""):
-                writer.property_string("compatible", abi.LUO_DEVICES_COMPATIBLE)
-                writer.add_nodes(names, properties, stop=count)
-            written = len(writer.finish())
-            self._saved.shard_bytes += written
-            entries.append((shard, written, start, count))
-            start += count
-        self._saved.chains["records"] = kho.write_blocks(
-            np.array(entries, np.uint64).tobytes(), abi.LUO_EXTENT_BYTES
-        )
-
-    def _columns(
-        self,
-        order: Index,
-        phys: dict[str, Address],
-        nbytes: dict[str, Address],
-        start: int,
-        stop: int,
-    ) -> tuple[tuple[str, int, int], dict[str, Any]]:
-        """Return names and columns of the records *start* to *stop*, for ``add_nodes()``."""
-        here = slice(start, stop)
-        devices = order[here]
-        state = np.empty((len(devices), 4), np.uint64)
-        for place, column in enumerate(
-            (phys["driver"], nbytes["driver"], phys["bus"], nbytes["bus"])
-        ):
-            state[:, place] = column[here]
-        return ("device", start, len(devices)), {
-            "path": Column(*self.devices.tree.table.paths(devices, terminated=True)),
-            "bus": self._names("bus", devices),
-            "driver": self._names("driver", devices),
-            "state": state.view(np.uint8),
-            "index": devices.astype(np.uint64).view(np.uint8).reshape(len(devices), 8),
-        }
-
-    def _names(self, side: str, devices: Index) -> Column:
-        """Return the bus or driver name of each device as a string column; none has no row."""
-        ids = self._ids(side)[devices]
-        names = [owner.name.encode() for owner in self._owners(side)]
-        return Column(*spread_strings(ids, names), ids >= 0)
 
     # ---- KHO nodes ----
 
@@ -835,31 +688,6 @@ class DeviceParticipant:
         """Return the tree of the KHO nodes of devices, drivers and buses, if there are any."""
         return self._nodes
 
-    def _write_nodes(self) -> None:
-        """Allocate the tree of the nodes that PREPARE has made, and write it."""
-        self._nodes_closed = True
-        kernel = self.devices.kernel
-        if self._nodes is None or kernel.kho.generation.inline:
-            return  # an inline tree takes them as they are
-        blob = to_fdt(self._nodes, abi.LUO_NODES_COMPATIBLE)
-        self._saved.nodes = kernel.kho.alloc_preserve(len(blob))
-        self._saved.nodes_bytes = len(blob)
-        kernel.memory.view(self._saved.nodes, len(blob))[:] = blob
-
-    def _patch_nodes(self) -> None:
-        """Write again what REBOOT has changed; nothing can be allocated any more."""
-        if not self._saved.nodes:
-            return
-        assert self._nodes is not None
-        blob = to_fdt(self._nodes, abi.LUO_NODES_COMPATIBLE)
-        if len(blob) != self._saved.nodes_bytes:
-            raise from_errno(
-                errno.EINVAL,
-                f"REBOOT: KHO nodes of {self._saved.nodes_bytes} bytes have {len(blob)} now;"
-                " REBOOT may change values, not their lengths",
-            )
-        self.devices.kernel.memory.view(self._saved.nodes, len(blob))[:] = blob
-
     # ---- the end of an update ----
 
     def free_list(self, failure: BaseException | None = None) -> None:
@@ -894,14 +722,7 @@ class DeviceParticipant:
 
     def _discard(self) -> None:
         """Free what PREPARE allocated (CANCEL)."""
-        kho: Kho = self.devices.kernel.kho
-        if self._saved.nodes:
-            kho.unpreserve_free(self._saved.nodes)
-        for head in self._saved.chains.values():
-            if head:
-                kho.free_blocks(head)
-        for phys in (*reversed(self._saved.shards), *reversed(self._saved.slabs)):
-            kho.unpreserve_free(phys)
+        self._saved.free()
         self._forget()
 
     def _release(self) -> None:
@@ -912,7 +733,7 @@ class DeviceParticipant:
 
     def _forget(self) -> None:
         self._hold(self._held[:0])
-        self._saved = _Saved()
+        self._saved = SavedDevices(self.devices)
         self._nodes = None
         self._nodes_closed = False
         self._place_of = None
@@ -939,26 +760,16 @@ class DeviceParticipant:
 
     def luo_properties(self) -> dict[str, int]:
         """Return the values of the ``devices`` node."""
-        return {
-            "count": self._saved.nr_records,
-            "records": self._saved.chains.get("records", 0),
-            "slabs": self._saved.chains.get("slabs", 0),
-            "nodes": self._saved.nodes,
-        }
+        return self._saved.luo_properties()
 
     def luo_node(self) -> KhoNode:
         """Return the ``devices`` node of an inline tree: the records themselves."""
-        if self._saved.node is not None:
-            return self._saved.node
-        node = KhoNode()  # PREPARE found no device
-        node.properties["count"] = bytes(8)
-        node.properties["slabs"] = b""
-        return node
+        return self._saved.luo_node()
 
     @property
     def record_bytes(self) -> int:
         """Bytes of all records."""
-        return self._saved.shard_bytes
+        return self._saved.record_bytes
 
     def digests(self) -> dict[tuple[str, str], tuple[int, int]]:
         """Return (bytes, digest) of what is in the slots now, by (side, driver or bus name)."""
@@ -967,8 +778,8 @@ class DeviceParticipant:
         walk = self._walk
         if self.records is not None:
             return self.records.digests(self.devices.kernel.memory)
-        names = {side: [owner.name for owner in self._owners(side)] for side in SIDES}
-        owners = {side: self._ids(side)[walk.order] for side in SIDES}
+        names = {side: [owner.name for owner in self.devices.parties(side)] for side in SIDES}
+        owners = {side: self.devices.ids(side)[walk.order] for side in SIDES}
         return slot_digests(
             self.devices.kernel.memory,
             self._saved.slab_entries,
@@ -1045,7 +856,7 @@ class DeviceParticipant:
         had_driver = self.records.owners["driver"][self.records.numbers] != -1
         silent = ~(had_driver & (self.devices.driver_ids[walk.order] < 0))
         for side in SIDES:
-            silent &= (self._kinds(side, RESTORE) == 0)[self._ids(side)[walk.order]]
+            silent &= (self._kinds(side, RESTORE) == 0)[self.devices.ids(side)[walk.order]]
         silent &= ~self.devices.reclaimed[walk.order]
         if silent.any():
             self.devices.reclaim(walk.order[silent])

@@ -544,6 +544,14 @@ class Devices(Mortal):
         number = int(self.bus_ids[index])
         return None if number < 0 else self.buses[number]
 
+    def ids(self, side: str) -> NDArray[np.int32]:
+        """Return the number of each device's driver or bus in :meth:`parties`, by *side*."""
+        return self.driver_ids if side == "driver" else self.bus_ids
+
+    def parties(self, side: str) -> list[Any]:
+        """Return the drivers or the buses, by *side* (``"driver"``, ``"bus"``)."""
+        return self.drivers if side == "driver" else self.buses
+
     @property
     def grouped(self) -> NDArray[np.bool_]:
         """Which devices have a ``liveupdate`` directory in ``/sys``; ``bool``."""

@@ -660,9 +660,9 @@ class Orchestrator(Mortal):
             self._withdraw()
         elif event is Event.FINISH:
             self._discard_incoming()
-            if len(self._lost):
-                self.kernel.probe(self._lost)  # what nobody restored is a device like any other
         self._set_state(NEXT.get((self._state, event), self._state))
+        if event is Event.FINISH and len(self._lost):
+            self.kernel.probe(self._lost)  # what nobody restored is a device like any other
 
     def _set_state(self, state: State) -> None:
         if state is self._state:

@@ -548,6 +548,20 @@ def pack_slots(
 def spread_strings(
     ids: NDArray[np.int32], names: list[bytes]
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint64]]: ...
+def cut_runs(
+    ways: NDArray[np.int8],
+    places: NDArray[np.int64],
+    order: NDArray[np.int32],
+    depths: NDArray[np.int32],
+    drivers: NDArray[np.int32],
+    buses: NDArray[np.int32],
+    driver_phys: NDArray[np.uint64],
+    driver_bytes: NDArray[np.uint64],
+    bus_phys: NDArray[np.uint64],
+    bus_bytes: NDArray[np.uint64],
+    batch: int,
+    threads: int,
+) -> NDArray[np.int64]: ...
 def group_rows(
     first: NDArray[np.int32],
     second: NDArray[np.int32],

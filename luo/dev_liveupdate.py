@@ -32,6 +32,7 @@ from luo._kho import (
     NativeCallback,
     NativeScope,
     call_devices,
+    cut_runs,
     group_rows,
 )
 from luo.device import Batch, Bus, Device, DeviceBatch, Devices, Driver
@@ -301,37 +302,26 @@ class DeviceParticipant:
         chosen = walk.order[places]
         walk.places[event] = places
         walk.chosen[event] = chosen
-        walk.runs[event] = list(self._cut(walk, places, chosen, ways))
+        walk.runs[event] = list(self._cut(walk, places, ways))
         walk.tables[event] = {side: self._table(side, event) for side in SIDES}
         walk.scopes[event] = self._scope(event)
 
-    def _cut(
-        self, walk: _Walk, places: NDArray[np.intp], chosen: Index, ways: NDArray[np.int8]
-    ) -> Iterator[_Run]:
-        n = len(chosen)
-        if not n:
-            return
-        new = ways[1:] != ways[:-1]
-        batch = ways == _BATCH
-        depths = self.devices.tree.depths
-        if (ways == _THREADS).any():  # which wait for each other at each depth
-            new |= (ways[1:] == _THREADS) & (depths[chosen[1:]] != depths[chosen[:-1]])
-        if batch.any():
-            differs = depths[chosen[1:]] != depths[chosen[:-1]]
-            stride = np.zeros(n, np.uint64)
-            for side in SIDES:
-                ids, nbytes = self.devices.ids(side)[chosen], walk.nbytes[side][places]
-                differs |= (ids[1:] != ids[:-1]) | (nbytes[1:] != nbytes[:-1])
-                stride += aligned(nbytes)
-            for side in SIDES:
-                # The slots of a run lie at equal distances, so that they are one array.
-                phys = walk.phys[side][places]
-                differs |= (walk.nbytes[side][places][1:] > 0) & (
-                    phys[1:] != phys[:-1] + stride[:-1]
-                )
-            new |= batch[1:] & differs
-        cuts = [0, *(np.flatnonzero(new) + 1).tolist(), n]
-        for start, stop in itertools.pairwise(cuts):
+    def _cut(self, walk: _Walk, places: NDArray[np.intp], ways: NDArray[np.int8]) -> Iterator[_Run]:
+        cuts = cut_runs(
+            ways,
+            places,
+            walk.order,
+            self.devices.tree.depths,
+            self.devices.driver_ids,
+            self.devices.bus_ids,
+            walk.phys["driver"],
+            walk.nbytes["driver"],
+            walk.phys["bus"],
+            walk.nbytes["bus"],
+            _BATCH,
+            _THREADS,
+        )
+        for start, stop in itertools.pairwise(cuts.tolist()):
             yield _Run(start, stop, int(ways[start]))
 
     def _table(self, side: str, event: str) -> CallTable:

@@ -614,6 +614,77 @@ def spread_strings(const int32_t[::1] ids not None, list names not None):
     return data, offset_array
 
 
+def cut_runs(
+    const int8_t[::1] ways not None, const int64_t[::1] places not None,
+    const int32_t[::1] order not None, const int32_t[::1] depths not None,
+    const int32_t[::1] drivers not None, const int32_t[::1] buses not None,
+    const uint64_t[::1] driver_phys not None, const uint64_t[::1] driver_bytes not None,
+    const uint64_t[::1] bus_phys not None, const uint64_t[::1] bus_bytes not None,
+    int8_t batch, int8_t threads,
+):
+    """Cut the devices of an event into runs that are called in one way; ``int64``, with both ends.
+
+    A run of batch callbacks has one depth, driver, bus and slot sizes, and its slots lie at equal
+    distances, so that they are one array; a run for several threads has one depth.
+
+    Args:
+        ways: how each device is called, ``int8 (n,)``.
+        places: place of each in *order*, ``int64 (n,)``.
+        order, driver_phys, driver_bytes, bus_phys, bus_bytes: of the update: device numbers, and
+            where their slots are.
+        depths, drivers, buses: by device number.
+        batch, threads: the ways that have rules.
+
+    Raises:
+        IndexError: a place or a device number is outside.
+    """
+    cdef Py_ssize_t i, nr = 0, bad = -1, n = ways.shape[0]
+    cdef int64_t place, before = 0
+    cdef int32_t device, last = 0
+    cdef uint64_t stride
+    cdef bint new
+    if places.shape[0] != n or not (
+        order.shape[0] == driver_phys.shape[0] == driver_bytes.shape[0]
+        == bus_phys.shape[0] == bus_bytes.shape[0]
+    ):
+        raise ValueError("cut_runs: arrays differ in length")
+    result = np.empty(n + 1, np.int64)
+    cdef int64_t[::1] cuts = result
+    with nogil:
+        for i in range(n):
+            place = places[i]
+            if not 0 <= place < order.shape[0]:
+                bad = i
+                break
+            device = order[place]
+            if not (0 <= device < depths.shape[0] and device < drivers.shape[0]
+                    and device < buses.shape[0]):
+                bad = i
+                break
+            new = i == 0 or ways[i] != ways[i - 1]
+            if not new and ways[i] == threads:
+                new = depths[device] != depths[last]
+            elif not new and ways[i] == batch:
+                stride = (driver_bytes[before] + 7 & ~<uint64_t>7) + (
+                    bus_bytes[before] + 7 & ~<uint64_t>7)
+                new = (
+                    depths[device] != depths[last]
+                    or drivers[device] != drivers[last] or buses[device] != buses[last]
+                    or driver_bytes[place] != driver_bytes[before]
+                    or bus_bytes[place] != bus_bytes[before]
+                    or driver_bytes[place] and driver_phys[place] != driver_phys[before] + stride
+                    or bus_bytes[place] and bus_phys[place] != bus_phys[before] + stride
+                )
+            if new:
+                cuts[nr] = i
+                nr += 1
+            last, before = device, place
+        cuts[nr] = n
+    if bad >= 0:
+        raise IndexError(f"cut_runs: place {places[bad]} is of no device")
+    return result[:nr + 1]
+
+
 cdef struct row_key:
     uint64_t word[3]
 

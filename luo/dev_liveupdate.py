@@ -616,10 +616,12 @@ class DeviceParticipant:
 
     def _batch_groups(self, order: Index, nbytes: dict[str, Address]) -> Index | None:
         """Return a group number for each device that batch callbacks serve, None if none is."""
+        events = [*(event.name for event in Event), RESTORE]
         batched = np.zeros(len(order), np.bool_)
-        for event in (*(event.name for event in Event), RESTORE):
-            for side in SIDES:
-                batched |= (self._kinds(side, event) == _BATCH)[self.devices.ids(side)[order]]
+        for side in SIDES:
+            in_batches = np.any([self._kinds(side, event) == _BATCH for event in events], axis=0)
+            if in_batches.any():
+                batched |= in_batches[self.devices.ids(side)[order]]
         if not batched.any():
             return None
         drivers, buses = (self.devices.ids(side)[order] for side in SIDES)

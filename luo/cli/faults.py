@@ -188,7 +188,8 @@ def _show(console: Console, report: FaultReport) -> None:
     if more > 0 and not report.quirks:
         console.print(f"{more} more; --json FILE has them all", style="dim")
     callbacks = sum(kind not in ("kernel", "image") for kind, _, _ in report.callbacks)
-    text = f"{len(report.rows)} updates, {callbacks} callbacks: "
+    updates = f"{len(report.rows)} update{'s' * (len(report.rows) != 1)}"
+    text = f"{updates}, {callbacks} callbacks: "
     if report.violations:
         console.print(text + _verdict(report), style="bold red")
     else:

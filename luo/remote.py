@@ -545,7 +545,7 @@ class RemoteDevices:
             told = self._kernel._ask("request", glob=which, on=on)
         else:
             n = len(self._kernel.machine.devices.parents)
-            mask = pack_mask(chosen_mask(which, n))
+            mask = pack_mask(chosen_mask(which, n, self._kernel.machine.devices))
             told = self._kernel._ask("request", mask=mask, nr_devices=n, on=on)
         return int(told["changed"])
 

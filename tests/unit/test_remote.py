@@ -48,7 +48,8 @@ def running(image=PLAIN, **kwargs):
     kernel = kernels.plain(machine, **kwargs).boot()
     kernel.kexec_load(image)
     with kernel.kexec() as remote:
-        remote.devices.request("*")
+        if remote.luo.enabled:
+            remote.devices.request("*")
         yield remote
     if machine.running is not None:
         machine.running.close()

@@ -422,10 +422,10 @@ class RemoteKernel:
                 process.wait()
 
     def _leave(self) -> None:
+        if self.machine.running is self:  # first: who is told that it is gone looks for the next
+            self.machine.running = None
         self._closed = True
         self._line.close()
-        if self.machine.running is self:
-            self.machine.running = None
 
     def __enter__(self) -> RemoteKernel:
         return self

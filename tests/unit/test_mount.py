@@ -179,6 +179,22 @@ def test_files_say_what_sysfs_would(base):
 
 
 @mounts
+def test_errno_that_no_process_may_see_is_eio(base):
+    """A driver's -EPROBE_DEFER ends the write, and the next one is done."""
+    (base / "defers.py").write_text(
+        "import luo\n\nanswers = [-524, -517, -512, -511]\n"
+        "late = luo.Subsystem('late', prepare=lambda context: answers.pop() if answers else 0)\n"
+    )
+    with mounted(base, "--in-process", "--drivers", str(base / "defers.py")) as sys_:
+        prepare = os.open(sys_ / "kernel/liveupdate/prepare", os.O_WRONLY)
+        for code in (511, errno.EIO, errno.EIO, errno.EIO, None):
+            assert errno_of(os.write, prepare, b"1") == code
+        os.close(prepare)
+        assert state(base) == "prepared\n"
+    assert "517" in (base / "log").read_text()
+
+
+@mounts
 @as_root
 def test_another_user_reads_what_is_for_all_and_writes_nothing(base):
     """Modes and owners count: a user gets EACCES, root EIO from a file that nobody reads."""

@@ -362,7 +362,14 @@ class Mount:
     # ---- reading and looking ----
 
     def open(self, path: str, flags: int) -> int:
-        """Return the number of a new open file."""
+        """Return the number of a new open file.
+
+        Raises:
+            OSError: EACCES to write a file of sysfs that nobody may write, for root too.
+        """
+        reads = flags & os.O_ACCMODE == os.O_RDONLY
+        if not (reads or path.startswith("/kernel/debug/") or self.tree.stat(path).mode & 0o222):
+            raise OSError(errno.EACCES, f"{path}: is not for writing")
         handle = _Handle(self.tree.open(path))
         number = next(self._numbers)
         self._handles[number] = handle
@@ -416,9 +423,11 @@ class Mount:
         """Refuse a new file."""
         raise OSError(errno.EACCES, "files come with the kernel")
 
-    def mknod(self, path: str, mode: int, device: int) -> int:
-        """Refuse a new file of another kind."""
+    def _refuse(self, *arguments: object) -> int:
+        """Refuse to make, move or remove anything else."""
         raise OSError(errno.EPERM, "files come with the kernel")
+
+    link = mkdir = mknod = rename = rmdir = symlink = unlink = _refuse
 
     # ---- polling ----
 

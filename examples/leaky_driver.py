@@ -12,6 +12,9 @@ At the end it prints::
       2 kernel.luo.prepare()
       3 kernel.luo.cancel()
         preserved set: 1 blocks (4 pages) more and 0 less than before
+
+Most updates of the table above it are marked ✗, since each of their rollbacks leaks; the last line
+says how many there are, and that this one sequence shows them all.
 """
 
 import luo

@@ -42,6 +42,7 @@ def describe(error: BaseException) -> dict[str, Any]:
         "errno_name": errno_name(code) if code else None,
         **{name: getattr(error, name, None) for name in _CALLBACK_FIELDS},
         "rolled_back": getattr(error, "rolled_back", None),
+        "undo_errors": [str(problem) for problem in getattr(error, "undo_errors", ())],
     }
 
 
@@ -112,7 +113,9 @@ class Report:
                     self._calls.merge(running.profile.dump())
                     if isinstance(error, KeyboardInterrupt):
                         self.error["message"] = "interrupted"
-                        self.error["rolled_back"] = running.luo.state is State.NORMAL
+                        undo = self.error["undo_errors"] = list(getattr(error, "__notes__", ()))
+                        normal = running.luo.state is State.NORMAL
+                        self.error["rolled_back"] = normal and not undo
             raise
 
     def note_finish(self, kernel: Any, finished: FinishResult) -> None:

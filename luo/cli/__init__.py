@@ -9,16 +9,19 @@ import signal
 import sys
 from typing import Any
 
-import click
+try:  # this takes as long as a person needs for ^C
+    import click
 
-from luo.cli.errors import INTERRUPTED
-from luo.cli.faults import faults
-from luo.cli.graph import graph
-from luo.cli.image import image
-from luo.cli.mount import mount
-from luo.cli.quirks import quirks
-from luo.cli.run import run
-from luo.report import version
+    from luo.cli.errors import INTERRUPTED
+    from luo.cli.faults import faults
+    from luo.cli.graph import graph
+    from luo.cli.image import image
+    from luo.cli.mount import mount
+    from luo.cli.quirks import quirks
+    from luo.cli.run import run
+    from luo.report import version
+except KeyboardInterrupt:
+    sys.exit(130)
 
 __all__ = ["main"]
 

@@ -82,6 +82,7 @@ def faults(
     if json_file not in (None, "-"):
         check_writable(str(json_file))
     console = Console(stderr=json_file == "-", highlight=False)
+    report = FaultReport(settings=settings)
     try:
         with _interruptible() as stopped, _quiet(), _progress() as progress, wrong_input():
             host = source.read()
@@ -95,7 +96,7 @@ def faults(
 
             task = progress.add_task("reading the devices", total=None)
             try:
-                report = run(
+                run(
                     image,
                     host.machine,
                     first=partial(drivers.kernel, vms=host.vms, **image.args),
@@ -103,16 +104,19 @@ def faults(
                     kinds=kinds or KINDS,
                     pairs=pairs,
                     progress=tell,
+                    report=report,
                 )
             except CallbackError as error:
                 click.echo(f"luo: without a fault: {error}", err=True)
                 sys.exit(FAILED)
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-    report.settings = settings
+        if not report.rows:
+            sys.exit(INTERRUPTED)
     if json_file is not None:
         write_json(json_file, report.to_dict())
     _show(console, report)
+    if report.interrupted:
+        sys.exit(INTERRUPTED)
     sys.exit(0 if report.ok else FAILED)
 
 
@@ -185,11 +189,23 @@ def _show(console: Console, report: FaultReport) -> None:
         console.print(f"{more} more; --json FILE has them all", style="dim")
     callbacks = sum(kind not in ("kernel", "image") for kind, _, _ in report.callbacks)
     text = f"{len(report.rows)} updates, {callbacks} callbacks: "
-    if report.ok:
-        console.print(text + "nothing was ever half preserved", style="green")
+    if report.violations:
+        console.print(text + _verdict(report), style="bold red")
     else:
-        count = len(report.violations)
-        console.print(text + f"{count} violation{'s' * (count > 1)}", style="bold red")
+        console.print(text + "nothing was ever half preserved", style="green")
+    if report.interrupted:
+        console.print("interrupted: the rest was not tried", style="yellow")
+
+
+def _verdict(report: FaultReport) -> str:
+    """Return how many updates violated, and how few sequences that comes down to."""
+    updates = sum(bool(row.violations) for row in report.rows)
+    sequences = len(report.violations)
+    return (
+        f"{updates} update{'s' * (updates > 1)} violated, "
+        f"{sequences} sequence{'s' * (sequences > 1)} show{'s' * (sequences == 1)} "
+        f"{'them all' if updates > 1 else 'it'}"
+    )
 
 
 def _table(report: FaultReport) -> Table:

@@ -45,18 +45,29 @@ def quirks(context: click.Context, as_json: bool) -> None:
 def show(name: str | None, every: bool) -> None:
     """Run the shortest sequence that shows the quirk NAME, without it and with it.
 
+    NAME is a name or a number of the list that 'luo quirks' prints.
     Lines that end differently are marked with an asterisk.
     """
     if every == (name is not None):
         raise click.UsageError("show: name a quirk, or --all")
-    if name is not None and name not in QUIRKS:
-        near = difflib.get_close_matches(name, QUIRKS, 1, 0)
-        raise Wrong(f"quirk {name}: there is none of that name; did you mean {near[0]}?")
+    chosen = list(QUIRKS.values()) if name is None else [_named(name)]
     console = Console(highlight=False)
-    for place, quirk in enumerate(QUIRKS.values() if every else (QUIRKS[str(name)],)):
+    for place, quirk in enumerate(chosen):
         if place:
             console.print()
         _show(console, quirk)
+
+
+def _named(text: str) -> Quirk:
+    """Return the quirk of that name, in letters of any case, or of that number."""
+    name = text.lower()
+    for quirk in QUIRKS.values():
+        if name in (quirk.name, str(quirk.number)):
+            return quirk
+    near = difflib.get_close_matches(name, QUIRKS, 1, 0.6)
+    if near:
+        raise Wrong(f"quirk {text}: there is none of that name; did you mean {near[0]}?")
+    raise Wrong(f"quirk {text}: there is none; 'luo quirks' lists them")
 
 
 def _show(console: Console, quirk: Quirk) -> None:

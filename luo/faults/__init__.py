@@ -162,6 +162,7 @@ class FaultReport:
         uncovered: callbacks, in words, that an update of this machine does not call.
         unused: drivers and buses, in words, that no device of this machine has.
         settings: the caller's.
+        interrupted: whether ^C ended the campaign, so that not all was tried.
     """
 
     rows: list[FaultRow] = field(default_factory=list)
@@ -170,11 +171,12 @@ class FaultReport:
     uncovered: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    interrupted: bool = False
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was ever half preserved."""
-        return not self.violations
+        """Whether everything was tried, and nothing was ever half preserved."""
+        return not self.violations and not self.interrupted
 
     @property
     def callbacks(self) -> set[tuple[str, str, str]]:
@@ -189,6 +191,7 @@ class FaultReport:
             "luo_version": version(),
             "settings": self.settings,
             "ok": self.ok,
+            "interrupted": self.interrupted,
             "updates": len(self.rows),
             "uncovered": self.uncovered,
             "unused": self.unused,
@@ -232,6 +235,7 @@ def run(
     kinds: Iterable[str] = KINDS,
     pairs: bool = False,
     progress: Progress | None = None,
+    report: FaultReport | None = None,
 ) -> FaultReport:
     """Update a machine again and again, with every fault at every callback.
 
@@ -245,8 +249,9 @@ def run(
         kinds: of :data:`KINDS`.
         pairs: also two faults in one update: PREPARE or REBOOT and the CANCEL that follows,
             RESTORE and FINISH.
-        progress: called before each update as ``progress(done, total, what)``; what it raises ends
-            the campaign.
+        progress: called before and after each update as ``progress(done, total, what)``; what it
+            raises ends the campaign, and the update that it is called after does not count.
+        report: filled as the campaign goes on: it has what was found when an exception ends that.
 
     Returns:
         what was found; it is not :attr:`~FaultReport.ok` if anything was half preserved.
@@ -262,12 +267,17 @@ def run(
         if kind not in KINDS:
             raise ValueError(f"fault {kind!r}: {', '.join(KINDS)}")
     subject = Subject(machine, first or build, build, image)
-    campaign = _Campaign(subject, tuple(requests), wanted, progress)
+    report = FaultReport() if report is None else report
     try:
-        campaign.run(pairs)
-    finally:
-        campaign.close()
-    return campaign.report
+        campaign = _Campaign(subject, tuple(requests), wanted, progress, report)
+        try:
+            campaign.run(pairs)
+        finally:
+            campaign.close()
+    except KeyboardInterrupt:
+        report.interrupted = True
+        raise
+    return report
 
 
 class _Campaign:
@@ -277,10 +287,11 @@ class _Campaign:
         requests: tuple[str, ...],
         kinds: tuple[str, ...],
         progress: Progress | None,
+        report: FaultReport,
     ) -> None:
         self.subject = subject
         self.kinds = kinds if subject.image else tuple(k for k in kinds if k != "death")
-        self.report = FaultReport()
+        self.report = report
         self._progress = progress
         self._total = 0
         with subject.first(subject.machine()) as kernel:
@@ -364,6 +375,7 @@ class _Campaign:
             rig = self._rig = self._rig or Rig(self.subject, self.quirks, self.devices)
             history = tuple(rig.history)
             trial = rig.run(case)
+            self._tell(_title(case))  # ^C in a callback, which looks like a fault, is no result
             if not trial.wrong:
                 break
             self.close()

@@ -18,6 +18,7 @@ _MODELLED: Final = "kernel boot"
 _EVENTS: Final = ("PREPARE", "REBOOT", "RESTORE", "FINISH", "CANCEL")
 _IN_BLACKOUT: Final = ("REBOOT", "RESTORE")
 _WORDS: Final = ("subsystem", "event", "kind", "name")
+_UNDO_SHOWN: Final = 3  # failures while rolling back; the document has them all
 _NAME_WIDTH: Final = 20  # a longer name may be cut before a column is left out
 
 
@@ -204,10 +205,13 @@ def _error(error: Mapping[str, Any]) -> Text:
     text = Text.assemble(("live update failed: ", "bold red"), error["message"])
     if error.get("file"):
         text.append(f"\n  at {error['file']}:{error['line']}", "bold")
-    if error.get("rolled_back") is not None:
-        text.append(
-            "\n  everything is as it was before PREPARE"
-            if error["rolled_back"]
-            else "\n  rolling back failed in part: see the notes"
-        )
+    undo = error["undo_errors"]
+    if error["rolled_back"]:
+        text.append("\n  everything is as it was before PREPARE")
+    elif undo:
+        text.append("\n  rolling back failed in part:")
+    for problem in undo[:_UNDO_SHOWN]:
+        text.append(f"\n    {problem}")
+    if len(undo) > _UNDO_SHOWN:
+        text.append(f"\n    and {len(undo) - _UNDO_SHOWN:,} more")
     return text

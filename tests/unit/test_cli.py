@@ -253,6 +253,38 @@ def test_run_failing_driver_is_named(callback, body, code, event, ahead, host, t
         assert json.loads(out.read_text())["states"][-1] == "normal"
 
 
+def test_run_whose_rollback_fails_says_what_failed(host, tmp_path):
+    """The first few failures of CANCEL on the screen, all of them in the document."""
+    mine = drivers(
+        tmp_path,
+        """
+        def fails(context):
+            return -errno.EIO
+
+        def broken(context):
+            return -errno.ENODEV
+
+        for number in range(5):
+            globals()[f"s{number}"] = luo.Subsystem(
+                f"part{number}", prepare=lambda context: None, cancel=broken
+            )
+        last = luo.Subsystem("last", priority=luo.Priority.AFTER_DEVICES, prepare=fails)
+        """,
+    )
+    out = tmp_path / "out.json"
+    done = luo_run("--host", host, "--drivers", mine, "--json", out, cwd=tmp_path)
+    error = json.loads(out.read_text())["error"]
+
+    assert done.returncode == 1
+    assert error["rolled_back"] is False
+    assert len(error["undo_errors"]) == 5
+    assert all(text.startswith("CANCEL subsystem part") for text in error["undo_errors"])
+    told = " ".join(done.stdout.partition("rolling back failed in part:")[2].split())
+    assert told.startswith("CANCEL subsystem part")
+    assert told.count("CANCEL subsystem part") == 3
+    assert told.endswith("and 2 more")
+
+
 @pytest.mark.parametrize(("in_process", "kind"), [(False, "HostCrashError"), (True, None)])
 def test_run_driver_that_kills_the_next_kernel(in_process, kind, host, tmp_path):
     """A second kernel that dies after the commit point: a crashed host, exit status 1."""
@@ -408,6 +440,35 @@ def test_run_interrupted_while_drivers_load(host, tmp_path):
 
     assert process.returncode == 130
     assert (stdout, "Traceback" in stderr) == ("", False)
+
+
+@pytest.mark.parametrize("module", ["click", "luo.cli.host", "luo.report"])
+def test_command_interrupted_while_it_is_imported_is_status_130(module, tmp_path):
+    """^C while the command's own modules load: nothing is printed."""
+    code = f"""
+        import os, runpy, signal, sys
+
+        import luo
+
+        class Interrupt:
+            def find_spec(name, path=None, target=None):
+                if name == {module!r}:
+                    os.kill(os.getpid(), signal.SIGINT)
+
+        sys.modules.pop({module!r}, None)
+        sys.meta_path.insert(0, Interrupt)
+        runpy.run_module("luo", run_name="__main__")
+        """
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", textwrap.dedent(code)],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 # ---- wrong usage and input ----

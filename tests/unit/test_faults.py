@@ -5,6 +5,7 @@ import ctypes
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -838,6 +839,8 @@ def test_command_on_a_leaking_driver_is_status_1_with_the_sequence(host, tmp_pat
     assert code == 1
     assert "the shortest sequence" in printed
     assert "kernel.luo.cancel()" in printed
+    violated = sum(map(int, re.findall(r"✗(\d+)", printed)))
+    assert f": {violated} updates violated, 1 sequence shows them all" in " ".join(printed.split())
     document = json.loads(out.read_text())
     assert document["settings"]["kinds"] == ["errno"]
     assert document["violations"][0]["sequence"][1:] == [
@@ -908,6 +911,36 @@ def test_command_with_json_to_standard_output_prints_nothing_else_there(host, ca
     out = capsys.readouterr()
     assert json.loads(out.out)["ok"] is True
     assert "nothing was ever half preserved" in out.err
+
+
+@pytest.mark.parametrize("nth", [1, 40])
+def test_command_interrupted_in_the_middle_prints_what_it_has(nth, host, tmp_path, capsys):
+    """The update in which ^C came does not count; before the first there is nothing to print."""
+    driver, out = tmp_path / "mine.py", tmp_path / "out.json"
+    driver.write_text(
+        "import os, signal, luo\n"
+        "def prepare(dev):\n"
+        f"    with open({str(tmp_path / 'calls')!r}, 'a') as calls:\n"
+        "        calls.write('x')\n"
+        "        count = calls.tell()\n"
+        f"    if count == {nth}: os.kill({os.getpid()}, signal.SIGINT)\n"
+        'vfio = luo.Driver("vfio-pci", luo.LiveUpdateOps(prepare))\n'
+    )
+    arguments = ("--host", host, "--drivers", str(driver), "--kind", "errno", "--json", str(out))
+
+    assert status(*arguments) == 130
+
+    printed = " ".join(capsys.readouterr().out.split())
+    if nth == 1:
+        assert (printed, out.exists()) == ("", False)
+        return
+    document = json.loads(out.read_text())
+    assert document["interrupted"]
+    assert not document["ok"]
+    assert document["violations"] == []
+    assert document["updates"] == len(document["rows"]) > 2
+    assert f"{document['updates']} updates" in printed
+    assert printed.endswith("interrupted: the rest was not tried")
 
 
 def test_command_that_is_interrupted_is_status_130_and_leaves_no_process(host, tmp_path):

@@ -551,6 +551,15 @@ def test_quirks_show_without_colour_marks_no_more_than_what_differs():
     ]
 
 
+@pytest.mark.parametrize("name", ["8", "No-Image-CHECK"])
+def test_quirks_show_takes_a_number_and_any_case(name):
+    """As the list has them."""
+    done = luo_quirks("show", name, columns=160)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("8 no-image-check\n")
+
+
 def test_quirks_show_all_runs_every_demonstration():
     """--all: each quirk under its name, in order, with a difference in each."""
     done = luo_quirks("show", "--all", columns=100)
@@ -568,13 +577,15 @@ def test_quirks_show_all_runs_every_demonstration():
             ("show", "warn-twice"),
             "luo: quirk warn-twice: there is none of that name; did you mean warn-once?",
         ),
+        (("show", "nope"), "luo: quirk nope: there is none; 'luo quirks' lists them"),
+        (("show", "28"), "luo: quirk 28: there is none; 'luo quirks' lists them"),
         (("show",), "luo: show: name a quirk, or --all"),
         (("show", "warn-once", "--all"), "luo: show: name a quirk, or --all"),
         (("--json", "show", "warn-once"), "luo: --json: not with show"),
     ],
 )
 def test_quirks_wrong_usage_is_one_line_and_status_2(arguments, line):
-    """An unknown name is answered with the nearest one."""
+    """An unknown name is answered with one that is near, if there is any."""
     done = luo_quirks(*arguments)
 
     assert (done.returncode, done.stdout, done.stderr) == (2, "", line + "\n")

@@ -39,6 +39,7 @@ from luo.device import Batch, Bus, Device, DeviceBatch, Devices, Driver
 from luo.device_records import SIDES, Address, DeviceRecords, Index, slot_digests
 from luo.errors import CallbackError, StateError, from_errno
 from luo.kho import KhoNode
+from luo.kho_tree import shape_of
 from luo.notifier import (
     BACKWARDS,
     RESTORE,
@@ -115,6 +116,7 @@ class DeviceParticipant:
         self._saved = SavedDevices(self.devices)
         self._nodes: KhoNode | None = None  # what drivers put beside their slots
         self._nodes_closed = False
+        self._shapes: dict[tuple[str, str], Any] = {}  # of each node, when PREPARE was over
         self._place_of: Index | None = None
         self._listed: NDArray[np.bool_] | None = None  # whom CANCEL still reaches; None: everyone
         self._held = np.zeros(0, np.int32)  # whom the list holds a reference on
@@ -164,10 +166,14 @@ class DeviceParticipant:
         self._mark(event, walk.order)
         if event == Event.PREPARE.name:
             self._nodes_closed = True
-            if self._nodes is not None and not self.devices.kernel.kho.generation.inline:
-                self._saved.write_nodes(self._nodes)  # an inline tree takes them as they are
-        elif event == Event.REBOOT.name and self._saved.nodes and self._nodes is not None:
-            self._saved.patch_nodes(self._nodes)
+            if self._nodes is not None:
+                self._shapes = self._check_nodes(event)
+                if not self.devices.kernel.kho.generation.inline:  # which takes them as they are
+                    self._saved.write_nodes(self._nodes)
+        elif event == Event.REBOOT.name and self._nodes is not None:
+            self._check_nodes(event)
+            if self._saved.nodes:
+                self._saved.patch_nodes(self._nodes)
         elif event == Event.CANCEL.name:
             self._discard()
         elif event == Event.FINISH.name:
@@ -676,6 +682,45 @@ class DeviceParticipant:
             self._place_of[self._walk.order] = np.arange(len(self._walk.order), dtype=np.int32)
         return int(self._place_of[index]) if index < len(self._place_of) else -1
 
+    def _check_nodes(self, event: str) -> dict[tuple[str, str], Any]:
+        """Return the shape of every node that drivers have filled, by kind and name.
+
+        Raises:
+            CallbackError: EINVAL: something in one cannot be written, or REBOOT has changed more
+                than values.
+        """
+        assert self._nodes is not None
+        shapes: dict[tuple[str, str], Any] = {}
+        for kind, level in self._nodes.children.items():
+            for name, node in level.children.items():
+                try:
+                    shape = shapes[kind, name] = shape_of(node)
+                    if event == Event.REBOOT.name and self._shapes[kind, name] != shape:
+                        new = [part for part in shape if part not in self._shapes[kind, name]]
+                        where = f"{new[0][0]}/{new[0][1]} has {new[0][2]} bytes" if new else "less"
+                        raise ValueError(f"{where}: REBOOT may change values, not their lengths")
+                except ValueError as error:
+                    raise self._node_error(event, kind, name, str(error)) from None
+        return shapes
+
+    def _node_error(self, event: str, kind: str, name: str, why: str) -> CallbackError:
+        device, side, owner = None, kind[:-1].replace("buse", "bus"), name
+        if kind == "devices":
+            assert self._walk is not None
+            number = int(self._walk.order[int(name.removeprefix("device"))])
+            device = self.devices.tree.path(number)
+            side = "driver" if self.devices.driver_ids[number] >= 0 else "bus"
+            owner = self._owner(side, number)
+        where = f" of {device}" if device is not None else ""
+        return CallbackError(
+            errno.EINVAL,
+            f"{event} {side} {owner}{where}: kho_node {why}",
+            event=event,
+            kind=side,
+            name=owner,
+            device=device,
+        )
+
     def nodes_root(self) -> KhoNode | None:
         """Return the tree of the KHO nodes of devices, drivers and buses, if there are any."""
         return self._nodes
@@ -728,6 +773,7 @@ class DeviceParticipant:
         self._saved = SavedDevices(self.devices)
         self._nodes = None
         self._nodes_closed = False
+        self._shapes = {}
         self._place_of = None
         self._listed = None
         self._walk = None

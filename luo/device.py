@@ -182,6 +182,12 @@ class Driver:
     probe: Callable[[Device], object] | None = field(default=None, kw_only=True)
     shutdown: Callable[[Device], object] | None = field(default=None, kw_only=True)
 
+    def __post_init__(self) -> None:
+        _check_owner("driver", self.name, self.ops)
+        for name in ("probe", "shutdown"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                raise TypeError(f"driver {self.name}: {name} is not callable")
+
 
 @dataclass(frozen=True, slots=True)
 class Bus:
@@ -194,6 +200,16 @@ class Bus:
 
     name: str
     ops: LiveUpdateOps | None = None
+
+    def __post_init__(self) -> None:
+        _check_owner("bus", self.name, self.ops)
+
+
+def _check_owner(kind: str, name: object, ops: object) -> None:
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"{kind} name {name!r}: not a str")
+    if ops is not None and not isinstance(ops, LiveUpdateOps):
+        raise TypeError(f"{kind} {name}: {ops!r} is no LiveUpdateOps")
 
 
 Mask: TypeAlias = NDArray[np.bool_]
@@ -303,6 +319,8 @@ class Device(DeviceRef):
 
     @requested.setter
     def requested(self, on: bool) -> None:
+        if on not in (0, 1):
+            raise ValueError(f"requested of {self.path}: {on!r} is neither True nor False")
         self.devices.request_one(self.index, bool(on))
 
     @property
@@ -426,11 +444,11 @@ class DeviceBatch:
         self._devices.reclaim(self.index if ok is None else self.index[ok])
 
 
-def chosen_mask(which: ArrayLike, n: int) -> Mask:
-    """Return the mask over *n* devices that a mask, or device numbers, stand for.
+def chosen_mask(which: ArrayLike, n: int, tree: Tree) -> Mask:
+    """Return the mask over *n* devices that a mask, device numbers or paths stand for.
 
     Raises:
-        KhoError: ENOENT if a number is of no device.
+        KhoError: ENOENT if a number or path is of no device.
         TypeError, ValueError: numbers are no integers, a mask has another length.
     """
     chosen = np.asarray(which)
@@ -438,6 +456,11 @@ def chosen_mask(which: ArrayLike, n: int) -> Mask:
         if chosen.shape != (n,):
             raise ValueError(f"request: mask of shape {chosen.shape}, {n} devices")
         return chosen
+    if chosen.size and chosen.dtype.kind == "U":
+        try:
+            chosen = np.array([tree[str(path)] for path in chosen], np.int32)
+        except KeyError as error:
+            raise from_errno(errno.ENOENT, f"request: {error.args[0]}") from None
     if chosen.size and chosen.dtype.kind not in "iu":
         raise TypeError(f"request: {chosen.dtype} instead of device numbers")
     if chosen.size and (int(chosen.min()) < 0 or int(chosen.max()) >= n):
@@ -628,9 +651,10 @@ class Devices(Mortal):
 
         Raises:
             StateError: EINVAL outside NORMAL, EAGAIN if killed while it waited for an event to
-                end, EDEADLK from a callback.
+                end, EDEADLK from a callback, EOPNOTSUPP if live update is off.
             KhoError: EINVAL if the device is not eligible, ENODEV if it is gone.
         """
+        self._require_groups()
         if bool(self.requested[index]) == on:
             return
         what = f"requested of {self.tree.path(index)}"
@@ -647,23 +671,30 @@ class Devices(Mortal):
             self.nr_linked += 1 if on else -1
             self._orphans.discard(index)
 
+    def _require_groups(self) -> None:
+        if not (self.kernel.luo.enabled or self.grouped.any()):
+            raise StateError(
+                errno.EOPNOTSUPP, "requested: live update is off (liveupdate= or kho=)"
+            )
+
     def request(self, which: str | ArrayLike, on: bool = True) -> int:
         """Write ``requested`` of many devices, all or nothing.
 
         Args:
             which: a glob over paths, which takes of the devices that it matches those that
-                support live update; a bool mask over all devices; or device numbers.
+                support live update; a bool mask over all devices; device numbers; or paths.
             on: what to write.
 
         Returns:
             Number of devices that changed.
 
         Raises:
-            StateError: EINVAL outside NORMAL.
+            StateError: EINVAL outside NORMAL, EOPNOTSUPP if live update is off.
             KhoError: EINVAL if a mask or number names a device that is not eligible, ENOENT if
                 it names no device.
             TypeError, ValueError: numbers are no integers, a mask has another length.
         """
+        self._require_groups()
         with self.kernel.luo.writing_attribute("requested"), self._writing:
             self.kernel.luo.require_normal("requested")
             self.rescan()
@@ -673,7 +704,7 @@ class Devices(Mortal):
                 if on:
                     mask = mask & self.eligible()
             else:
-                mask = chosen_mask(which, n)
+                mask = chosen_mask(which, n, self.tree)
                 if on and (wrong := np.flatnonzero(mask & ~self.eligible())).size:
                     first = int(wrong[0])
                     why = self.why_not_eligible(first) or "no such device"

@@ -48,6 +48,7 @@ _SIGNAL_SECONDS: Final = 0.2  # how late ^C may be noticed when nothing is going
 _MAX_THREADS: Final = 1000  # requests at once; a write keeps one until it is done
 _JOIN_SECONDS: Final = 2.0
 _READY_SECONDS: Final = 30.0
+_ERRNO_LIMIT: Final = 512  # from here on they are the kernel's own, and no process sees them
 
 _LIBFUSE: Final = mfusepy._libfuse
 if mfusepy.fuse_version_major != 3:
@@ -149,6 +150,18 @@ def _main(count: int, words: Any, operations: Any, size: int, data: None) -> int
 
 
 mfusepy.fuse_main_real = _main  # what mfusepy.FUSE() calls
+
+
+class _Fuse(mfusepy.FUSE):  # type: ignore[misc]
+    """mfusepy's callbacks, with answers that Linux takes."""
+
+    def _wrapper(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> int:
+        """Call *function*; a driver's errno of 512 and more, as EPROBE_DEFER is, becomes EIO.
+
+        FUSE refuses such an answer, and who asked would wait for good.
+        """
+        answer: int = super()._wrapper(function, *arguments, **named)
+        return answer if answer > -_ERRNO_LIMIT else -errno.EIO
 
 
 # ---- writes ----
@@ -298,7 +311,7 @@ class Mount:
         if self._mounter[0] == 0:
             options["allow_other"] = True
         try:
-            mfusepy.FUSE(self, self.directory, **options)
+            _Fuse(self, self.directory, **options)
         except RuntimeError as error:
             self._failure = OSError(f"libfuse ended with status {error}")
         except BaseException as error:
@@ -349,7 +362,14 @@ class Mount:
     # ---- reading and looking ----
 
     def open(self, path: str, flags: int) -> int:
-        """Return the number of a new open file."""
+        """Return the number of a new open file.
+
+        Raises:
+            OSError: EACCES to write a file of sysfs that nobody may write, for root too.
+        """
+        reads = flags & os.O_ACCMODE == os.O_RDONLY
+        if not (reads or path.startswith("/kernel/debug/") or self.tree.stat(path).mode & 0o222):
+            raise OSError(errno.EACCES, f"{path}: is not for writing")
         handle = _Handle(self.tree.open(path))
         number = next(self._numbers)
         self._handles[number] = handle
@@ -403,9 +423,11 @@ class Mount:
         """Refuse a new file."""
         raise OSError(errno.EACCES, "files come with the kernel")
 
-    def mknod(self, path: str, mode: int, device: int) -> int:
-        """Refuse a new file of another kind."""
+    def _refuse(self, *arguments: object) -> int:
+        """Refuse to make, move or remove anything else."""
         raise OSError(errno.EPERM, "files come with the kernel")
+
+    link = mkdir = mknod = rename = rmdir = symlink = unlink = _refuse
 
     # ---- polling ----
 

@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,14 +39,12 @@ from luo.kexec import (
 )
 from luo.kho import Handover, Incoming, Kho, KhoNode
 from luo.liveupdate import LuoIncoming, Orchestrator
+from luo.machine import Machine
 from luo.memory import PhysicalMemory
 from luo.notifier import Subsystem
 from luo.remote import RemoteKernel
 from luo.report import Report, describe
 from luo.reserve_mem import ReservedMemory, ReserveMem
-
-if TYPE_CHECKING:
-    from luo.machine import Machine
 
 __all__ = ["Kernel", "KernelImage", "RemoteKernel", "Report", "dry_run", "live_update"]
 
@@ -121,6 +119,8 @@ class KernelImage:
     args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not isinstance(self.args, Mapping):
+            raise TypeError(f"kernel image {self.name!r}: a name, and args by name, are expected")
         module, colon, factory = self.name.partition(":")
         if not (module and colon and factory):
             raise ValueError(f"kernel image {self.name!r}: 'package.module:factory' is expected")
@@ -162,6 +162,8 @@ class _Plan:
 def _by_name(kind: str, things: Iterable[Any]) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for thing in things:
+        if not isinstance(thing, Driver | Bus):
+            raise TypeError(f"{kind}: {thing!r} is none")
         if thing.name in named:
             raise ValueError(f"two {kind} are called {thing.name}")
         named[thing.name] = thing
@@ -236,8 +238,10 @@ class Kernel:
     ) -> None:
         if not 1 <= workers <= 1024:
             raise ValueError(f"workers {workers!r}: 1 to 1024 threads")
-        if callback_limit is not None and not callback_limit > 0:
+        if callback_limit is not None and not 0 < callback_limit < 1e9:
             raise ValueError(f"callback_limit {callback_limit!r}: seconds, more than 0")
+        if not isinstance(machine, Machine):
+            raise TypeError(f"Kernel: {machine!r} is no Machine")
         if kho_abi is None:
             kho_abi = rfc1.HOME if behaviour == "rfc1" else "kho-v4"
         self.behaviour = behaviour
@@ -290,6 +294,8 @@ class Kernel:
         """Replace the command line, before boot."""
         if self._status != "built":
             raise StateError(errno.EBUSY, "command line: the kernel has booted")
+        if not isinstance(text, str):
+            raise TypeError(f"command line {text!r}: not a str")
         self.cmdline = text
         self.parameters = CommandLine.parse(text)
         self.reserved = ReservedMemory(self.parameters.reserve_mem)
@@ -701,7 +707,10 @@ class Kernel:
         self.depart()
 
     def close(self) -> None:
-        """Be gone, if not gone already: what ``with`` and tests call."""
+        """Be gone, if not gone already, as by a power cut: what ``with`` and tests call.
+
+        From a callback too: its event then ends with ``StateError(ESHUTDOWN)``.
+        """
         if self._status != "gone":
             self._end()
 

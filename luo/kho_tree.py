@@ -14,7 +14,10 @@ import numpy as np
 
 from luo.fdt import FdtWriter, Node
 
-__all__ = ["KhoInNode", "KhoNode", "flatten", "to_fdt", "to_node"]
+__all__ = ["KhoInNode", "KhoNode", "flatten", "shape_of", "to_fdt", "to_node"]
+
+
+_DEPTH_MAX = 32  # of nodes below a node that somebody fills
 
 
 class KhoNode:
@@ -102,6 +105,43 @@ def to_node(found: Node) -> KhoNode:
             below = node.children[child.name] = KhoNode()
             waiting.append((child, below))
     return root
+
+
+def shape_of(root: KhoNode) -> list[tuple[str, str, int]]:
+    """Return (path, property, bytes) of everything in *root*, checked to be a tree.
+
+    Raises:
+        ValueError: a name is none, a value has no bytes, a node stands twice or too deep; the
+            message says where.
+    """
+    shape: list[tuple[str, str, int]] = []
+    seen: set[int] = set()
+    waiting = [("", root)]
+    while waiting:
+        path, node = waiting.pop()
+        if not isinstance(node, KhoNode):
+            raise ValueError(f"{path or '/'}: {node!r} is no KhoNode")
+        if id(node) in seen or path.count("/") > _DEPTH_MAX:
+            raise ValueError(f"{path[:80]}: stands in the tree already, or too deep")
+        seen.add(id(node))
+        shape.append((path, "", 0))
+        for name, value in node.properties.items():
+            _check_name(path, name)
+            try:
+                shape.append((path, name, memoryview(value).nbytes))
+            except TypeError:
+                raise ValueError(f"{path or '/'}: {name} is {value!r}, not bytes") from None
+        for name, child in node.children.items():
+            _check_name(path, name)
+            waiting.append((f"{path}/{name}", child))
+    return shape
+
+
+def _check_name(path: str, name: object) -> None:
+    if not isinstance(name, str) or not 0 < len(name.encode()) < 256 or set(name) & {"\0", "/"}:
+        raise ValueError(
+            f"{path or '/'}: {name!r} is no name of 1 to 255 bytes without '/' and NUL"
+        )
 
 
 def _properties(writer: FdtWriter, node: KhoNode) -> None:

@@ -189,10 +189,6 @@ class StateLock:
             raise StateError(errno.EDEADLK, f"{what}: called from a callback of a running event")
 
 
-class _WrongState(StateError):
-    """The state does not allow the event."""
-
-
 class DeviceLayer(Participant, Protocol):
     """The devices in the chain; :mod:`luo.dev_liveupdate` has them."""
 
@@ -408,6 +404,8 @@ class Orchestrator(Mortal):
             KhoError: EEXIST if the name is taken, EBUSY in PREPARED: it would get REBOOT or
                 CANCEL without PREPARE (RFC v1 quirk 11).
         """
+        if not isinstance(subsystem, Subsystem):
+            raise TypeError(f"register: {subsystem!r} is no Subsystem")
         with self._lock.reading(f"register {subsystem.name}"):
             self._require_unprepared(f"register {subsystem.name}")
             participant = SubsystemParticipant(subsystem, self.kernel, self._recorder)
@@ -473,7 +471,9 @@ class Orchestrator(Mortal):
         self.reboot_began_ns = self._recorder.read_clock()
         try:
             self._run(Event.REBOOT)
-        except _WrongState:
+        except StateError as error:
+            if error.errno != errno.EINVAL or self.state is State.PREPARED:
+                raise
             return False  # somebody cancelled between the test and the lock
         return True
 
@@ -584,7 +584,7 @@ class Orchestrator(Mortal):
                 self._enter(event)
             except BaseException as error:
                 # else the kernel went while steps were open
-                if not ended and self.__dict__ and fail(error):
+                if not ended and not self.gone and fail(error):
                     return
                 raise
 
@@ -596,12 +596,13 @@ class Orchestrator(Mortal):
         retested = event is not Event.REBOOT or "state-tested-unlocked" not in self._quirks
         if (self._state, event) not in NEXT and retested:
             wanted = " or ".join(state.name for state, wants in NEXT if wants is event)
-            raise _WrongState(
+            raise StateError(
                 errno.EINVAL, f"{event.name}: needs {wanted}, the state is {self._state.name}"
             )
         if event is Event.REBOOT and self._published:
             raise StateError(errno.EALREADY, "REBOOT: has run; jump or cancel")
-        if event is Event.PREPARE and self._kho.frozen:
+        frozen = event is Event.PREPARE and self._kho.frozen
+        if frozen and "written-in-reboot" not in self._quirks:
             raise from_errno(errno.EBUSY, "PREPARE: somebody has finalized KHO")
 
     def _steps(self, event: Event, bulk: bool) -> Generator[Step, None, None]:
@@ -612,7 +613,7 @@ class Orchestrator(Mortal):
             try:
                 yield from participant.steps(event.name, bulk)
             finally:
-                if self.__dict__:  # else the kernel went while steps were open
+                if not self.gone:  # else the kernel went while steps were open
                     told, stops = self._collect(event, participant)
                     collected += told
             if stops:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import operator
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
@@ -74,10 +75,13 @@ class Mortal:
     def close(self) -> None:
         """Drop everything this object holds: its kernel is gone."""
         self.__dict__.clear()
+        self.__dict__["gone"] = True
 
     def __getattr__(self, name: str) -> Any:
         # Only reached when the instance has no such attribute.
-        if self.__dict__ or name.startswith("__"):
+        if name == "gone":
+            return False
+        if not self.gone or name.startswith("__"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         raise StateError(errno.ESHUTDOWN, f"{type(self).__name__}.{name}: this kernel is gone")
 
@@ -109,6 +113,8 @@ class Subsystem:
     restore: SubsystemCallback | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"subsystem name {self.name!r}: not a str")
         encoded = self.name.encode()
         if not encoded or len(encoded) > 63 or b"/" in encoded or b"\0" in encoded:
             raise ValueError(f"subsystem name {self.name!r}: 1 to 63 bytes without '/' and NUL")
@@ -216,13 +222,21 @@ class Step:
 
 
 _HERE: Final = str(Path(__file__).parent)
+_STDLIB: Final = sysconfig.get_path("stdlib")
+
+
+def _is_users(filename: str) -> bool:
+    """Whether code in *filename* is neither ours nor Python's own."""
+    if filename.startswith((_HERE, "<")):
+        return False
+    return not filename.startswith(_STDLIB) or "site-packages" in filename
 
 
 def _location(callback: object, error: BaseException | None) -> tuple[str | None, int | None]:
     """Return file and line of the user's code that failed: where it raised, else where it is."""
     if error is not None:
         for frame in reversed(traceback.extract_tb(error.__traceback__)):
-            if not frame.filename.startswith((_HERE, "<")):
+            if _is_users(frame.filename):
                 return frame.filename, frame.lineno
     function = getattr(callback, "function", callback)
     code = getattr(getattr(function, "__func__", function), "__code__", None)

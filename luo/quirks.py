@@ -260,6 +260,8 @@ def resolve(behaviour: str, quirks: Iterable[str], kho_abi: str) -> frozenset[st
         raise ValueError(f"behaviour {behaviour!r}: this engine has {', '.join(BEHAVIOURS)}")
     chosen = set(QUIRKS if behaviour == "rfc1" else ())
     for word in (quirks,) if isinstance(quirks, str) else quirks:
+        if not isinstance(word, str):
+            raise TypeError(f"quirk {word!r}: not a name")
         name = word.removeprefix("-")
         if name not in QUIRKS:
             raise ValueError(f"quirk {name!r}: there is none of that name; see 'luo quirks'")

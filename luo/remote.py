@@ -422,10 +422,10 @@ class RemoteKernel:
                 process.wait()
 
     def _leave(self) -> None:
+        if self.machine.running is self:  # first: who is told that it is gone looks for the next
+            self.machine.running = None
         self._closed = True
         self._line.close()
-        if self.machine.running is self:
-            self.machine.running = None
 
     def __enter__(self) -> RemoteKernel:
         return self
@@ -545,7 +545,7 @@ class RemoteDevices:
             told = self._kernel._ask("request", glob=which, on=on)
         else:
             n = len(self._kernel.machine.devices.parents)
-            mask = pack_mask(chosen_mask(which, n))
+            mask = pack_mask(chosen_mask(which, n, self._kernel.machine.devices))
             told = self._kernel._ask("request", mask=mask, nr_devices=n, on=on)
         return int(told["changed"])
 
@@ -591,6 +591,9 @@ _QUESTIONS: Final = frozenset(
         "whose",
     }
 )
+#: How long the process may go on with what it is at when the other end is gone.
+_GRACE_SECONDS: Final = 1.0
+
 #: May wait for the end of an event, in a thread of their own.
 _WRITES: Final = frozenset({"request", "request_one"})
 
@@ -625,6 +628,9 @@ class _Server:
         """Give what came to the thread that obeys it; called by the line."""
         if message is None:
             self._commands.put(None)
+            self._main.join(_GRACE_SECONDS)
+            if self._main.is_alive():  # in a callback: whoever would kill it may be dead
+                os._exit(1)
         elif message["command"] in _QUESTIONS:
             self._obey(message)
         elif message["command"] in _WRITES:

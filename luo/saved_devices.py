@@ -201,19 +201,9 @@ class SavedDevices:
         self._devices.kernel.memory.view(self.nodes, len(blob))[:] = blob
 
     def patch_nodes(self, root: KhoNode) -> None:
-        """Write the tree again; nothing can be allocated any more.
-
-        Raises:
-            KhoError: EINVAL if it has another length than before.
-        """
+        """Write the tree again, of the same shape: nothing can be allocated any more."""
         blob = to_fdt(root, abi.LUO_NODES_COMPATIBLE)
-        if len(blob) != self.nodes_bytes:
-            raise from_errno(
-                errno.EINVAL,
-                f"REBOOT: KHO nodes of {self.nodes_bytes} bytes have {len(blob)} now;"
-                " REBOOT may change values, not their lengths",
-            )
-        self._devices.kernel.memory.view(self.nodes, len(blob))[:] = blob
+        self._devices.kernel.memory.view(self.nodes, self.nodes_bytes)[:] = blob
 
     # ---- what LUO's node says ----
 

@@ -392,8 +392,22 @@ class Tree:
             try:
                 return question(kernel)
             except StateError as error:
-                if error.errno != errno.ESHUTDOWN or self.machine.running is kernel:
+                if error.errno != errno.ESHUTDOWN or not self._has_gone(kernel):
                     raise
+
+    def _has_gone(self, kernel: AnyKernel) -> bool:
+        """Return whether *kernel*, which says that it is gone, has left to another.
+
+        A kernel that jumps says so before it is off the machine: then this waits for the jump.
+        """
+        with self._changed:
+            while (
+                self.machine.running is kernel
+                and self._jumping is not None
+                and self._jumping[1] != threading.get_ident()
+            ):
+                self._changed.wait()
+        return self.machine.running is not kernel
 
     def load(self) -> None:
         """Load :attr:`image` as the next kernel, as ``kexec -l`` does, unless one is loaded.

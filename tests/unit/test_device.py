@@ -8,9 +8,9 @@ import pytest
 from rig import Log, errno_of, forest, plain_kernel, small_kernel, small_machine, updated
 
 from luo.device import Bus, Device, Driver, LiveUpdateOps, batch
-from luo.errors import KhoError
-from luo.kernel import Kernel
-from luo.liveupdate import State
+from luo.errors import KhoError, StateError
+from luo.kernel import Kernel, KernelImage
+from luo.liveupdate import State, Subsystem
 from luo.machine import Machine
 
 OPS = LiveUpdateOps()
@@ -293,6 +293,67 @@ def test_request_by_glob_mask_or_numbers(which, expected, kernel):
     assert not kernel.devices.requested.any()
 
 
+def test_request_takes_paths(kernel):
+    """A list of paths is a list of devices; any iterable that an array is made of."""
+    assert kernel.devices.request([NIC0, DISK]) == 2
+    assert kernel.devices.request((NIC0,), False) == 1
+    assert kernel.devices.requested.tolist() == [False, False, False, False, True]
+
+
+@pytest.mark.parametrize("value", ["0", 2, -1, None, "yes"])
+def test_requested_takes_only_true_and_false(value, kernel):
+    """Anything else is a mistake of the caller, not a request."""
+    with pytest.raises(ValueError, match="neither True nor False"):
+        kernel.devices[NIC0].requested = value
+
+    assert not kernel.devices.requested.any()
+
+
+@pytest.mark.parametrize("cmdline", ["kho=on", "liveupdate=on", ""])
+def test_request_with_live_update_off_is_eopnotsupp(cmdline):
+    """There is no file to write, and no event that would look at it."""
+    kernel = kernel_with(cmdline=cmdline)
+
+    assert errno_of(kernel.devices.request, "*") == errno.EOPNOTSUPP
+    assert errno_of(kernel.devices.request_one, 2, True) == errno.EOPNOTSUPP
+
+
+def test_close_from_a_callback_ends_the_event_with_eshutdown():
+    """As a power cut would: whatever is asked of the kernel afterwards says that it is gone."""
+    ops = LiveUpdateOps(prepare=lambda dev: dev.kernel.close())
+    kernel = kernel_with({"nic": ops})
+    kernel.devices.request([2])
+    with pytest.raises(StateError) as caught:
+        kernel.luo.prepare()
+
+    assert caught.value.errno == errno.ESHUTDOWN
+    assert errno_of(lambda: kernel.luo.state) == errno.ESHUTDOWN
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Driver(None),
+        lambda: Driver("x", 5),
+        lambda: Driver("x", probe=5),
+        lambda: Bus(None),
+        lambda: Bus("x", "ops"),
+        lambda: Kernel(None),
+        lambda: Kernel(small_machine(), cmdline=None),
+        lambda: Kernel(small_machine(), drivers=[None]),
+        lambda: Kernel(small_machine(), quirks=[5]),
+        lambda: KernelImage(None),
+        lambda: KernelImage("a:b", args=5),
+        lambda: Subsystem(None),
+        lambda: Kernel(small_machine()).luo.register(None),
+    ],
+)
+def test_wrong_types_are_type_errors(make):
+    """The caller's mistake is told at once, and by name."""
+    with pytest.raises(TypeError):
+        make()
+
+
 @pytest.mark.parametrize(
     ("which", "error"),
     [
@@ -302,7 +363,8 @@ def test_request_by_glob_mask_or_numbers(which, expected, kernel):
         (np.ones(4, np.bool_), ValueError),
         (np.ones((5, 1), np.bool_), ValueError),
         ([1.5], TypeError),
-        (["pci0"], TypeError),
+        (["pci0", "pci9"], KhoError),
+        (["pci0", None], TypeError),
     ],
     ids=repr,
 )

@@ -8,10 +8,11 @@ from rig import settled, small_machine, snapshot, updated
 
 from luo import abi
 from luo.device import Bus, Driver, LiveUpdateOps
-from luo.errors import CallbackError, HandoverError, KhoError, StateError
+from luo.errors import CallbackError, HandoverError, StateError
 from luo.image import Image
 from luo.image.convert import convert
 from luo.kernel import Kernel
+from luo.kho import KhoNode
 from luo.machine import Machine
 
 EVERY = list(abi.GENERATIONS)
@@ -113,18 +114,70 @@ def test_kho_node_is_freed_by_cancel(generation, machine):
         assert snapshot(kernel) == before
 
 
-def test_kho_node_changed_in_length_by_reboot_rolls_back(machine):
-    """REBOOT allocates nothing any more, so a longer value is EINVAL."""
-    ops = {"reboot": lambda dev: dev.kho_node.properties.update(seq=b"longer")}
-    kernel = kernel_of(machine, [], ops=ops).boot()
+@pytest.mark.parametrize("generation", ["kho-v4", "kho-v5-series"])
+@pytest.mark.parametrize("value", [b"longer", b"aaaaa", b"aaa"])
+def test_kho_node_changed_in_length_by_reboot_rolls_back(value, generation, machine):
+    """REBOOT allocates nothing any more, so a value of another length is EINVAL."""
+    ops = {"reboot": lambda dev: dev.kho_node.properties.update(seq=value)}
+    kernel = kernel_of(machine, [], ops=ops, kho_abi=generation).boot()
     kernel.devices.request([2])
-    before = settled(kernel)
+    before = settled_without(kernel)
     kernel.luo.prepare()
-    with pytest.raises(KhoError, match="lengths") as caught:
+    with pytest.raises(CallbackError, match=f"/seq has {len(value)} bytes") as caught:
         kernel.luo.reboot()
 
-    assert caught.value.errno == errno.EINVAL
+    assert (caught.value.errno, caught.value.device) == (errno.EINVAL, NIC0)
     assert snapshot(kernel) == before
+
+
+def cyclic(node):
+    """Make *node* a child of itself."""
+    node.children["again"] = node
+
+
+def deep(node):
+    """Put a hundred nodes below each other into *node*."""
+    for _ in range(100):
+        node.children["down"] = node = KhoNode()
+
+
+WRONG = [
+    pytest.param(lambda node: node.properties.update(x=5), "x is 5, not bytes", id="number"),
+    pytest.param(lambda node: node.properties.update(x="text"), "not bytes", id="text"),
+    pytest.param(lambda node: node.properties.update({"a\0b": b""}), "is no name", id="nul"),
+    pytest.param(lambda node: node.properties.update({"a" * 256: b""}), "is no name", id="long"),
+    pytest.param(lambda node: node.children.update({"a/b": KhoNode()}), "is no name", id="slash"),
+    pytest.param(lambda node: node.children.update(x=None), "is no KhoNode", id="none"),
+    pytest.param(cyclic, "already", id="cycle"),
+    pytest.param(deep, "too deep", id="deep"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "why"), WRONG)
+def test_kho_node_that_cannot_be_written_names_its_device(spoil, why, machine):
+    """EINVAL, with driver and device; everything is as before."""
+    ops = {"prepare": lambda dev: spoil(dev.kho_node)}
+    kernel = kernel_of(machine, [], ops=ops).boot()
+    kernel.devices.request([2])
+    before = settled_without(kernel)
+    with pytest.raises(CallbackError, match=why) as caught:
+        kernel.luo.prepare()
+
+    error = caught.value
+    assert (error.errno, error.event, error.kind) == (errno.EINVAL, "PREPARE", "driver")
+    assert (error.name, error.device, error.rolled_back) == ("nic", NIC0, True)
+    assert snapshot(kernel) == before
+
+
+def settled_without(kernel):
+    """What is there when pages of the map are, without any driver having been called."""
+    kernel.devices.request([2], False)
+    kernel.devices.request([4])
+    kernel.luo.prepare()
+    kernel.luo.cancel()
+    kernel.devices.request([4], False)
+    kernel.devices.request([2])
+    return snapshot(kernel)
 
 
 def test_kho_node_made_in_reboot_is_einval(machine):

@@ -1,6 +1,7 @@
 """Callbacks that take too long, and devices that wait for their driver."""
 
 import errno
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -233,3 +234,18 @@ def test_events_outside_their_state_say_which_is_needed():
     kernel = limited(None)
     with pytest.raises(StateError, match="CANCEL: needs PREPARED, the state is NORMAL"):
         kernel.luo.cancel()
+
+
+def test_error_points_into_the_users_file_and_not_into_the_library():
+    """What is raised inside Python's own modules was called from somewhere."""
+
+    def prepare(dev):
+        Path("/no/such/file").read_text()
+
+    kernel = limited(None, ops=LiveUpdateOps(prepare=prepare))
+    kernel.devices.request([2])
+    with pytest.raises(CallbackError) as caught:
+        kernel.luo.prepare()
+
+    assert (caught.value.errno, caught.value.file) == (errno.ENOENT, __file__)
+    assert caught.value.line == prepare.__code__.co_firstlineno + 1

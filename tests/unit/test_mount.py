@@ -163,7 +163,7 @@ def test_files_say_what_sysfs_would(base):
             ("kernel/liveupdate/finish", "1\n", errno.EINVAL),
             ("kernel/liveupdate/cancel", "1\n", errno.EACCES),  # there is none, and none is made
             ("kernel/liveupdate", "1\n", errno.EISDIR),
-            ("kernel/liveupdate/state", "1\n", errno.EIO if os.geteuid() == 0 else errno.EACCES),
+            ("kernel/liveupdate/state", "1\n", errno.EACCES),
         ):
             assert errno_of((base / "sys" / path).write_text, text) == code
         assert "No such file" in shell(base, "cat kernel/liveupdate/cancel")
@@ -176,6 +176,53 @@ def test_files_say_what_sysfs_would(base):
             assert state(base) == "normal\n"
             os.close(fd)
     assert "finish: FINISH: needs UPDATED, the state is NORMAL" in (base / "log").read_text()
+
+
+@mounts
+def test_names_are_the_kernels_alone(base):
+    """Nothing can be made, moved or removed: EPERM, as on /sys."""
+    with mounted(base, "--in-process") as sys_:
+        state, new = sys_ / "kernel/liveupdate/state", sys_ / "kernel/liveupdate/new"
+        for call in (
+            new.mkdir,
+            new.parent.rmdir,
+            state.unlink,
+            lambda: state.rename(new),
+            lambda: new.symlink_to(state),
+            lambda: new.hardlink_to(state),
+            lambda: os.mkfifo(new),
+        ):
+            assert errno_of(call) == errno.EPERM
+        assert sorted(os.listdir(new.parent)) == ["finish", "prepare", "state"]
+
+
+@mounts
+def test_state_is_refused_to_writers_when_it_is_opened(base):
+    """Root too gets EACCES, unless it has changed the mode: then the write is EIO."""
+    with mounted(base, "--in-process") as sys_:
+        path = sys_ / "kernel/liveupdate/state"
+        for flags in (os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_TRUNC):
+            assert errno_of(os.open, path, flags) == errno.EACCES
+        path.chmod(0o644)
+        fd = os.open(path, os.O_WRONLY)
+        assert errno_of(os.write, fd, b"1") == errno.EIO
+        os.close(fd)
+
+
+@mounts
+def test_errno_that_no_process_may_see_is_eio(base):
+    """A driver's -EPROBE_DEFER ends the write, and the next one is done."""
+    (base / "defers.py").write_text(
+        "import luo\n\nanswers = [-524, -517, -512, -511]\n"
+        "late = luo.Subsystem('late', prepare=lambda context: answers.pop() if answers else 0)\n"
+    )
+    with mounted(base, "--in-process", "--drivers", str(base / "defers.py")) as sys_:
+        prepare = os.open(sys_ / "kernel/liveupdate/prepare", os.O_WRONLY)
+        for code in (511, errno.EIO, errno.EIO, errno.EIO, None):
+            assert errno_of(os.write, prepare, b"1") == code
+        os.close(prepare)
+        assert state(base) == "prepared\n"
+    assert "517" in (base / "log").read_text()
 
 
 @mounts

@@ -6,9 +6,12 @@ import gc
 import logging
 import os
 import random
+import select
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -48,7 +51,8 @@ def running(image=PLAIN, **kwargs):
     kernel = kernels.plain(machine, **kwargs).boot()
     kernel.kexec_load(image)
     with kernel.kexec() as remote:
-        remote.devices.request("*")
+        if remote.luo.enabled:
+            remote.devices.request("*")
         yield remote
     if machine.running is not None:
         machine.running.close()
@@ -450,6 +454,35 @@ def test_remote_death_during_a_question_is_a_crash(tmp_path):
         for question in (lambda: remote.luo.state, lambda: remote.devices.requested):
             with pytest.raises(HostCrashError, match="SIGKILL"):
                 question()
+
+
+def test_remote_process_in_a_callback_ends_with_the_one_that_started_it(tmp_path):
+    """A kernel whose machine was killed is no orphan, whatever its callbacks wait for."""
+    gate = Gate(tmp_path, "PREPARE")
+    script = f"""
+import kernels
+from luo.kernel import KernelImage
+kernel = kernels.plain(kernels.machine()).boot()
+kernel.kexec_load(KernelImage("kernels:gated", args={dict(gate.image.args)!r}))
+remote = kernel.kexec()
+remote.devices.request("*")
+print(remote.pid, flush=True)
+remote.luo.prepare()
+"""
+    starter = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    with starter:
+        pid = int(starter.stdout.readline())
+        gate.wait()
+        starter.kill()
+        # Both have the pipe open; who adopts the second process may not reap it.
+        ready, _, _ = select.select([starter.stdout], [], [], 30)
+        if not ready:
+            os.kill(pid, signal.SIGKILL)
+        assert ready
 
 
 def test_remote_kernel_that_nobody_refers_to_ends():

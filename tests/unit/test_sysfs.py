@@ -9,6 +9,7 @@ import kernels
 import pytest
 from rig import SMALL, Log, errno_of, small_kernel, small_machine
 
+from luo.errors import StateError
 from luo.fdt import Fdt
 from luo.kernel import KernelImage
 from luo.liveupdate import Subsystem
@@ -381,6 +382,72 @@ def test_read_during_a_jump_waits_for_the_new_kernel():
                 early = list(seen)
                 go_on.set()
         assert (early, seen, raised) == ([], [b"updated\n"], [])
+
+
+def test_reads_over_jumps_between_processes_never_fail():
+    """Whatever a reader asks while a kernel leaves is answered by it or by the next one."""
+    with mounted_machine() as tree:
+        tree.write(KEXEC, "1")  # from here on every kernel is in another process
+        ended = threading.Event()
+        seen = set()
+
+        def read(path):
+            while not ended.is_set():
+                seen.add(tree.read(path))
+
+        with (
+            at_work(lambda: read(STATE)) as first,
+            at_work(lambda: read(f"{DISK}/liveupdate/preserved")) as second,
+            at_work(
+                lambda: [tree.list("kernel/debug/kho/out") for _ in iter(ended.is_set, True)]
+            ) as third,
+        ):
+            try:
+                for _ in range(5):
+                    tree.write(f"{DISK}/liveupdate/requested", "1")
+                    tree.write(PREPARE, "1")
+                    tree.write(KEXEC, "1")
+                    tree.write(FINISH, "1")
+            finally:
+                ended.set()
+        assert (first, second, third) == ([], [], [])
+        assert seen <= {b"normal\n", b"prepared\n", b"updated\n", b"0\n", b"1\n"}
+
+
+@pytest.mark.parametrize("cleared", [False, True], ids=["on", "off"])
+def test_read_of_a_kernel_that_says_it_is_gone_waits_for_the_jump(cleared, monkeypatch):
+    """ESHUTDOWN in the midst of a jump is not for the reader, whatever is cleared first."""
+    with mounted_machine() as tree:
+        tree.write(KEXEC, "1")
+        old = tree.machine.running
+        read, asked = [], threading.Event()
+        flags, depart = type(old.devices)._flags, type(old).depart
+
+        def gone(devices, name):
+            if devices is old.devices:
+                asked.set()
+                raise StateError(errno.ESHUTDOWN, "gone")
+            return flags(devices, name)
+
+        def leave(kernel):
+            reader.start()
+            assert asked.wait(60)
+            if cleared:
+                tree.machine.running = None
+            depart(kernel)
+
+        def ask():
+            try:
+                read.append(tree.read(f"{DISK}/liveupdate/requested"))
+            except OSError as error:
+                read.append(error)
+
+        reader = threading.Thread(target=ask)
+        monkeypatch.setattr(type(old.devices), "_flags", gone)
+        monkeypatch.setattr(type(old), "depart", leave)
+        tree.write(KEXEC, "1")
+        reader.join(60)
+        assert read == [b"0\n"]
 
 
 def test_kexec_during_a_jump_is_ebusy():

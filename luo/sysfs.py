@@ -374,13 +374,13 @@ class Tree:
     def _kernel(self) -> AnyKernel:
         """Return the running kernel; in the midst of a jump, the new one when it runs."""
         with self._changed:
-            while (
-                self._jumping is not None
-                and self._jumping[1] != threading.get_ident()
-                and self.machine.running is not self._jumping[0]
-            ):
+            while True:
+                # Read once: the jump does not take this lock to change it.
+                kernel: AnyKernel | None = self.machine.running
+                jumping = self._jumping
+                if jumping is None or jumping[1] == threading.get_ident() or kernel is jumping[0]:
+                    break
                 self._changed.wait()
-        kernel: AnyKernel | None = self.machine.running
         if kernel is None:
             raise from_errno(errno.ENODEV, "no kernel runs on this machine")
         return kernel

@@ -22,7 +22,7 @@ from rig import (
     updated,
 )
 
-from luo import abi, liveupdate
+from luo import abi, state_lock
 from luo.device import Bus, Driver, LiveUpdateOps
 from luo.errors import CallbackError, KernelPanic, KhoError, StateError
 from luo.fdt import FdtWriter
@@ -752,7 +752,7 @@ def waiting(thread):
         frame, inside = sys._current_frames().get(thread.ident), False
         while frame is not None:
             inside |= frame.f_code.co_filename == threading.__file__
-            if inside and frame.f_code.co_filename == liveupdate.__file__:
+            if inside and frame.f_code.co_filename == state_lock.__file__:
                 return
             frame = frame.f_back
         time.sleep(0.001)

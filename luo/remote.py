@@ -123,6 +123,7 @@ class RemoteKernel:
         self._numbers = itertools.count(1)
         self._waiting: dict[int, _Asked] = {}
         self._closed = False
+        self._leaving = False
         self._next: RemoteKernel | None = None
         receiver = weakref.WeakMethod(self._receive)  # the line must not keep the kernel alive
 
@@ -271,6 +272,8 @@ class RemoteKernel:
         return f"ended with status {status}"
 
     def _gone(self, step: str, how: str) -> KhoError:
+        if self._leaving:
+            return StateError(errno.ESHUTDOWN, f"{step}: {self} is gone")
         if self._committed:
             return HostCrashError(
                 errno.EHOSTDOWN, f"{step}: {self} {how} after the commit point: the host is down"
@@ -319,9 +322,12 @@ class RemoteKernel:
 
         One that dies on the way has gone as well; there is no way back to it.
         """
+        self._leaving = True  # whoever else asks it something now is told that it is gone
         try:
-            with contextlib.suppress(HostCrashError):
-                self._ask("depart")
+            self._ask("depart")
+        except StateError as error:
+            if error.errno != errno.ESHUTDOWN:
+                raise
         finally:
             self._leave()
 

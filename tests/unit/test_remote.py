@@ -820,3 +820,11 @@ def test_remote_channel_that_breaks_is_a_crash(remote):
     remote._line._peer.shutdown(socket.SHUT_RD)
     with pytest.raises(HostCrashError, match="ended with status 0"):
         remote.devices.requested
+
+
+def test_remote_question_while_it_leaves_is_eshutdown(remote):
+    """Its process may end before this side has heard of it: it has left, the host is not down."""
+    remote._leaving = True  # as depart() begins
+    os.kill(remote.pid, signal.SIGKILL)
+
+    assert errno_of(lambda: remote.devices.requested) == errno.ESHUTDOWN

@@ -242,8 +242,7 @@ class Kernel:
             raise ValueError(f"callback_limit {callback_limit!r}: seconds, more than 0")
         if not isinstance(machine, Machine):
             raise TypeError(f"Kernel: {machine!r} is no Machine")
-        if kho_abi is None:
-            kho_abi = rfc1.HOME if behaviour == "rfc1" else "kho-v4"
+        kho_abi = rfc1.generation_of(behaviour, kho_abi)
         self.behaviour = behaviour
         self.quirks = rfc1.resolve(behaviour, quirks, kho_abi)
         if "stubs-do-not-compile" in self.quirks and arch != "x86_64":

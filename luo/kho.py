@@ -681,8 +681,10 @@ class Kho(PreservedMemory):
 
     def root_copy(self) -> bytes:
         """Return the bytes of the root tree that are in use; none if it is yet to be finalized."""
-        nbytes = self.root_bytes
-        return bytes(self._root_bytes()[:nbytes]) if nbytes else b""
+        if not self.root_bytes:
+            return b""
+        copy = bytes(self._root_bytes())  # in one go: another thread may be changing it
+        return copy[: Fdt(copy, check=False).totalsize]
 
     def add_subtree(self, name: str, phys: SupportsIndex, nbytes: SupportsIndex) -> None:
         """Name a blob in the root tree, as ``kho_add_subtree()``.

@@ -13,7 +13,7 @@ from typing import Final
 
 from luo import abi
 
-__all__ = ["BEHAVIOURS", "HOME", "QUIRKS", "Quirk", "resolve"]
+__all__ = ["BEHAVIOURS", "HOME", "QUIRKS", "Quirk", "generation_of", "resolve"]
 
 #: What a kernel may be asked to do: what RFC v1 meant, or what its code does.
 BEHAVIOURS: Final = ("intended", "rfc1")
@@ -243,6 +243,13 @@ QUIRKS: Final = _table(
         "the device and those of its ancestors that support live update are preserved",
     ),
 )
+
+
+def generation_of(behaviour: str, kho_abi: str | None) -> str:
+    """Return *kho_abi*, or what a kernel of *behaviour* hands over with if it is None."""
+    if kho_abi is not None:
+        return kho_abi
+    return HOME if behaviour == "rfc1" else "kho-v4"
 
 
 def resolve(behaviour: str, quirks: Iterable[str], kho_abi: str) -> frozenset[str]:

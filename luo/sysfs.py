@@ -106,6 +106,14 @@ def debug_files(kernel: AnyKernel) -> dict[str, bytes]:
     if not kernel.kho_enabled:
         return {}
     kho = kernel.kho
+    try:
+        return _kho_files(kho)
+    finally:
+        if kho.closed:  # what was read may be the next kernel's already
+            raise StateError(errno.ESHUTDOWN, "debug files: this kernel is gone")
+
+
+def _kho_files(kho: Kho) -> dict[str, bytes]:
     generation, incoming = kho.generation, kho.incoming
     files = {
         "out/scratch_phys": "".join(f"{phys:#x}\n" for phys, _ in kho.scratch).encode(),

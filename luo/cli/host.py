@@ -13,7 +13,7 @@ import numpy as np
 
 from luo import abi, drivers, workloads
 from luo.kernel import Kernel, KernelImage
-from luo.quirks import BEHAVIOURS, HOME, resolve
+from luo.quirks import BEHAVIOURS, generation_of, resolve
 from luo.report import parse_duration
 from luo.topology import Host, hwloc
 from luo.topology import host as sysfs_host
@@ -112,7 +112,7 @@ class KernelSettings:
         Raises:
             ValueError: the generation has not the bug, or cannot express the quirk.
         """
-        kho_abi = self.kho_abi or (HOME if self.behaviour == "rfc1" else "kho-v4")
+        kho_abi = generation_of(self.behaviour, self.kho_abi)
         abi.generation(kho_abi).check_bugs(self.kho_bugs)
         resolve(self.behaviour, self.quirks, kho_abi)
         return {

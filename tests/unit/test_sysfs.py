@@ -14,7 +14,7 @@ from luo.fdt import Fdt
 from luo.kernel import KernelImage
 from luo.liveupdate import Subsystem
 from luo.machine import DeviceTree, Machine
-from luo.sysfs import Tree
+from luo.sysfs import Tree, debug_files
 
 STATE = "kernel/liveupdate/state"
 PREPARE = "kernel/liveupdate/prepare"
@@ -179,6 +179,17 @@ def test_debug_files_of_a_kernel_in_another_process_are_its_own():
         assert Fdt(tree.read(f"{out}/fdt")).root["compatible"].tobytes() == b"kho-v1\0"
         assert errno_of(tree.write, f"{out}/finalize", "1") == errno.EEXIST
         assert tree.write(f"{out}/finalize", "0") == 1
+
+
+def test_debug_files_read_of_a_kernel_that_goes_meanwhile_are_nobodys(kernel, monkeypatch):
+    """Its pages may be the next kernel's when they are read: neither bytes nor their faults."""
+
+    def go(kho):
+        kernel.close()
+        return bytes(64)  # as if the next kernel had cleared the page: no tree
+
+    monkeypatch.setattr(type(kernel.kho), "root_copy", go)
+    assert errno_of(debug_files, kernel) == errno.ESHUTDOWN
 
 
 # ---- owners ----

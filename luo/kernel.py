@@ -454,11 +454,13 @@ class Kernel:
         if plan.luo is not None and plan.records is not None:
             if verify:  # outside both phases: an instrument, not a part of the update
                 began = self.profile.read_clock()
-                self._digests = plan.records.digests(self.machine.memory)
+                self._digests = plan.records.digests(self.machine.memory, self.devices)
                 self._digest_ns = self.profile.read_clock() - began
             with self._phase("restore"):
                 if "flags-not-restored" not in self.quirks:
                     self._layer.adopt(plan.records)
+                else:
+                    self.devices.clear_slots()
                 self._restore_failures = self.luo.restore()
         self._probe(self._each("probe"))
         self.strays = dma.catch(self, escaped)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -153,10 +154,14 @@ class DeviceRecords:
             devices.slot_bytes,
         )
         if not incoming.generation.inline:
+            # A copy, which nobody changes while it is read, and which fills no hole.
+            copy = bytearray(max(shards[:, 1].tolist(), default=0))
             for phys, nbytes, _first, nr in shards.tolist():
-                _read_shard(reader, incoming, phys, nbytes, nr)
+                shard = memoryview(copy)[:nbytes]
+                incoming.memory.read_into(phys, shard)
+                _read_records(reader, phys, partial(_shard_root, shard), nr)
         elif count:
-            _read_records(reader, found.phys, lambda: _inline_node(incoming), count)
+            _read_records(reader, found.phys, partial(_inline_node, incoming), count)
         return cls(
             numbers,
             owners,
@@ -286,20 +291,12 @@ def _read_nodes(incoming: Incoming, phys: int, taken: set[int]) -> KhoNode | Non
         raise HandoverError(f"nodes: {error}", phys) from error
 
 
-def _read_shard(
-    reader: RecordReader, incoming: Incoming, phys: int, nbytes: int, count: int
-) -> None:
-    if not incoming.memory.is_populated(phys, max(nbytes, 1)):  # reading a hole would fill it
-        raise HandoverError("device records: never written", phys)
-
-    def root() -> Node:
-        root = Fdt(incoming.memory.view(phys, nbytes), check=False).root
-        compatible = bytes(root["compatible"]) if "compatible" in root else b""
-        if compatible != abi.LUO_DEVICES_COMPATIBLE.encode() + b"\0":
-            raise HandoverError(f"device records: compatible is {compatible!r}", phys)
-        return root
-
-    _read_records(reader, phys, root, count)
+def _shard_root(shard: memoryview) -> Node:
+    root = Fdt(shard, check=False).root
+    compatible = bytes(root["compatible"]) if "compatible" in root else b""
+    if compatible != abi.LUO_DEVICES_COMPATIBLE.encode() + b"\0":
+        raise ValueError(f"compatible is {compatible!r}")
+    return root
 
 
 def _read_records(reader: RecordReader, phys: int, node: Callable[[], Node], count: int) -> None:

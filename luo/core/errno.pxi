@@ -104,15 +104,18 @@ if not IS_DEBUG:
 
 cdef inline uint64_t as_u64(object value) except? 0xFFFFFFFFFFFFFFFF:
     """The integer *value*, through __index__: floats and strings are refused."""
-    cdef object number = PyNumber_Index(value)
-    return PyLong_AsUnsignedLongLong(number)
+    if PyLong_CheckExact(value):
+        return PyLong_AsUnsignedLongLong(value)
+    return PyLong_AsUnsignedLongLong(PyNumber_Index(value))
 
 
 cdef inline int as_order(object value) except -1:
-    cdef object number = PyNumber_Index(value)
-    if not 0 <= number < 64:
+    cdef int too_large = 0
+    cdef object number = value if PyLong_CheckExact(value) else PyNumber_Index(value)
+    cdef long order = PyLong_AsLongAndOverflow(number, &too_large)
+    if not 0 <= order < 64:
         raise ValueError(f"order {number}: not in 0..63")
-    return number
+    return order
 
 
 cdef int check(int rc, object what) except -1:

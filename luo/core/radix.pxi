@@ -667,6 +667,7 @@ cdef class PreservedMemory:
     def __dealloc__(self):
         free(self.scratch_areas)
 
+    @cython.final
     cdef int use(self) except -1:
         if self.closed:
             raise from_errno(errno.ESHUTDOWN, "KHO: this kernel is gone")
@@ -674,6 +675,7 @@ cdef class PreservedMemory:
             raise from_errno(EINVAL, "KHO: not initialised")
         return self.memory.use()
 
+    @cython.final
     cdef int use_unfrozen(self) except -1:
         self.use()
         if self.frozen:
@@ -741,6 +743,7 @@ cdef class PreservedMemory:
         """Physical address of the tree's root page, or of the first published chunk; 0: none."""
         return 0 if self.map is None else self.map.count(MAP_ROOT)
 
+    @cython.final
     cdef int check_run(self, uint64_t phys, uint64_t pages) noexcept nogil:
         cdef uint64_t pfn = phys >> self.memory.page_shift
         cdef size_t i
@@ -756,6 +759,7 @@ cdef class PreservedMemory:
             return BLOCK_NOT_ALLOCATED
         return BLOCK_OK
 
+    @cython.final
     cdef int check_block(self, uint64_t phys, int order) noexcept nogil:
         if order > 63 - self.memory.page_shift:
             return BLOCK_OUTSIDE
@@ -788,15 +792,17 @@ cdef class PreservedMemory:
             KhoError: EINVAL if it is misaligned, not in RAM, overlaps scratch, or (``debug=True``)
                 is not allocated; ENOMEM if a page of the tree cannot be had, and nothing changes.
         """
-        cdef uint64_t at = as_u64(phys), key, fresh = 0
-        cdef int o = as_order(order), why, rc
+        cdef uint64_t at = as_u64(phys), key, is_fresh = 0, nr_fresh = 0
+        cdef int o = as_order(order), why, rc = 0
         self.use_unfrozen()
-        why = self.check_block(at, o)
+        with self.memory.lock:
+            why = self.check_block(at, o)
+            if why == BLOCK_OK:
+                key = kho_radix_encode_key(at, o, self.memory.page_shift)
+                rc = map_set_keys(self.map, &key, 1, &is_fresh, &nr_fresh)
         if why:
             self.refuse(f"preserve_folio {at:#x}/order {o}", at,
                         self.memory.page_size << o if o < 48 else 0, why)
-        key = kho_radix_encode_key(at, o, self.memory.page_shift)
-        rc = self.map.add(&key, 1, &fresh)
         if rc < 0:  # the text costs more than the call
             check(rc, f"preserve_folio {at:#x}/order {o}")
 

@@ -6,7 +6,12 @@ defined, so the order of the includes is the layer diagram of the core.
 
 cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
-from cpython.long cimport PyLong_AsLongLong, PyLong_AsUnsignedLongLong
+from cpython.long cimport (
+    PyLong_AsLongAndOverflow,
+    PyLong_AsLongLong,
+    PyLong_AsUnsignedLongLong,
+    PyLong_CheckExact,
+)
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.number cimport PyNumber_Index
 from cpython.pycapsule cimport PyCapsule_GetContext, PyCapsule_GetPointer, PyCapsule_IsValid
@@ -35,6 +40,8 @@ include "core/bits.pxi"
 include "core/memory.pxi"
 # L3 the preserved map, outgoing and incoming
 include "core/radix.pxi"
+# L3 many blocks at once
+include "core/blocks.pxi"
 # L3 the preserved map in its older shape
 include "core/chunks.pxi"
 # L1' flattened tree, read

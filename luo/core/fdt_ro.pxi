@@ -21,6 +21,7 @@ from cpython.buffer cimport (
     PyObject_GetBuffer,
 )
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.ref cimport Py_INCREF, Py_XDECREF, PyObject
 from libc.errno cimport EINVAL, ENOMEM, ENOSPC
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
 from libc.string cimport memchr, memcmp, memcpy, memmove, memset
@@ -31,6 +32,12 @@ import sys
 import numpy as np
 
 from luo.errors import FdtError
+
+
+cdef extern from "Python.h":
+    bint PyUnicode_IS_COMPACT_ASCII(object text)
+    void *PyUnicode_DATA(object text)
+    Py_ssize_t PyUnicode_GET_LENGTH(object text)
 
 
 cdef extern from "<endian.h>" nogil:
@@ -103,6 +110,19 @@ cdef inline bytes fdt_encode(object name):
     if isinstance(name, bytes):
         return bytes(name)
     raise TypeError(f"a name must be str, not {type(name).__name__}")
+
+
+cdef inline object fdt_text(object name, const unsigned char **text, uint64_t *length):
+    """Point to the name's bytes, as ``fdt_encode()`` gives them; what is returned owns them."""
+    cdef bytes raw
+    if type(name) is str and PyUnicode_IS_COMPACT_ASCII(name):
+        text[0] = <const unsigned char *>PyUnicode_DATA(name)
+        length[0] = PyUnicode_GET_LENGTH(name)
+        return name
+    raw = fdt_encode(name)
+    text[0] = <const unsigned char *>PyBytes_AS_STRING(raw)
+    length[0] = PyBytes_GET_SIZE(raw)
+    return raw
 
 
 cdef inline str fdt_decode(const unsigned char *name, uint64_t length):

@@ -157,33 +157,6 @@ cdef inline int fdt_sw_reserve(fdt_sw *sw, uint64_t nbytes) noexcept nogil:
     return fdt_sw_grow(sw, sw.pos + nbytes) if sw.pos + nbytes > sw.cap else 0
 
 
-cdef inline void fdt_copy(
-    unsigned char *to, const unsigned char *source, uint64_t length
-) noexcept nogil:
-    """memcpy that is inlined where most names and values are: up to 64 bytes.
-
-    Each branch is one or two pairs of loads, the second counted from the end.
-    """
-    if length > 64:
-        memcpy(to, source, length)
-    elif length >= 32:
-        memcpy(to, source, 32)
-        memcpy(to + length - 32, source + length - 32, 32)
-    elif length >= 16:
-        memcpy(to, source, 16)
-        memcpy(to + length - 16, source + length - 16, 16)
-    elif length >= 8:
-        memcpy(to, source, 8)
-        memcpy(to + length - 8, source + length - 8, 8)
-    elif length >= 4:
-        memcpy(to, source, 4)
-        memcpy(to + length - 4, source + length - 4, 4)
-    elif length:
-        to[0] = source[0]
-        to[length >> 1] = source[length >> 1]
-        to[length - 1] = source[length - 1]
-
-
 cdef inline unsigned char *fdt_sw_put_name(
     unsigned char *to, const unsigned char *name, uint64_t length
 ) noexcept nogil:

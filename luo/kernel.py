@@ -536,10 +536,10 @@ class Kernel:
         }
 
     def clone(self) -> Kernel:
-        """Return a running kernel like this one, on a clone of its machine, for one more measurement.
+        """Return a kernel like this one on a clone of its machine: for one more measurement.
 
-        It has booted cold, has the same requests, and the same next kernel loaded if one is. Only
-        what knows how it was built can be built again: :func:`luo.workloads.load` and
+        It has booted cold, and has the same requests, and the same next kernel loaded if one is.
+        Only what knows how it was built can be built again: :func:`luo.workloads.load` and
         :class:`KernelImage` make such kernels.
 
         Raises:

@@ -35,7 +35,7 @@ import os
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
@@ -122,14 +122,15 @@ def load(
     successor: str | None = "in-process",
     **settings: Any,
 ) -> Kernel:
-    """Boot a kernel of a host that is ready for a live update: next kernel loaded, devices asked for.
+    """Boot a kernel that is ready for a live update: next kernel loaded, devices requested.
 
     The memory that the update will write has been touched. ``.clone()`` of the kernel gives
     another, on a machine of its own, for one more measurement.
 
     Args:
         source: a preset, a TOML file, or a host from :mod:`luo.topology`.
-        devices, seed: as of :func:`host`; not for a host that is made already.
+        devices: make this many, as of :func:`host`; not for a host that is made already.
+        seed: likewise.
         request: globs over the paths of the devices to keep; without any all that have a driver
             and a bus, as ``luo run`` does.
         drivers: your own drivers, buses and subsystems in both kernels, or where they are, as
@@ -194,7 +195,7 @@ def first_kernel(host: Host, image: KernelImage, machine: Machine | None = None)
         image: the image.
         machine: the host's machine, if there is one already.
     """
-    build = partial(builtin.kernel, vms=host.vms, **image.args)
+    build: Callable[[Machine], Kernel] = partial(builtin.kernel, vms=host.vms, **image.args)
     kernel = build(machine or host.machine())
     kernel.builder = build
     return kernel

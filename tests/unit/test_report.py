@@ -101,7 +101,7 @@ def test_check_callback_that_only_some_updates_had_counts_nothing_in_the_others(
 )
 def test_check_unknown_name_is_value_error_that_has_the_known_ones(name):
     """A budget that holds nothing to anything is a mistake."""
-    with pytest.raises(ValueError, match="none of prepare, .*blackout.*devices/nvme/REBOOT"):
+    with pytest.raises(ValueError, match=r"none of prepare, .*blackout.*devices/nvme/REBOOT"):
         report((40, CALLBACKS)).check({name: "1s"})
 
 

@@ -546,19 +546,18 @@ class Kernel:
             StateError: EOPNOTSUPP if this kernel, or the next one, was built by hand.
         """
         self._require("clone", "running")
-        building = [self]
-        if isinstance(self._next, LocalSuccessor):
-            building.append(self._next.kernel)
-        builders = [kernel.builder for kernel in building]
-        if None in builders:
-            raise StateError(errno.EOPNOTSUPP, "clone: nobody knows how this kernel was built")
-        machine = self.machine.clone()
-        made, *following = (build(machine) for build in builders if build is not None)
-        made.boot().devices.request(self.devices.requested)
+        local = self._next.kernel if isinstance(self._next, LocalSuccessor) else None
+        for kernel in (self, local):
+            if kernel is not None and kernel.builder is None:
+                raise StateError(errno.EOPNOTSUPP, f"clone: nobody knows how {kernel!r} was built")
+        assert self.builder is not None
+        made = self.builder(self.machine.clone()).boot()
+        made.devices.request(self.devices.requested)
         if isinstance(self._next, RemoteKernel):
             made.kexec_load(self._next.image)
-        elif following:
-            made.kexec_load(following[0])
+        elif local is not None:
+            assert local.builder is not None
+            made.kexec_load(local.builder(made.machine))
         return made
 
     # ---- kexec ----

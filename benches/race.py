@@ -2,16 +2,16 @@
 
 One row of the table at one size is one race. Contenders take turns round by round, so that a noisy
 machine is noisy for all of them, and a ratio compares what ran side by side. What comes out are
-durations; each contender then gets an entry of its own in pytest-benchmark's JSON (``conftest.py``).
+durations; ``conftest.py`` makes an entry of pytest-benchmark's JSON for each contender of them.
 """
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Contender", "Results", "race"]
+__all__ = ["Contender", "Results", "race", "timed"]
 
 
 @dataclass
@@ -19,11 +19,11 @@ class Contender:
     """One that does the work.
 
     Args:
-        name: ``"luo"``, or the peer's.
+        name: ``"luo"``, with a word behind it if there are several, or the peer's.
         run: what is timed; gets what *setup* returned, if there is a setup.
         setup: called before each round, not timed.
         check: called once with the result of an untimed round; raises if that is wrong.
-        absent: why it cannot run here: a line of ``benches/README.md``.
+        absent: why it cannot run here.
         info: of its own for ``extra_info``.
     """
 
@@ -37,7 +37,14 @@ class Contender:
 
 @dataclass
 class Results:
-    """What a race came to: seconds of each round, by contender; none in a run without timing."""
+    """What a race came to.
+
+    Args:
+        durations: seconds of each round, by contender; none in a run without timing.
+        info: for the ``extra_info`` of all of them.
+        own: for that of each.
+        absent: who did not run, and why.
+    """
 
     durations: dict[str, list[float]]
     info: dict[str, Any] = field(default_factory=dict)
@@ -45,24 +52,24 @@ class Results:
     absent: dict[str, str] = field(default_factory=dict)
 
 
-def race(contenders: list[Contender], rounds: int, **info: Any) -> Results:
+def race(contenders: list[Contender], rounds: Iterable[object], **info: Any) -> Results:
     """Check every contender, then time them round by round.
 
     Args:
         contenders: in the order of their turns.
-        rounds: how many; 0 only checks.
+        rounds: a round for each item.
         info: for the ``extra_info`` of every contender.
     """
     running = [one for one in contenders if not one.absent]
     for one in running:
-        result = _once(one)[1]
+        result = _turn(one)[1]
         if one.check is not None:
             one.check(result)
         del result
     durations: dict[str, list[float]] = {one.name: [] for one in running}
-    for _ in range(rounds):
+    for _ in rounds:
         for one in running:
-            durations[one.name].append(_once(one)[0])
+            durations[one.name].append(_turn(one)[0])
     return Results(
         durations,
         info,
@@ -71,13 +78,18 @@ def race(contenders: list[Contender], rounds: int, **info: Any) -> Results:
     )
 
 
-def _once(one: Contender) -> tuple[float, Any]:
+def _turn(one: Contender) -> tuple[float, Any]:
     arguments = () if one.setup is None else (one.setup(),)
+    return timed(one.run, *arguments)
+
+
+def timed(call: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+    """Return seconds and result of a call, without the garbage collector."""
     collecting = gc.isenabled()
     gc.disable()  # as pytest-benchmark does while it times
     try:
         start = time.perf_counter()
-        result = one.run(*arguments)
+        result = call(*arguments)
         return time.perf_counter() - start, result
     finally:
         if collecting:

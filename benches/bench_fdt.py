@@ -54,7 +54,7 @@ class Nodes:
     def check(self, tree: bytes | bytearray | memoryview | np.ndarray) -> None:
         """Check that a tree is the one that libfdt writes, or without it, that it reads back."""
         found = columns_read(Fdt(tree).read_nodes("/", list(self.columns.properties)))
-        assert_equal(found, self.columns)
+        assert found.same_as(self.columns)
 
 
 def _ragged(sizes: np.ndarray, rows: list[bytes] = ()) -> tuple[np.ndarray, np.ndarray]:
@@ -76,28 +76,6 @@ def columns_read(read: dict[str, Column]) -> peers.Columns:
     )
 
 
-def assert_equal(found: peers.Columns, expected: peers.Columns) -> None:
-    """Check that two sets of columns have the same rows."""
-    assert list(found.properties) == list(expected.properties)
-    pairs = [(found.names, expected.names)]
-    for name, (data, offsets, present) in expected.properties.items():
-        values = found.properties[name]
-        pairs.append((values[:2], (data, offsets)))
-        here = np.ones(len(expected), np.bool_) if present is None else present
-        assert np.array_equal(values[2], here), name
-    for (data, offsets), (wanted, where) in pairs:
-        assert np.array_equal(offsets, where)
-        assert np.array_equal(data[: int(offsets[-1])], wanted[: int(where[-1])])
-
-
-def adapter(name: str) -> tuple[Any, str]:
-    """Return a peer's adapter, or why it is absent."""
-    try:
-        return peers.find(name), ""
-    except peers.AbsentError as error:
-        return None, str(error)
-
-
 # ---- writing ----
 
 
@@ -111,7 +89,7 @@ def luo_columns(nodes: Nodes, into: np.ndarray) -> memoryview:
 def write(plan: Plan, size: tuple[int, str]) -> Results:
     """From columns: luo and libfdt into buffers of theirs; the floor is a copy of the bytes."""
     nodes = Nodes(*size)
-    libfdt, absent = adapter("libfdt")
+    libfdt, absent = peers.adapter("libfdt")
     own, theirs, copied = (peers.touched(nodes.room) for _ in range(3))
     made = bytes(luo_columns(nodes, own))
     tree = np.frombuffer(made, np.uint8)
@@ -155,9 +133,9 @@ def calls(plan: Plan, n: int) -> Results:
     rows = list(nodes.columns.rows())
     tables = [(name, dict(properties)) for name, properties in rows]
     own, theirs = (peers.touched(nodes.room) for _ in range(2))
-    libfdt, no_libfdt = adapter("libfdt")
-    pylibfdt, no_pylibfdt = adapter("pylibfdt")
-    objects, no_objects = adapter("fdt")
+    libfdt, no_libfdt = peers.adapter("libfdt")
+    pylibfdt, no_pylibfdt = peers.adapter("pylibfdt")
+    objects, no_objects = peers.adapter("fdt")
 
     def by_call() -> memoryview:
         writer = FdtWriter(into=own)
@@ -234,7 +212,7 @@ def read(plan: Plan, size: tuple[int, str]) -> Results:
     tree = peers.touched(nodes.room)
     nbytes = len(luo_columns(nodes, tree))
     tree = tree[:nbytes]
-    libfdt, absent = adapter("libfdt")
+    libfdt, absent = peers.adapter("libfdt")
     names = list(nodes.columns.properties)
     into = peers.Columns.room(
         nodes.n,
@@ -242,19 +220,18 @@ def read(plan: Plan, size: tuple[int, str]) -> Results:
         {name: len(nodes.columns.properties[name][0]) for name in names},
     )
 
+    def check_luo(made: dict[str, Column]) -> None:
+        assert columns_read(made).same_as(nodes.columns)
+
     def check(count: int) -> None:
         assert count == nodes.n
-        assert_equal(into, nodes.columns)
+        assert into.same_as(nodes.columns)
         for data, offsets, present in into.properties.values():
             data[:], offsets[:], present[:] = 0, 0, 0  # for the next one to fill
 
     return plan.race(
         [
-            Contender(
-                "luo",
-                lambda: Fdt(tree).read_nodes("/"),
-                check=lambda made: assert_equal(columns_read(made), nodes.columns),
-            ),
+            Contender("luo", lambda: Fdt(tree).read_nodes("/"), check=check_luo),
             Contender("libfdt", lambda: libfdt.read_nodes(tree, into), check=check, absent=absent),
             Contender(
                 "libfdt, by tags",

@@ -55,7 +55,7 @@ def kho(span: int, name: str = "kho-v4", scratch: list[tuple[int, int]] | None =
     """Return a KHO with nothing preserved, whose map finds its pages touched."""
     memory = PhysicalMemory(span)
     made = Kho(memory, abi=name, scratch=scratch or [])
-    memory.prefault_free((span // PAGE // 8 >> 12 << 12) * 5 // 4 + (64 << 20))
+    memory.prefault_free(span // PAGE // 8 * 9 // 8 + (8 << 20))  # one bit a page, and nodes above
     return made
 
 
@@ -67,8 +67,8 @@ class Folios:
         self.sorted = np.sort(phys)
         self.pfns = phys // np.uint64(PAGE)
         self.span = (int(self.sorted[-1]) // GIB + 2) * GIB
-        self.walk, self.no_walk = adapter("walk")
-        self.croaring, self.no_croaring = adapter("croaring")
+        self.walk, self.no_walk = peers.adapter("walk")
+        self.croaring, self.no_croaring = peers.adapter("croaring")
         leaves = self.span // (PAGE << 15) + 1
         self.tree = peers.Tree(leaves + leaves // 512 + 64)
         self.bitmap = peers.touched(self.span // PAGE // 8)
@@ -92,14 +92,6 @@ class Folios:
 
     def cleared_bitmap(self) -> None:
         self.bitmap[:] = 0
-
-
-def adapter(name: str) -> tuple[Any, str]:
-    """Return a peer's adapter, or why it is absent."""
-    try:
-        return peers.find(name), ""
-    except peers.AbsentError as error:
-        return None, str(error)
 
 
 # ---- preserving ----
@@ -311,7 +303,7 @@ def call(plan: Plan, size: tuple[str, int]) -> Results:
     phys = scattered(n, 1024 * GIB) if shape == "scattered" else in_order(n * PAGE)
     folios = Folios(phys)
     addresses = phys.tolist()
-    empty, absent = adapter("empty call")
+    empty, absent = peers.adapter("empty call")
 
     def calls(target: Any) -> Any:
         preserve_folio = target.preserve_folio
@@ -406,7 +398,7 @@ def publish_v1(plan: Plan, size: tuple[int, int]) -> Results:
     n, gib = size
     map_ = kho((gib + 2) * GIB, "kho-v1")
     map_.preserve_folios(scattered(n, gib * GIB), 0)
-    walk, absent = adapter("walk")
+    walk, absent = peers.adapter("walk")
     before = map_.memory.nr_allocated
     map_.finalize()
     chunks = chunks_of(map_)

@@ -11,6 +11,8 @@ a timer that shows them, so that the JSON is plain pytest-benchmark's and ``comp
 """
 
 import functools
+import os
+import platform
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,7 +23,6 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from race import Contender, Results, race
 from table import ROWS
 
-import luo
 from luo.report import version
 
 SCALES = ("smoke", "quick", "full")
@@ -110,6 +111,20 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.add_marker(pytest.mark.benchmark(group=mark.args[0], timer=CLOCK))
 
 
+def pytest_benchmark_update_machine_info(
+    config: pytest.Config, machine_info: dict[str, Any]
+) -> None:
+    versions = {"luo": version(), "Python": platform.python_version()}
+    for peer in peers.PEERS.values():
+        if not peers.adapter(peer.name)[1]:
+            versions[peer.name] = peer.version()
+    machine_info["luo"] = {
+        "scale": config.getoption("--scale"),
+        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "versions": versions,
+    }
+
+
 @pytest.fixture(scope="session")
 def run_race(request: pytest.FixtureRequest) -> Callable[..., Any]:
     timed = not request.config.getoption("--benchmark-disable")
@@ -147,15 +162,9 @@ def replay(
                 for limit in row.limits
                 if contender in (limit.luo, limit.peer)
             },
-            version=f"luo {version()}" if contender.startswith("luo") else _version(contender),
             **results.info,
             **results.own.get(contender, {}),
         )
         benchmark.pedantic(tick, rounds=max(1, len(results.durations[contender])))
 
     return replay_one
-
-
-def _version(contender: str) -> str:
-    known = peers.PEERS.get(contender.split(",")[0])
-    return known.version() if known is not None else luo.__name__ + " or Python itself"

@@ -24,7 +24,7 @@ import numpy as np
 
 import luo
 
-__all__ = ["PEERS", "AbsentError", "Columns", "find", "touched"]
+__all__ = ["PEERS", "AbsentError", "Columns", "adapter", "find", "touched"]
 
 HERE = Path(__file__).parent
 BUILD = HERE / "build"
@@ -71,6 +71,12 @@ def find(name: str) -> Any:
     if isinstance(found, AbsentError):
         raise found
     return found
+
+
+def adapter(name: str) -> tuple[Any, str]:
+    """Return a peer's adapter, or None and why it is absent."""
+    found = _try(name)
+    return (None, str(found)) if isinstance(found, AbsentError) else (found, "")
 
 
 def touched(nbytes: int) -> np.ndarray:
@@ -144,6 +150,26 @@ class Columns:
             )
         )
         return ctypes.byref(names), columns, len(self.properties)
+
+    def same_as(self, other: "Columns") -> bool:
+        """Tell whether *other* has the same names, properties and values in every row."""
+        if list(self.properties) != list(other.properties) or len(self) != len(other):
+            return False
+        pairs = [(self.names, other.names)]
+        for name, (data, offsets, present) in self.properties.items():
+            its_data, its_offsets, its_present = other.properties[name]
+            here, there = (
+                np.ones(len(self), np.bool_) if one is None else one.astype(np.bool_)
+                for one in (present, its_present)
+            )
+            if not np.array_equal(here, there):
+                return False
+            pairs.append(((data, offsets), (its_data, its_offsets)))
+        return all(
+            np.array_equal(offsets, its_offsets)
+            and np.array_equal(data[: int(offsets[-1])], its_data[: int(offsets[-1])])
+            for (data, offsets), (its_data, its_offsets) in pairs
+        )
 
     def rows(self) -> Iterable[tuple[str, list[tuple[str, bytes]]]]:
         """Yield (name, [(property, value), ...]) of each node."""

@@ -16,17 +16,21 @@ class Limit:
         luo: name of luo's contender.
         peer: name of the peer's.
         most: times the peer's time.
+        percent: whether that is said in percent of it.
     """
 
     luo: str
     peer: str
     most: float
+    percent: bool = False
 
     def words(self) -> str:
         """Say it as a person would."""
+        if self.percent:
+            return f"at most {100 * self.most:g} %"
         if self.most < 1:
-            return f"{1 / self.most:g} × faster"
-        return f"at most {self.most:g} × its time"
+            return f"{1 / self.most:g} times faster"
+        return f"at most {self.most:g} times its time"
 
 
 @dataclass(frozen=True)
@@ -122,13 +126,16 @@ ROWS = {
         Row(
             "liveupdate.reboot",
             "REBOOT outside callbacks, 1 % of the devices have one",
-            (Limit("luo native", "PREPARE", 0.05), Limit("luo python", "PREPARE", 0.05)),
+            (
+                Limit("luo native", "PREPARE", 0.05, percent=True),
+                Limit("luo python", "PREPARE", 0.05, percent=True),
+            ),
             "device",
         ),
         Row(
             "liveupdate.reboot.batch",
             "REBOOT in all, one batch driver changes 1 %",
-            (Limit("luo batch", "PREPARE", 0.10),),
+            (Limit("luo batch", "PREPARE", 0.10, percent=True),),
             "device",
         ),
         Row(

@@ -23,7 +23,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from race import Contender, Results, race
 from table import ROWS
 
-from luo.report import version
+import luo
 
 SCALES = ("smoke", "quick", "full")
 
@@ -114,7 +114,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 def pytest_benchmark_update_machine_info(
     config: pytest.Config, machine_info: dict[str, Any]
 ) -> None:
-    versions = {"luo": version(), "Python": platform.python_version()}
+    versions = {"luo": luo.__version__, "Python": platform.python_version()}
     for peer in peers.PEERS.values():
         if not peers.adapter(peer.name)[1]:
             versions[peer.name] = peer.version()

@@ -52,13 +52,18 @@ class Peer:
     load: Callable[[], Any]
     version: Callable[[], str]
 
+    @property
+    def line(self) -> str:
+        """Its line of ``README.md``, which is the reason of a skip."""
+        return f"{self.name}: {self.needs}"
+
 
 @cache
 def _try(name: str) -> Any:
     try:
         return PEERS[name].load()
-    except (ImportError, OSError, subprocess.CalledProcessError) as error:
-        return AbsentError(f"{name}: needs {PEERS[name].needs} ({type(error).__name__})")
+    except (ImportError, OSError, subprocess.CalledProcessError):
+        return AbsentError(PEERS[name].line)
 
 
 def find(name: str) -> Any:
@@ -481,7 +486,7 @@ PEERS = {
         Peer("pylibfdt", "pylibfdt (PyPI: pylibfdt)", PyLibFdt, _distribution("pylibfdt")),
         Peer("fdt", "the package fdt (PyPI: fdt)", PyFdt, _distribution("fdt")),
         Peer("croaring", "pyroaring (PyPI: pyroaring)", CRoaring, _croaring),
-        Peer("numpy", "numpy, which luo needs itself", Numpy, _distribution("numpy")),
+        Peer("numpy", "numpy, which luo needs itself (PyPI: numpy)", Numpy, _distribution("numpy")),
         Peer(
             "empty call",
             "Cython, a C compiler and Python's headers (PyPI: Cython; Debian: gcc python3-dev)",

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from table import LIMITS, ROWS, Limit
+from table import LIMITS, PEERS, ROWS, Limit
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
 BESIDE = ROOT / "docs" / "benchmarks"
 README = ROOT / "README.md"
+RESULTS = ROOT / "benches" / "results"
 MARKS = ("<!-- figures: written by make bench -->", "<!-- end of figures -->")
 MISSED = "**missed**"
 
@@ -213,24 +214,34 @@ def verdicts(run: dict[str, Any]) -> list[Verdict]:
     heats = heats_of(run)
     for heat in largest(heats):
         for limit in ROWS[heat.row].limits:
-            if limit.luo in heat.entries and limit.peer in heat.entries:
+            if limit.shape in ("", heat.shape) and {limit.luo, limit.peer} <= set(heat.entries):
                 by_min, by_median = (heat.ratio(limit, stat) for stat in ("min", "median"))
                 found.append(
                     Verdict(
                         ROWS[heat.row].work + (f" ({limit.luo[4:]})" if limit.luo != "luo" else ""),
                         heat.title(),
-                        limit.peer,
+                        PEERS.get(limit.peer, limit.peer),
                         limit.words(),
                         said(by_min, limit),
                         said(by_median, limit),
                         max(by_min, by_median) <= limit.most,
                     )
                 )
-    return found + scaling(heats) + memory(heats)
+    return found + worst(scaling(heats)) + memory(heats)
 
 
-def scaling(heats: list[Heat]) -> list[Verdict]:
-    """Return cost per device at the largest size over that at a tenth of it."""
+@dataclass
+class Growth:
+    """Cost per device of one phase at the largest size, over that at a tenth of it."""
+
+    what: str
+    sizes: str
+    by_min: float
+    by_median: float
+
+
+def scaling(heats: list[Heat]) -> list[Growth]:
+    """Return how the cost per device grows, of every phase and kind of callbacks."""
     found = []
     for top in largest(heats):
         if not top.row.startswith("liveupdate.") or top.row == "liveupdate.memory":
@@ -238,23 +249,33 @@ def scaling(heats: list[Heat]) -> list[Verdict]:
         tenth = [h for h in heats if h.row == top.row and h.size[0] * 10 == top.size[0]]
         for role in top.entries if tenth else ():
             if role.startswith("luo "):
-                by_min, by_median = (
-                    top.seconds(role, stat) / top.items * tenth[0].items
-                    / max(tenth[0].seconds(role, stat), 1e-9)
+                grown = [
+                    (top.seconds(role, stat) / top.items)
+                    / max(tenth[0].seconds(role, stat) / tenth[0].items, 1e-12)
                     for stat in ("min", "median")
-                )  # fmt: skip
-                found.append(
-                    Verdict(
-                        f"cost per device of {ROWS[top.row].work} ({role[4:]})",
-                        f"{tenth[0].size[0]:,} to {top.size[0]:,} devices",
-                        "itself",
-                        f"within {LIMITS['scaling']:g} times",
-                        f"{three(by_min)} times",
-                        f"{three(by_median)} times",
-                        max(by_min, by_median) <= LIMITS["scaling"],
-                    )
-                )
+                ]
+                sizes = f"{tenth[0].size[0]:,} to {top.size[0]:,} devices"
+                found.append(Growth(f"{ROWS[top.row].work} ({role[4:]})", sizes, *grown))
     return found
+
+
+def worst(growths: list[Growth]) -> list[Verdict]:
+    """Return the verdict on the phase whose cost per device grows most."""
+    if not growths:
+        return []
+    one = max(growths, key=lambda growth: max(growth.by_min, growth.by_median))
+    limit = LIMITS["scaling"]
+    return [
+        Verdict(
+            f"cost per device, worst of all phases: {one.what}",
+            one.sizes,
+            "itself",
+            f"within {limit:g} times",
+            f"{three(one.by_min)} times",
+            f"{three(one.by_median)} times",
+            max(one.by_min, one.by_median) <= limit,
+        )
+    ]
 
 
 def memory(heats: list[Heat]) -> list[Verdict]:
@@ -283,7 +304,6 @@ def block(run: dict[str, Any]) -> str:
     rows = [
         (one.work, one.size, one.against, one.limit, one.by_median, one.told)
         for one in verdicts(run)
-        if one.against != "itself"
     ]
     return (
         table(("work", "size", "against", "must be", "is", ""), rows)
@@ -403,12 +423,15 @@ def plots(run: dict[str, Any], into: Path) -> None:
         for line, marker in zip(drawn, "osD^vPX*", strict=False):
             axes.plot(*zip(*line.points, strict=True), marker=marker, label=line.name)
         axes.set(xscale="log", yscale="log", xlabel=across, ylabel=up)
-        axes.legend(fontsize=8)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:,g}")
+            axis.set_minor_formatter("")
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
     drawn = [line for line in by_size(heats) if line.points]
     if drawn:
         lines(axes, drawn, "devices", "ns per device")
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     save(figure, "cost-per-device")
 
     figure, axes = pyplot.subplots(figsize=(8, 2.8))
@@ -427,6 +450,7 @@ def plots(run: dict[str, Any], into: Path) -> None:
         drawn = by_density(heats, f"map.density.{what}")
         if drawn:
             lines(axes, drawn, "share of all pages", "ns per folio")
+            axes.legend(fontsize=8)
         axes.set_title(what)
     save(figure, "map-by-density")
 
@@ -440,8 +464,9 @@ def plots(run: dict[str, Any], into: Path) -> None:
             label=step,
         )
     axes.set(ylabel="ms", yscale="log")
+    axes.yaxis.set_major_formatter("{x:,g}")
     axes.set_xticks(range(len(generations)), list(generations), fontsize=8)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, ncol=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     save(figure, "map-by-generation")
 
 
@@ -488,6 +513,14 @@ def page(run: dict[str, Any]) -> str:
         "## Cost per device by size\n",
         "![ns per device by number of devices](benchmarks/cost-per-device.svg)\n",
         lines_table("ns per device (median)", by_size(heats), lambda n: f"{n:,.0f}"),
+        table(
+            ("cost per device", "", "by minimum", "by median"),
+            (
+                (one.what, one.sizes, f"{three(one.by_min)} times", f"{three(one.by_median)} times")
+                for one in scaling(heats)
+            ),
+            2,
+        ),
         "## Phase shares\n",
         "![share of each phase of an update](benchmarks/phase-shares.svg)\n",
         _shares_table(heats),
@@ -567,7 +600,7 @@ def _details(heats: list[Heat], row: str) -> str:
                 ]
             )
     head = ["size", "who", "minimum", "median", "IQR", "rounds", f"a {unit}", "luo = 1"]
-    text = [f"### {row}\n", ROWS[row].work.capitalize().replace("Prepare", "PREPARE") + ".\n"]
+    text = [f"### {row}\n", ROWS[row].work[0].upper() + ROWS[row].work[1:] + ".\n"]
     if row == "liveupdate.memory":
         rows = [
             [
@@ -590,6 +623,11 @@ def _details(heats: list[Heat], row: str) -> str:
     return "\n".join(text)
 
 
+def saved(name: str) -> list[Path]:
+    """Return the runs that ``--benchmark-save=<name>`` left, the newest last."""
+    return sorted(RESULTS.glob(f"*/*_{name}.json"), key=lambda path: path.stat().st_mtime_ns)
+
+
 def quoted(readme: str, text: str) -> str:
     """Return the README with the block between its marks replaced."""
     before, _, rest = readme.partition(MARKS[0])
@@ -600,7 +638,12 @@ def quoted(readme: str, text: str) -> str:
 def main() -> None:
     """Write everything from a run, or from what an earlier one left."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", nargs="?", type=Path, help="JSON of a run; none: the kept one again")
+    parser.add_argument(
+        "run",
+        nargs="?",
+        help="JSON of a run, or the name of saved ones, of which"
+        " the newest is taken; none: what is kept of the last one",
+    )
     parser.add_argument("--command", default="make bench", help="what the page says of the run")
     parser.add_argument("--into", type=Path, help="write page and plots here instead of docs/")
     given = parser.parse_args()
@@ -610,7 +653,8 @@ def main() -> None:
     beside.mkdir(parents=True, exist_ok=True)
     kept = beside / "run.json"
     if given.run:
-        run = condense(json.loads(given.run.read_text()), given.command)
+        path = Path(given.run) if given.run.endswith(".json") else saved(given.run)[-1]
+        run = condense(json.loads(path.read_text()), given.command)
         kept.write_text(json.dumps(run, indent=1) + "\n")
     run = json.loads(kept.read_text())
     page_at.write_text(page(run))

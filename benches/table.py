@@ -5,7 +5,7 @@ A limit is the most that luo's time may be, as a multiple of the peer's: 0.125 i
 
 from dataclasses import dataclass
 
-__all__ = ["LIMITS", "ROWS", "Limit", "Row"]
+__all__ = ["LIMITS", "PEERS", "ROWS", "Limit", "Row"]
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,14 @@ class Limit:
         peer: name of the peer's.
         most: times the peer's time.
         percent: whether that is said in percent of it.
+        shape: of the work, the only one that the limit is for.
     """
 
     luo: str
     peer: str
     most: float
     percent: bool = False
+    shape: str = ""
 
     def words(self) -> str:
         """Say it as a person would."""
@@ -55,8 +57,8 @@ ROWS = {
     for row in (
         Row(
             "fdt.write",
-            "write device nodes of 5 properties from columns",
-            (Limit("luo", "libfdt", 1 / 8),),
+            "write device nodes of 5 properties from columns, 184 bytes each",
+            (Limit("luo", "libfdt", 1 / 8, shape="fixed"),),
         ),
         Row(
             "fdt.calls",
@@ -67,7 +69,11 @@ ROWS = {
                 Limit("luo", "pylibfdt", 1 / 8),
             ),
         ),
-        Row("fdt.read", "read them back into columns", (Limit("luo", "libfdt", 1 / 5),)),
+        Row(
+            "fdt.read",
+            "read them back into columns",
+            (Limit("luo", "libfdt", 1 / 5, shape="fixed"),),
+        ),
         Row(
             "fdt.lookup",
             "look up children by name, once indexed",
@@ -96,7 +102,7 @@ ROWS = {
         Row(
             "map.call",
             "one preserve_folio from Python",
-            (Limit("luo", "empty call", 2.5),),
+            (Limit("luo", "empty call", 2.5, shape="ordered"),),
             "call",
         ),
         Row(
@@ -151,5 +157,17 @@ ROWS = {
     )
 }
 
-#: Cost per device from 100,000 to 1,000,000 devices, at most times as much.
+#: Who the peers are, where their name alone does not say it.
+PEERS = {
+    "libfdt": "libfdt in C",
+    "walk": "a radix walk a page in C",
+    "croaring": "CRoaring (pyroaring)",
+    "dict": "dict.get()",
+    "empty call": "an empty Cython method",
+    "empty map": "that of an empty map",
+    "chunk loop": "a loop in C",
+    "for loop": "a bare for loop that calls it",
+}
+
+#: Cost per device, at most times that at a tenth of the size; and bytes a device beyond the image.
 LIMITS = {"scaling": 1.5, "memory": 200.0}

@@ -129,7 +129,8 @@ cdef int batch_note_run(block_batch *batch, uint64_t i, int order) noexcept nogi
 
 cdef int batch_count(block_batch *batch) noexcept nogil:
     """Count the blocks of each bin, runs excepted; -EINVAL: one has no bin."""
-    cdef uint64_t i = 0, stop, bin_
+    cdef uint64_t i = 0, stop, at, last = 0
+    cdef uint32_t many = 0
     cdef int order = batch.order, page_shift = batch.page_shift
     cdef const uint64_t *phys = batch.phys
     cdef const uint8_t *orders = batch.orders
@@ -150,11 +151,17 @@ cdef int batch_count(block_batch *batch) noexcept nogil:
             if orders != NULL:
                 order = orders[i]
             lane = &batch.lanes[order]
-            bin_ = (phys[i] >> page_shift >> order >> batch.bin_bits) - lane.first
-            if bin_ >= lane.nr:
+            at = (phys[i] >> page_shift >> order >> batch.bin_bits) - lane.first
+            if at >= lane.nr:
                 return -EINVAL
-            ends[lane.at + bin_] += 1
+            at += lane.at
+            if at != last:  # neighbours in ascending order are counted in a register
+                ends[last] += many
+                many = 0
+                last = at
+            many += 1
             i += 1
+    ends[last] += many
     return 0
 
 
@@ -212,13 +219,13 @@ cdef int batch_find(block_batch *batch, PreservedMemory kho) noexcept nogil:
 
 cdef int batch_sort(block_batch *batch, PreservedMemory kho) noexcept nogil:
     """Put the low bits of each block's number into its bin; -EINVAL: one is not allowed."""
-    cdef uint64_t i = 0, stop, at, n = batch.n, phys, block, odd = 0, mask
+    cdef uint64_t i = 0, stop, at, last = 0, n = batch.n, phys, block, odd = 0
     cdef uint64_t bin_mask = low_mask(batch.bin_bits)
     cdef int order = batch.order, page_shift = batch.page_shift, bin_bits = batch.bin_bits
     cdef const uint8_t *orders = batch.orders
     cdef uint16_t *low = batch.low
     cdef uint32_t *next_place = batch.next
-    cdef uint32_t place
+    cdef uint32_t place = next_place[0]
     cdef block_lane *lane
     cdef size_t run
     for run in range(batch.nr_runs + 1):
@@ -234,16 +241,19 @@ cdef int batch_sort(block_batch *batch, PreservedMemory kho) noexcept nogil:
             if at >= lane.nr:
                 return -EINVAL
             at += lane.at
-            place = next_place[at]
-            next_place[at] = place + 1
+            if at != last:
+                next_place[last] = place
+                place = next_place[at]
+                last = at
             if place >= n:
-                place &= ~CAREFUL
-                if place >= n or kho.check_block(phys, order) != BLOCK_OK:
+                if place & ~CAREFUL >= n or kho.check_block(phys, order) != BLOCK_OK:
                     return -EINVAL
-            low[place] = block & bin_mask
+            low[place & ~CAREFUL] = block & bin_mask
+            place += 1
             i += 1
         if run < batch.nr_runs:
             i += batch.runs[run].nr
+    next_place[last] = place
     for at in range(batch.nr_bins):
         if batch.words[at] != NULL:
             odd |= (next_place[at] & ~CAREFUL) ^ batch.ends[at]

@@ -49,6 +49,7 @@ cdef extern from * nogil:
     int munmap(void *address, size_t nbytes)
     int mprotect(void *address, size_t nbytes, int prot)
     int madvise(void *address, size_t nbytes, int advice)
+    int mincore(void *address, size_t nbytes, unsigned char *resident)
     void *mremap(void *address, size_t old_bytes, size_t new_bytes, int flags, ...)
     off_t lseek(int fd, off_t offset, int whence)
 
@@ -912,9 +913,18 @@ cdef class PhysicalMemory:
     cdef bint populated(self, uint64_t phys, uint64_t nbytes) noexcept nogil:
         """Whether the file has data for all of [phys, phys + nbytes), which must be RAM.
 
-        Reading a hole through the mapping would fill it; asking the file does not.
+        Reading a hole through the mapping would fill it; asking the file does not. The way to the
+        next hole may be long, so a piece as small as a page is looked for in memory first.
         """
+        cdef unsigned char resident[16]
+        cdef uint64_t pages = (nbytes + 4095) >> 12, i, found = 0
         cdef off_t at = <off_t>(self.offset + (phys - self.base))
+        if pages <= 16 and (self.zero + phys) & 4095 == 0 and mincore(
+                <void *>(self.zero + phys), nbytes, resident) == 0:
+            for i in range(pages):
+                found += resident[i] & 1
+            if found == pages:
+                return True
         if lseek(self.fd, at, SEEK_DATA) != at:
             return False
         return lseek(self.fd, at, SEEK_HOLE) >= at + <off_t>nbytes

@@ -1508,13 +1508,20 @@ cdef class IncomingMemory:
         mask = self.memory.page_size - 1
         with nogil, self.memory.lock:
             st = self.memory.state
-            for i in range(n):
+            while i < n:
                 order = -EINVAL
                 if phys[i] & mask == 0:
                     order = page_restore(st, phys[i] >> self.memory.page_shift, self.order_cap)
                 if order < 0:
                     break
                 orders[i] = order
+                i += 1
+                # blocks that adjoin are mostly preserved as such
+                while i + RUN <= n and blocks_adjoin(&phys[i - 1], self.memory.page_size << order):
+                    if not page_restore_run(st, phys[i] >> self.memory.page_shift, order, RUN - 1):
+                        break
+                    memset(&orders[i], order, RUN - 1)
+                    i += RUN - 1
             if order < 0:
                 n = i
                 for i in range(n):
@@ -1621,7 +1628,22 @@ cdef int page_restore(page_state *st, uint64_t pfn, int order_cap) noexcept nogi
     return order
 
 
+cdef bint page_restore_run(page_state *st, uint64_t pfn, int order, uint64_t count) noexcept nogil:
+    """As page_restore() for *count* adjoining claims of one order; False: they are not all that."""
+    cdef uint64_t index = page_index(st, pfn, order)
+    if pfn < st.base_pfn or pfn + (count << order) > st.end_pfn:
+        return False
+    if flat_count(st.claims[order], index, count) != count:
+        return False
+    flat_fill(st.claims[order], index, count, False)
+    st.nr_claims[order] -= count
+    flat_fill(st.heads[order], index, count, True)
+    st.nr_heads[order] += count
+    return True
+
+
 cdef void page_unrestore(page_state *st, uint64_t pfn) noexcept nogil:
     cdef int order = page_head_order(st, pfn)
-    page_clear_heads(st, pfn, order, 1)
-    page_set_heads(st, pfn, order, 1, True)
+    if order >= 0:  # or somebody has written to the array meanwhile
+        page_clear_heads(st, pfn, order, 1)
+        page_set_heads(st, pfn, order, 1, True)

@@ -143,6 +143,9 @@ cdef struct kho_walk:
     uint64_t run_pfn  # adjoining blocks that are not claimed yet
     uint64_t run_count
     int run_order
+    page_segment *gap_seg
+    uint64_t gap_pfn  # free pages that are in no free list now
+    uint64_t gap_end
     int why  # WALK_*, and what it is about
     int order
     uint64_t at  # phys or key

@@ -1142,19 +1142,54 @@ cdef int kho_walk_fail(kho_walk *walk, int why, uint64_t at, int order,
     return -1
 
 
+# A map lists the blocks of an order by ascending address, so the free pages behind a claimed block
+# are kept out of the free lists: the next block is most likely cut out of them, and what lies
+# between the two goes back once and for all, in the pieces that stay.
+
+cdef void kho_walk_open_gap(kho_walk *walk, uint64_t pfn) noexcept nogil:
+    """Take out the free blocks that adjoin from *pfn* on, outside scratch."""
+    cdef page_state *st = walk.state
+    cdef page_segment *seg = page_segment_of(st, pfn)
+    cdef int order
+    walk.gap_seg = seg
+    walk.gap_pfn = walk.gap_end = pfn
+    if seg == NULL or seg.scratch:
+        return
+    while walk.gap_end < seg.end:
+        order = min(ctz64(walk.gap_end), st.top)
+        while order >= 0 and not (st.nr_blocks[order] and bitmap_test(
+                &st.free[order], page_index(st, walk.gap_end, order))):
+            order -= 1
+        if order < 0:
+            return
+        page_remove(st, seg, walk.gap_end, order)
+        walk.gap_end += <uint64_t>1 << order
+
+
+cdef void kho_walk_close_gap(kho_walk *walk) noexcept nogil:
+    page_free_run(walk.state, walk.gap_seg, walk.gap_pfn, walk.gap_end)
+    walk.gap_pfn = walk.gap_end = 0
+
+
 cdef int kho_walk_flush(kho_walk *walk) noexcept nogil:
     """Claim the pending run of adjoining blocks."""
-    cdef uint64_t conflict = 0, pfn
+    cdef uint64_t conflict = 0, pfn = walk.run_pfn, end = pfn + (walk.run_count << walk.run_order)
     cdef int rc, why
     if walk.run_count == 0:
         return 0
-    rc = page_claim_run(walk.state, walk.run_pfn, walk.run_order, walk.run_count, True, False,
-                        &conflict)
-    if rc < 0:
-        why = WALK_BLOCK_TAKEN if rc == -EBUSY else \
-            WALK_BLOCK_SCRATCH if rc == -ERANGE else WALK_BLOCK_OUTSIDE
-        pfn = (conflict >> walk.run_order) << walk.run_order
-        return kho_walk_fail(walk, why, pfn << walk.page_shift, walk.run_order, conflict)
+    if walk.gap_pfn <= pfn and end <= walk.gap_end:
+        page_split_run(walk.state, walk.gap_seg, walk.gap_pfn, pfn)
+        page_set_heads(walk.state, pfn, walk.run_order, walk.run_count, True)
+        walk.gap_pfn = end
+    else:
+        kho_walk_close_gap(walk)
+        rc = page_claim_run(walk.state, pfn, walk.run_order, walk.run_count, True, False, &conflict)
+        if rc < 0:
+            why = WALK_BLOCK_TAKEN if rc == -EBUSY else \
+                WALK_BLOCK_SCRATCH if rc == -ERANGE else WALK_BLOCK_OUTSIDE
+            pfn = (conflict >> walk.run_order) << walk.run_order
+            return kho_walk_fail(walk, why, pfn << walk.page_shift, walk.run_order, conflict)
+        kho_walk_open_gap(walk, end)
     walk.nr_keys += walk.run_count
     walk.nr_pages += walk.run_count << walk.run_order
     walk.run_count = 0
@@ -1220,6 +1255,7 @@ cdef int kho_walk_take_page(kho_walk *walk, PhysicalMemory memory, uint64_t node
         return kho_walk_fail(walk, WALK_NODE_OUTSIDE, node, 0, 0)
     if node == walk.fdt:
         return kho_walk_fail(walk, WALK_NODE_FDT, node, 0, 0)
+    kho_walk_close_gap(walk)
     rc = page_claim_run(walk.state, node >> walk.page_shift, 0, 1, False, False, &conflict)
     if rc < 0:
         return kho_walk_fail(walk, WALK_NODE_SCRATCH if rc == -ERANGE else WALK_NODE_TAKEN, node, 0,
@@ -1312,6 +1348,7 @@ cdef class IncomingMemory:
                 rc = kho_walk_node(&walk, memory, at, depth - 1, 0)
             if rc == 0:
                 rc = kho_walk_flush(&walk)
+            kho_walk_close_gap(&walk)
         self.nodes = walk.nodes
         self.nr_nodes = walk.nr_nodes
         self.nr_preserved = walk.nr_keys

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from luo.abi import GENERATIONS
 from luo.errors import KhoError
-from luo.kho import Kho
+from luo.kho import Incoming, Kho
 from luo.memory import PhysicalMemory
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -81,6 +81,21 @@ def blocks_of(kho: Kho, pieces, seed: int) -> tuple[np.ndarray, np.ndarray]:
         phys.append(head + index.astype(np.uint64) * np.uint64(size))
         orders.append(np.full(count, order, np.uint8))
     return np.concatenate(phys).astype(np.uint64), np.concatenate(orders)
+
+
+def free_blocks(memory: PhysicalMemory) -> list[list[int]]:
+    """What *memory* has free, by order and address."""
+    return [array.tolist() for array in memory.free_blocks()]
+
+
+def copy_of(memory: PhysicalMemory, incoming: Incoming) -> PhysicalMemory:
+    """Other memory in which the same blocks were taken, one by one."""
+    other = PhysicalMemory(ranges=memory.ranges, page_size=memory.page_size)
+    other.reserve_scratch(memory.scratch)
+    for columns in (memory.allocated_blocks(), incoming.unrestored()):
+        for phys, order in zip(*columns, strict=True):
+            other.claim(int(phys), int(order))
+    return other
 
 
 def preserve(kho: Kho, phys: np.ndarray, orders: np.ndarray | int) -> int:
@@ -268,6 +283,7 @@ def test_restore_folios_of_any_shape_takes_each_block_once(which, pieces, seed, 
     kho.preserve_folios(heads, np.array(list(chosen.values()), np.uint8))
     incoming = Kho.boot(memory, kho.handover()).incoming
     assert incoming is not None
+    assert free_blocks(memory) == free_blocks(copy_of(memory, incoming))
     before = incoming.nr_unrestored, memory.nr_allocated
     if wrong and len(heads):
         with pytest.raises(KhoError, match="restored before"):

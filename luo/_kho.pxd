@@ -483,15 +483,15 @@ ctypedef struct fdt_sw:
 ctypedef struct fdt_rows:
     const unsigned char *data
     const uint64_t *offsets     # n + 1, or NULL: every row is width bytes at data + i * stride
-    const uint8_t *present      # n, or NULL: all are
+    const uint8_t *present      # n, or NULL: all are; only with offsets
     uint64_t size               # bytes behind data
     uint64_t width
     uint64_t stride             # 0: the same bytes for all rows
     uint64_t tail               # bytes at the end of each ragged row that do not count (a NUL)
     const unsigned char *name
     uint64_t name_len
-    uint64_t tabsize            # of the string table when nameoff was looked up
-    uint32_t nameoff            # big-endian
+    uint64_t dist               # of the name from the end of the string table
+    uint64_t tabsize            # of the table when that was looked up
 
 # ---- core/native.pxi ----
 

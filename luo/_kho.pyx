@@ -52,6 +52,10 @@ include "core/fdt_sw.pxi"
 include "core/fdt_rw.pxi"
 # L3' device table
 include "core/devices.pxi"
+# L4 what a live update works out about its devices
+include "core/plan.pxi"
+# L4 device records
+include "core/records.pxi"
 # L4 what a native callback sees
 include "core/native.pxi"
 # L4 timed callback loop, recorder, slots

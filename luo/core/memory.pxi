@@ -49,7 +49,6 @@ cdef extern from * nogil:
     int munmap(void *address, size_t nbytes)
     int mprotect(void *address, size_t nbytes, int prot)
     int madvise(void *address, size_t nbytes, int advice)
-    int mincore(void *address, size_t nbytes, unsigned char *resident)
     void *mremap(void *address, size_t old_bytes, size_t new_bytes, int flags, ...)
     off_t lseek(int fd, off_t offset, int whence)
 
@@ -913,26 +912,35 @@ cdef class PhysicalMemory:
     cdef bint populated(self, uint64_t phys, uint64_t nbytes) noexcept nogil:
         """Whether the file has data for all of [phys, phys + nbytes), which must be RAM.
 
-        Reading a hole through the mapping would fill it; asking the file does not. The way to the
-        next hole may be long, so a piece as small as a page is looked for in memory first.
+        Reading a hole through the mapping would fill it; asking the file does not.
         """
-        cdef unsigned char resident[16]
-        cdef uint64_t pages = (nbytes + 4095) >> 12, i, found = 0
-        cdef off_t at = <off_t>(self.offset + (phys - self.base))
-        if pages <= 16 and (self.zero + phys) & 4095 == 0 and mincore(
-                <void *>(self.zero + phys), nbytes, resident) == 0:
-            for i in range(pages):
-                found += resident[i] & 1
-            if found == pages:
-                return True
+        cdef off_t at = <off_t>(self.offset + (phys - self.base)), end = at + <off_t>nbytes
         if lseek(self.fd, at, SEEK_DATA) != at:
             return False
-        return lseek(self.fd, at, SEEK_HOLE) >= at + <off_t>nbytes
+        # Looking for the next hole may look at everything behind. Holes are whole pages.
+        return end <= (at | 4095) + 1 or lseek(self.fd, at, SEEK_HOLE) >= end
 
     def is_populated(self, phys, nbytes):
         """Whether all these bytes have been touched: none lies in a hole of the file."""
         self.check_ram("is_populated", phys, nbytes)
         return self.populated(as_u64(phys), as_u64(nbytes))
+
+    def read_into(self, phys, buffer):
+        """Copy the bytes at *phys* to *buffer* without touching them: a hole reads as zeros.
+
+        Raises:
+            KhoError: EINVAL outside RAM.
+            OSError: the file cannot be read.
+        """
+        with memoryview(buffer) as view, view.cast("B") as target:
+            self.check_ram("read_into", phys, target.nbytes)
+            at, done = self.offset + (as_u64(phys) - self.base), 0
+            while done < target.nbytes:
+                nr = os.preadv(self.fd, [target[done:]], at + done)
+                if nr == 0:  # the file was cut; what is behind its end is a hole
+                    target[done:] = bytes(target.nbytes - done)
+                    break
+                done += nr
 
     # ---- bytes ----
 

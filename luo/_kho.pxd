@@ -186,8 +186,8 @@ cdef class PreservedMemory:  # luo.kho.Kho extends it
     cdef PreservedMap map
     cdef bint split_by_node  # a range is cut where NUMA nodes meet
     cdef bint split_unaligned  # the mistake of kho-v5-series
-    cdef memory_range *scratch_areas
-    cdef size_t nr_scratch
+    cdef memory_range *pieces  # of RAM, without scratch
+    cdef size_t nr_pieces
 
     cdef int use(self) except -1
     cdef int use_unfrozen(self) except -1

@@ -71,6 +71,17 @@ cdef inline bint blocks_adjoin(const uint64_t *phys, uint64_t step) noexcept nog
     return odd == 0
 
 
+cdef inline bint blocks_share(const uint64_t *phys, int shift) noexcept nogil:
+    """Whether RUN addresses differ only in bits below *shift*."""
+    cdef uint64_t odd = 0
+    cdef int i
+    if (phys[RUN - 1] ^ phys[0]) >> shift:
+        return False
+    for i in range(1, RUN):
+        odd |= phys[i] ^ phys[0]
+    return odd >> shift == 0
+
+
 cdef bint blocks_same_order(const uint8_t *orders) noexcept nogil:
     cdef int i, odd = 0
     for i in range(1, RUN):
@@ -129,8 +140,7 @@ cdef int batch_note_run(block_batch *batch, uint64_t i, int order) noexcept nogi
 
 cdef int batch_count(block_batch *batch) noexcept nogil:
     """Count the blocks of each bin, runs excepted; -EINVAL: one has no bin."""
-    cdef uint64_t i = 0, stop, at, last = 0
-    cdef uint32_t many = 0
+    cdef uint64_t i = 0, stop, at
     cdef int order = batch.order, page_shift = batch.page_shift
     cdef const uint64_t *phys = batch.phys
     cdef const uint8_t *orders = batch.orders
@@ -140,13 +150,20 @@ cdef int batch_count(block_batch *batch) noexcept nogil:
         stop = min(i + RUN, batch.n)
         if orders != NULL:
             order = orders[i]
-        if stop == i + RUN and order < MAX_ORDERS and blocks_adjoin(
-                phys + i, <uint64_t>1 << (order + page_shift)) and (
-                orders == NULL or blocks_same_order(orders + i)):
-            if batch_note_run(batch, i, order) < 0:
-                return -ENOMEM
-            i = stop
-            continue
+        lane = &batch.lanes[order]
+        if stop == i + RUN and lane.nr and (orders == NULL or blocks_same_order(orders + i)):
+            if blocks_adjoin(phys + i, <uint64_t>1 << (order + page_shift)):
+                if batch_note_run(batch, i, order) < 0:
+                    return -ENOMEM
+                i = stop
+                continue
+            if blocks_share(phys + i, page_shift + order + batch.bin_bits):
+                at = (phys[i] >> page_shift >> order >> batch.bin_bits) - lane.first
+                if at >= lane.nr:
+                    return -EINVAL
+                ends[lane.at + at] += RUN
+                i = stop
+                continue
         while i < stop:
             if orders != NULL:
                 order = orders[i]
@@ -154,14 +171,8 @@ cdef int batch_count(block_batch *batch) noexcept nogil:
             at = (phys[i] >> page_shift >> order >> batch.bin_bits) - lane.first
             if at >= lane.nr:
                 return -EINVAL
-            at += lane.at
-            if at != last:  # neighbours in ascending order are counted in a register
-                ends[last] += many
-                many = 0
-                last = at
-            many += 1
+            ends[lane.at + at] += 1
             i += 1
-    ends[last] += many
     return 0
 
 
@@ -219,13 +230,14 @@ cdef int batch_find(block_batch *batch, PreservedMemory kho) noexcept nogil:
 
 cdef int batch_sort(block_batch *batch, PreservedMemory kho) noexcept nogil:
     """Put the low bits of each block's number into its bin; -EINVAL: one is not allowed."""
-    cdef uint64_t i = 0, stop, at, last = 0, n = batch.n, phys, block, odd = 0
+    cdef uint64_t i = 0, j, stop, at, n = batch.n, block, odd = 0
     cdef uint64_t bin_mask = low_mask(batch.bin_bits)
-    cdef int order = batch.order, page_shift = batch.page_shift, bin_bits = batch.bin_bits
+    cdef int order = batch.order, bin_bits = batch.bin_bits, shift = batch.page_shift + order
+    cdef const uint64_t *phys = batch.phys
     cdef const uint8_t *orders = batch.orders
     cdef uint16_t *low = batch.low
     cdef uint32_t *next_place = batch.next
-    cdef uint32_t place = next_place[0]
+    cdef uint32_t place
     cdef block_lane *lane
     cdef size_t run
     for run in range(batch.nr_runs + 1):
@@ -233,27 +245,32 @@ cdef int batch_sort(block_batch *batch, PreservedMemory kho) noexcept nogil:
         while i < stop:
             if orders != NULL:
                 order = orders[i]
+                shift = batch.page_shift + order
             lane = &batch.lanes[order]
-            phys = batch.phys[i]
-            block = phys >> page_shift >> order
-            odd |= phys ^ block << order << page_shift
+            block = phys[i] >> shift
             at = (block >> bin_bits) - lane.first
             if at >= lane.nr:
                 return -EINVAL
             at += lane.at
-            if at != last:
-                next_place[last] = place
-                place = next_place[at]
-                last = at
-            if place >= n:
-                if place & ~CAREFUL >= n or kho.check_block(phys, order) != BLOCK_OK:
-                    return -EINVAL
+            place = next_place[at]
+            if stop - i >= RUN and place + RUN <= n and (
+                    orders == NULL or blocks_same_order(orders + i)) and blocks_share(
+                    phys + i, shift + bin_bits):
+                for j in range(<uint64_t>RUN):
+                    odd |= phys[i + j] & low_mask(shift)
+                    low[place + j] = phys[i + j] >> shift & bin_mask
+                next_place[at] = place + RUN
+                i += RUN
+                continue
+            next_place[at] = place + 1
+            if place >= n and ((place & ~CAREFUL) >= n
+                               or kho.check_block(phys[i], order) != BLOCK_OK):
+                return -EINVAL
+            odd |= phys[i] & low_mask(shift)
             low[place & ~CAREFUL] = block & bin_mask
-            place += 1
             i += 1
         if run < batch.nr_runs:
             i += batch.runs[run].nr
-    next_place[last] = place
     for at in range(batch.nr_bins):
         if batch.words[at] != NULL:
             odd |= (next_place[at] & ~CAREFUL) ^ batch.ends[at]
@@ -262,12 +279,16 @@ cdef int batch_sort(block_batch *batch, PreservedMemory kho) noexcept nogil:
 
 cdef uint64_t batch_mark_bin(uint64_t *words, const uint16_t *low, uint64_t n) noexcept nogil:
     """Set *n* bits; how many of them were not."""
-    cdef uint64_t i, word, bit, fresh = 0
+    cdef uint64_t i, bit, at = 0, word = words[0], fresh = 0
     for i in range(n):
-        word = words[low[i] >> 6]
+        if low[i] >> 6 != at:  # neighbours in ascending order wait for no store
+            words[at] = word
+            at = low[i] >> 6
+            word = words[at]
         bit = <uint64_t>1 << (low[i] & 63)
         fresh += (word & bit) == 0
-        words[low[i] >> 6] = word | bit
+        word |= bit
+    words[at] = word
     return fresh
 
 

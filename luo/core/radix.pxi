@@ -614,6 +614,19 @@ cdef enum:  # why a block may not be preserved
     BLOCK_NOT_ALLOCATED
 
 
+cdef list memory_pieces(PhysicalMemory memory):
+    """Where blocks may be preserved: RAM without scratch, ``[(pfn, end), ...]`` in order."""
+    ends = {}  # where RAM begins (1) and ends (-1), and where scratch does the opposite
+    for start, nbytes, _ in memory.ranges:
+        ends[start] = ends.get(start, 0) + 1
+        ends[start + nbytes] = ends.get(start + nbytes, 0) - 1
+    for start, nbytes in memory.scratch:
+        ends[start] = ends.get(start, 0) - 1
+        ends[start + nbytes] = ends.get(start + nbytes, 0) + 1
+    borders = [at >> memory.page_shift for at in sorted(ends) if ends[at]]
+    return list(zip(borders[::2], borders[1::2], strict=True))
+
+
 cdef object as_orders(object orders, Py_ssize_t n, object what, int *order):
     """Orders of *n* blocks: an array of uint8; or None, and the one of all of them in *order*."""
     if not isinstance(orders, np.ndarray) and hasattr(orders, "__index__"):
@@ -644,17 +657,16 @@ cdef class PreservedMemory:
                split_by_node=True, split_unaligned=False):
         # The scratch of memory has been reserved by now. levels: see RadixTree. bitmap_bytes: the
         # map is a list of chunks with bitmaps of this size. split_*: how a range is cut.
-        cdef Py_ssize_t i
         if self.map is not None:
             raise TypeError("PreservedMemory: initialised twice")
         memory.check_writable("Kho")
         memory.use()
-        self.nr_scratch = len(memory.scratch)
-        self.scratch_areas = <memory_range *>xmalloc(self.nr_scratch * sizeof(memory_range))
-        for i in range(<Py_ssize_t>self.nr_scratch):
-            self.scratch_areas[i].start = memory.scratch[i][0] >> memory.page_shift
-            self.scratch_areas[i].end = (memory.scratch[i][0] + memory.scratch[i][1]) \
-                >> memory.page_shift
+        pieces = memory_pieces(memory)
+        self.pieces = <memory_range *>xmalloc(len(pieces) * sizeof(memory_range))
+        for start, end in pieces:
+            self.pieces[self.nr_pieces].start = start
+            self.pieces[self.nr_pieces].end = end
+            self.nr_pieces += 1
         self.debug = bool(debug)
         self.memory = memory
         self.split_by_node = bool(split_by_node)
@@ -665,7 +677,7 @@ cdef class PreservedMemory:
             self.map = RadixTree(memory, levels=levels)
 
     def __dealloc__(self):
-        free(self.scratch_areas)
+        free(self.pieces)
 
     @cython.final
     cdef int use(self) except -1:
@@ -677,6 +689,9 @@ cdef class PreservedMemory:
 
     @cython.final
     cdef int use_unfrozen(self) except -1:
+        if self.map is not None and not (self.closed or self.frozen or self.memory.detached) \
+                and self.memory.state != NULL:
+            return 0
         self.use()
         if self.frozen:
             raise from_errno(EBUSY, "KHO: finalized; nothing may be preserved or given up now")
@@ -746,15 +761,22 @@ cdef class PreservedMemory:
     @cython.final
     cdef int check_run(self, uint64_t phys, uint64_t pages) noexcept nogil:
         cdef uint64_t pfn = phys >> self.memory.page_shift
-        cdef size_t i
+        cdef memory_range *piece = self.pieces
+        cdef size_t left = self.nr_pieces, half
         if phys & (self.memory.page_size - 1):
             return BLOCK_MISALIGNED
-        if pages > self.memory.nr_pages or not self.memory.has(
-                phys, pages << self.memory.page_shift):
-            return BLOCK_OUTSIDE
-        for i in range(self.nr_scratch):
-            if pfn < self.scratch_areas[i].end and pfn + pages > self.scratch_areas[i].start:
-                return BLOCK_IN_SCRATCH
+        while left > 1:  # the last piece that starts at pfn or below
+            half = left >> 1
+            if piece[half].start <= pfn:
+                piece += half
+                left -= half
+            else:
+                left = half
+        if left == 0 or pfn < piece.start or pfn >= piece.end or pages > piece.end - pfn:
+            if pages > self.memory.nr_pages or not self.memory.has(
+                    phys, pages << self.memory.page_shift):
+                return BLOCK_OUTSIDE
+            return BLOCK_IN_SCRATCH
         if self.debug and not page_all_allocated(self.memory.state, pfn, pfn + pages):
             return BLOCK_NOT_ALLOCATED
         return BLOCK_OK

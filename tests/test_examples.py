@@ -174,7 +174,7 @@ def test_forgotten_ring_as_a_program_catches_the_driver_and_not_the_mended_one(t
         (EXAMPLES / "bench_suite.py", ("-c", os.devnull)),
         (
             EXAMPLES.parent / "benches",
-            ("-c", EXAMPLES.parent / "benches" / "pytest.ini", "-k", "1k"),
+            ("-c", EXAMPLES.parent / "benches" / "pytest.ini", "--scale=smoke"),
         ),
     ],
     ids=["example", "benches"],

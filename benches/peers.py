@@ -123,7 +123,7 @@ class Columns:
     @property
     def nbytes(self) -> int:
         """Bytes of all names and values."""
-        return sum(len(data) for data, *_ in (self.names, *self.properties.values()))
+        return len(self.names[0]) + sum(len(data) for data, _, _ in self.properties.values())
 
     @classmethod
     def room(cls, rows: int, names: int, properties: dict[str, int]) -> "Columns":

@@ -72,11 +72,11 @@ class Heat:
 
     @property
     def items(self) -> int:
-        return max(entry["items"] for entry in self.entries.values())
+        return int(max(entry["items"] for entry in self.entries.values()))
 
     @property
     def shape(self) -> str:
-        return next(iter(self.entries.values())).get("shape", "")
+        return str(next(iter(self.entries.values())).get("shape", ""))
 
     def seconds(self, role: str, stat: str) -> float:
         """Return a contender's time, without the loop that all of them have."""

@@ -6,6 +6,7 @@ no addresses). Trees, arenas, bitmaps and result arrays of all are touched befor
 
 import struct
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import repeat
 from typing import Any
 
@@ -32,6 +33,7 @@ entries = pytest.mark.entries
 # ---- folios ----
 
 
+@lru_cache(1)  # the same ones for several rows; nobody writes to them
 def scattered(n: int, span: int) -> np.ndarray:
     """Return addresses of n different pages anywhere in *span* bytes, in no order."""
     rng = np.random.default_rng(SEED)

@@ -25,7 +25,7 @@ TEST := $(VENV)/.group-test
 BENCH := $(VENV)/.group-bench
 LINT := $(VENV)/.group-lint
 CORE := $(wildcard luo/*.pyx luo/*.pxd luo/core/*.pxi)
-SOURCES := $(shell find luo -name '*.py' -o -name '*.pyi' -o -name '*.toml' -o -name py.typed)
+SOURCES := pytest_luo.py $(shell find luo -name '*.py' -o -name '*.pyi' -o -name '*.toml' -o -name py.typed)
 
 # The source tree is on nobody's path, that of started processes included: what runs is what was
 # installed. A sanitizer's runtime must be there before Python is.
@@ -36,7 +36,8 @@ RUN := PYTHONSAFEPATH=1 $(if $(filter 1,$(LUO_SANITIZE)),LD_PRELOAD=$(shell gcc 
   UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1) $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help run build test debug sanitize fuzz boards docs lint format bench bench-quick bench-compare dist clean
+.PHONY: help run build test debug sanitize fuzz boards docs lint format bench bench-quick bench-compare \
+  gate dist clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -109,6 +110,9 @@ bench-compare: $(INSTALLED) $(BENCH)  ## run again and compare with the last sav
 	$(BENCHES) -m pytest -q -c benches/pytest.ini --scale $(SCALE) --benchmark-save=$(SCALE) \
 	  --benchmark-columns=min,median benches
 	$(BENCHES) benches/compare.py $(SCALE) $(ARGS)
+
+gate: $(INSTALLED)  ## instructions of the hot paths against stored counts (ARGS=--update stores them)
+	$(RUN) benches/gate/gate.py $(ARGS)
 
 dist: $(BUILD)  ## sdist and wheel in dist/
 	$(BIN)/python -m build --no-isolation

@@ -21,6 +21,7 @@ except ModuleNotFoundError as error:
 
 from luo.device import Bus, Device, DeviceBatch, Devices, Driver, LiveUpdateOps, batch, native
 from luo.errors import (
+    BudgetError,
     CallbackError,
     FdtError,
     HandoverError,
@@ -45,6 +46,7 @@ from luo.notifier import Context, Event, Priority, State, Step, Subsystem
 from luo.report import Report, version
 
 __all__ = [
+    "BudgetError",
     "Bus",
     "CallbackError",
     "CancelResult",
@@ -105,4 +107,8 @@ def get_include() -> str:
 def __getattr__(name: str) -> Any:
     if name == "__version__":  # looked up when it is asked for: metadata takes long to import
         return version()
+    if name == "workloads":  # with all built-in drivers and topologies, for who asks
+        import luo.workloads
+
+        return luo.workloads
     raise AttributeError(f"module 'luo' has no attribute {name!r}")

@@ -17,6 +17,7 @@ cdef extern from *:
     """
     const uint64_t NO_BIT "LUO_NO_BIT"  # "there is none" as a bit index, pfn or phys
     const uint64_t ALL_ONES "LUO_NO_BIT"
+    const uint64_t TOP_BIT "(UINT64_C(1) << 63)"
 
 cdef struct bitmap64:
     uint64_t nr_bits
@@ -113,8 +114,6 @@ cdef struct kho_radix_tree:
     int leaf_bits
     int levels  # inner levels and the leaf
     int key_bits
-    uint64_t nr_keys
-    uint64_t nr_pages  # of the blocks that the keys stand for
     uint64_t nr_nodes
     uint64_t leaf  # phys of the leaf last used, 0: none
     uint64_t leaf_prefix  # key >> leaf_bits of it
@@ -122,11 +121,12 @@ cdef struct kho_radix_tree:
     size_t nr_made
     size_t made_room
 
-cdef struct kho_radix_cursor:
-    uint64_t *keys
+cdef struct map_cursor:  # a walk that fills arrays
+    uint64_t *values  # addresses, or the keys themselves
+    uint8_t *orders  # of the blocks; NULL: keys are wanted
     uint64_t n
     uint64_t room
-    uint64_t start  # first key wanted
+    uint64_t start  # where to begin, and where to go on; at first 0
     uint64_t nr_visited
 
 cdef struct kho_walk:
@@ -151,22 +151,27 @@ cdef struct kho_walk:
 
 cdef class PreservedMap:  # keys of blocks, in whatever shape a generation has for them
     cdef PhysicalMemory memory
+    cdef int leaf_bits  # log2 of the keys whose bits adjoin: of a leaf, or of a bitmap
+    cdef bint forgot  # after an abort nobody can tell what was preserved
+    cdef uint64_t keys_in_map
+    cdef uint64_t pages_in_map  # of the blocks that the keys stand for
 
     cdef int use(self) except -1
+    cdef int begin(self) noexcept nogil
+    cdef int find(self, uint64_t key, bint make, uint64_t **words, uint64_t *bit) noexcept nogil
+    cdef void unmake(self) noexcept nogil
+    cdef int collect(self, map_cursor *cursor) noexcept nogil
+    cdef uint64_t count(self, int what) noexcept nogil
+    cdef int drop(self) except -1
     cdef int add(self, const uint64_t *keys, uint64_t n, uint64_t *nr_fresh) noexcept nogil
     cdef int delete(self, const uint64_t *keys, uint64_t n, uint64_t *at) noexcept nogil
     cdef int has(self, uint64_t key) noexcept nogil
-    cdef int collect(self, uint64_t *keys, uint64_t room, uint64_t *start,
-                     uint64_t *n) noexcept nogil
-    cdef uint64_t count(self, int what) noexcept nogil
-    cdef int drop(self) except -1
+    cdef object list_keys(self)
 
 
 @cython.final
 cdef class RadixTree(PreservedMap):
     cdef kho_radix_tree tree
-
-    cdef int begin(self) noexcept nogil
 
 
 cdef class PreservedMemory:  # luo.kho.Kho extends it
@@ -186,8 +191,8 @@ cdef class PreservedMemory:  # luo.kho.Kho extends it
     cdef int check_run(self, uint64_t phys, uint64_t pages) noexcept nogil
     cdef int check_block(self, uint64_t phys, int order) noexcept nogil
     cdef int refuse(self, object what, uint64_t phys, uint64_t nbytes, int why) except -1
-    cdef uint64_t *encode_blocks(self, const uint64_t[::1] phys, object orders, object what,
-                                 bint checked) except NULL
+    cdef uint64_t *encode_blocks(self, const uint64_t[::1] phys, const uint8_t[::1] orders,
+                                 int order, object what, bint checked) except NULL
     cdef uint64_t *split_run(self, uint64_t phys, uint64_t pages, uint64_t *n) except NULL
     cdef uint64_t fill(self, uint64_t[::1] phys, uint8_t[::1] orders, uint64_t room,
                        uint64_t *start) except? 0xFFFFFFFFFFFFFFFF
@@ -225,9 +230,6 @@ cdef struct kho_chunk_map:
     page_state *state  # likewise
     int page_shift
     int bitmap_shift  # log2 of a bitmap's bits
-    bint forgot  # after an abort nobody can tell what was preserved
-    uint64_t nr_keys
-    uint64_t nr_pages  # of the blocks
     uint64_t nr_bitmaps
     uint64_t *slabs  # pages that hold the bitmaps
     size_t nr_slabs
@@ -249,8 +251,6 @@ cdef struct kho_chunk_entry:
 @cython.final
 cdef class ChunkMap(PreservedMap):
     cdef kho_chunk_map chunks
-
-    cdef int begin(self) noexcept nogil
 
 
 # ---- core/devices.pxi ----
@@ -480,15 +480,15 @@ ctypedef struct fdt_sw:
 ctypedef struct fdt_rows:
     const unsigned char *data
     const uint64_t *offsets     # n + 1, or NULL: every row is width bytes at data + i * stride
-    const uint8_t *present      # n, or NULL: all are
+    const uint8_t *present      # n, or NULL: all are; only with offsets
     uint64_t size               # bytes behind data
     uint64_t width
     uint64_t stride             # 0: the same bytes for all rows
     uint64_t tail               # bytes at the end of each ragged row that do not count (a NUL)
     const unsigned char *name
     uint64_t name_len
-    uint64_t tabsize            # of the string table when nameoff was looked up
-    uint32_t nameoff            # big-endian
+    uint64_t dist               # of the name from the end of the string table
+    uint64_t tabsize            # of the table when that was looked up
 
 # ---- core/native.pxi ----
 

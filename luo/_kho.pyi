@@ -84,6 +84,7 @@ class PhysicalMemory:
     def nr_free_pages(self, node: SupportsIndex | None = None) -> int: ...
     def contains(self, phys: SupportsIndex, nbytes: SupportsIndex = 1) -> bool: ...
     def node_of(self, phys: SupportsIndex) -> int: ...
+    def read_into(self, phys: SupportsIndex, buffer: Buffer) -> None: ...
     def is_populated(self, phys: SupportsIndex, nbytes: SupportsIndex) -> bool: ...
     def view(self, phys: SupportsIndex, nbytes: SupportsIndex) -> memoryview: ...
     def prefault(self, phys: SupportsIndex, nbytes: SupportsIndex | str) -> None: ...
@@ -491,6 +492,91 @@ class DeviceRef:
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
 
+def set_flags(flags: NDArray[np.uint8], which: NDArray[np.int32], value: bool) -> None: ...
+def add_counts(counts: NDArray[np.int32], which: NDArray[np.int32], change: int) -> None: ...
+
+@final
+class DeviceList:
+    @property
+    def numbers(self) -> Any: ...
+    def __new__(cls, numbers: NDArray[np.int32]) -> Self: ...
+    def __len__(self) -> int: ...
+    def size_slots(
+        self, ids: NDArray[np.int32], sizes: NDArray[np.uint64], nbytes: NDArray[np.uint64]
+    ) -> None: ...
+    def cut_slabs(
+        self, slot_bytes: NDArray[np.uint64], limit: int
+    ) -> tuple[NDArray[np.uint64], int]: ...
+    def place_slots(
+        self,
+        slabs: NDArray[np.uint64],
+        slot_bytes: NDArray[np.uint64],
+        slot_phys: NDArray[np.uint64],
+    ) -> None: ...
+    def groups(
+        self,
+        driver_ids: NDArray[np.int32],
+        bus_ids: NDArray[np.int32],
+        drivers: NDArray[np.uint8],
+        buses: NDArray[np.uint8],
+        slot_bytes: NDArray[np.uint64],
+    ) -> NDArray[np.int32] | None: ...
+    def choose(
+        self,
+        driver_ids: NDArray[np.int32],
+        bus_ids: NDArray[np.int32],
+        drivers: NDArray[np.int8],
+        buses: NDArray[np.int8],
+    ) -> DeviceList: ...
+    def cut_runs(
+        self,
+        depths: NDArray[np.int32],
+        driver_ids: NDArray[np.int32],
+        bus_ids: NDArray[np.int32],
+        drivers: NDArray[np.int8],
+        buses: NDArray[np.int8],
+        slot_phys: NDArray[np.uint64],
+        slot_bytes: NDArray[np.uint64],
+        python: int,
+        batch: int,
+        threads: int,
+    ) -> tuple[NDArray[np.int64], NDArray[np.int8]]: ...
+
+@final
+class RecordWriter:
+    def __new__(
+        cls,
+        table: DeviceTable,
+        devices: DeviceList,
+        drivers: tuple[NDArray[np.int32], list[bytes]],
+        buses: tuple[NDArray[np.int32], list[bytes]],
+        slot_phys: NDArray[np.uint64],
+        slot_bytes: NDArray[np.uint64],
+    ) -> Self: ...
+    def fit(self, start: int, room: int) -> tuple[int, int]: ...
+    def write(
+        self, start: int, count: int, into: memoryview | bytearray, compatible: str
+    ) -> None: ...
+
+@final
+class RecordReader:
+    @property
+    def nr_read(self) -> int: ...
+    @property
+    def lost(self) -> list[tuple[int, str, list[int]]]: ...
+    def __new__(
+        cls,
+        table: DeviceTable,
+        drivers: list[bytes],
+        buses: list[bytes],
+        slabs: NDArray[np.uint64],
+        numbers: NDArray[np.int32],
+        owners: NDArray[np.int32],
+        slot_phys: NDArray[np.uint64],
+        slot_bytes: NDArray[np.uint64],
+    ) -> Self: ...
+    def read(self, node: Node, count: int) -> None: ...
+
 @final
 class NativeScope:
     def __new__(
@@ -498,7 +584,8 @@ class NativeScope:
         memory: PhysicalMemory,
         table: DeviceTable,
         event: str,
-        slots: dict[str, tuple[NDArray[np.uint64], NDArray[np.uint64]]],
+        slot_phys: NDArray[np.uint64] | None,
+        slot_bytes: NDArray[np.uint64] | None,
         preserved: NDArray[np.bool_] | None,
         reclaimed: NDArray[np.bool_] | None,
     ) -> Self: ...
@@ -542,38 +629,9 @@ def call_devices(
     scope: NativeScope | None = None,
     native: bool = False,
 ) -> tuple[int, int, object] | None: ...
-def pack_slots(
-    sizes: NDArray[np.uint64], slab_bytes: int
-) -> tuple[NDArray[np.int32], NDArray[np.uint64], NDArray[np.uint64]]: ...
 def spread_strings(
     ids: NDArray[np.int32], names: list[bytes]
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint64]]: ...
-def cut_runs(
-    ways: NDArray[np.int8],
-    places: NDArray[np.int64],
-    order: NDArray[np.int32],
-    depths: NDArray[np.int32],
-    drivers: NDArray[np.int32],
-    buses: NDArray[np.int32],
-    driver_phys: NDArray[np.uint64],
-    driver_bytes: NDArray[np.uint64],
-    bus_phys: NDArray[np.uint64],
-    bus_bytes: NDArray[np.uint64],
-    batch: int,
-    threads: int,
-) -> NDArray[np.int64]: ...
-def group_rows(
-    first: NDArray[np.int32],
-    second: NDArray[np.int32],
-    third: NDArray[np.uint64],
-    fourth: NDArray[np.uint64],
-) -> NDArray[np.int32]: ...
-def match_strings(
-    data: NDArray[np.uint8], offsets: NDArray[np.uint64], names: list[bytes]
-) -> NDArray[np.int32]: ...
-def find_stray_slot(
-    slabs: NDArray[np.uint64], phys: NDArray[np.uint64], nbytes: NDArray[np.uint64]
-) -> int: ...
 def digest_slots(
     slab: memoryview | NDArray[np.uint8],
     offsets: NDArray[np.uint64],

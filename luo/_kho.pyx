@@ -6,7 +6,12 @@ defined, so the order of the includes is the layer diagram of the core.
 
 cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
-from cpython.long cimport PyLong_AsLongLong, PyLong_AsUnsignedLongLong
+from cpython.long cimport (
+    PyLong_AsLongAndOverflow,
+    PyLong_AsLongLong,
+    PyLong_AsUnsignedLongLong,
+    PyLong_CheckExact,
+)
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.number cimport PyNumber_Index
 from cpython.pycapsule cimport PyCapsule_GetContext, PyCapsule_GetPointer, PyCapsule_IsValid
@@ -35,6 +40,8 @@ include "core/bits.pxi"
 include "core/memory.pxi"
 # L3 the preserved map, outgoing and incoming
 include "core/radix.pxi"
+# L3 many blocks at once
+include "core/blocks.pxi"
 # L3 the preserved map in its older shape
 include "core/chunks.pxi"
 # L1' flattened tree, read
@@ -45,6 +52,10 @@ include "core/fdt_sw.pxi"
 include "core/fdt_rw.pxi"
 # L3' device table
 include "core/devices.pxi"
+# L4 what a live update works out about its devices
+include "core/plan.pxi"
+# L4 device records
+include "core/records.pxi"
 # L4 what a native callback sees
 include "core/native.pxi"
 # L4 timed callback loop, recorder, slots

@@ -29,14 +29,15 @@ from numpy.typing import NDArray
 from luo import abi
 from luo._kho import (
     CallTable,
+    DeviceList,
     NativeCallback,
     NativeScope,
+    add_counts,
     call_devices,
-    cut_runs,
-    group_rows,
+    set_flags,
 )
-from luo.device import Batch, Bus, Device, DeviceBatch, Devices, Driver
-from luo.device_records import SIDES, Address, DeviceRecords, Index, slot_digests
+from luo.device import SIDES, Batch, Bus, Device, DeviceBatch, Devices, Driver
+from luo.device_records import DeviceRecords, Index, slot_digests
 from luo.errors import CallbackError, StateError, from_errno
 from luo.kho import KhoNode
 from luo.kho_tree import shape_of
@@ -50,7 +51,7 @@ from luo.notifier import (
     callback_error,
     failed,
 )
-from luo.saved_devices import SavedDevices, aligned
+from luo.saved_devices import SavedDevices
 
 if TYPE_CHECKING:
     from luo._kho import CallRecorder
@@ -61,9 +62,9 @@ _BIT: Final = {"driver": 1, "bus": 2}
 _MODE: Final = {"PREPARE": "set", "REBOOT": "need", "CANCEL": "clear"}
 
 
-#: How a stretch of devices is called: one by one from Python, once for all, one by one without the
-#: GIL, and that from several threads.
-_PYTHON, _BATCH, _NATIVE, _THREADS = 1, 2, 3, 4
+#: How a stretch of devices is called: once for all, one by one from Python, one by one without the
+#: GIL, and that from several threads. Where driver and bus differ the lower number is taken.
+_BATCH, _PYTHON, _NATIVE, _THREADS = 1, 2, 3, 4
 
 #: Devices below which a thread is not worth its start.
 _SHARE: Final = 256
@@ -80,24 +81,31 @@ class _Run:
 
 @dataclass(slots=True)
 class _Walk:
-    """The devices of one update in the order of PREPARE, and where their slots are.
+    """The devices of one update in the order of PREPARE.
 
     Attributes:
-        order: device numbers, ``int32 (n,)``.
-        phys, nbytes: of each slot, by side, in the order of the walk.
-        runs, places, chosen, tables: by event, who is called: the runs, which are cut from the
-            chosen devices, their places in the walk, and the callbacks of each side.
+        devices: all of them.
+        chosen, runs, tables: by event, who is called: the devices, the runs that these are cut
+            into, and the callbacks of each side.
         scopes: by event, what native callbacks reach, if there are any.
     """
 
-    order: Index
-    phys: dict[str, Address]
-    nbytes: dict[str, Address]
+    devices: DeviceList
+    chosen: dict[str, DeviceList] = field(default_factory=dict)
     runs: dict[str, list[_Run]] = field(default_factory=dict)
-    places: dict[str, NDArray[np.intp]] = field(default_factory=dict)
-    chosen: dict[str, Index] = field(default_factory=dict)
     tables: dict[str, dict[str, CallTable]] = field(default_factory=dict)
     scopes: dict[str, NativeScope | None] = field(default_factory=dict)
+
+    @property
+    def order(self) -> Index:
+        """The numbers of all devices."""
+        numbers: Index = self.devices.numbers
+        return numbers
+
+    def called(self, event: str, run: _Run) -> Index:
+        """Return the numbers of the devices of *run*."""
+        numbers: Index = self.chosen[event].numbers[run.start : run.stop]
+        return numbers
 
 
 class DeviceParticipant:
@@ -162,8 +170,9 @@ class DeviceParticipant:
                 yield self._bulk_step(walk, event, run, self._sides(event))
             else:
                 yield from self._single_steps(walk, event, run, self._sides(event))
-            self._mark(event, walk.chosen[event][run.start : run.stop])
-        self._mark(event, walk.order)
+            self._mark(event, walk.called(event, run))
+        if walk.chosen[event] is not walk.devices:  # else that was everybody
+            self._mark(event, walk.order)
         if event == Event.PREPARE.name:
             self._nodes_closed = True
             if self._nodes is not None:
@@ -189,7 +198,7 @@ class DeviceParticipant:
         self, walk: _Walk, event: str, run: _Run, side: str, bulk: bool
     ) -> Iterator[Step]:
         """Yield the steps of one side of a batch run; the other side may be no batch."""
-        first = int(walk.chosen[event][run.start])
+        first = int(walk.called(event, run)[0])
         callback = self._callback(side, first, event)
         if isinstance(callback, Batch):
             parts = self._parts(walk, event, run, side)
@@ -209,8 +218,8 @@ class DeviceParticipant:
         """Yield one step a device and callback."""
         places = range(run.start, run.stop)
         for place in reversed(places) if self._backwards(event) else places:
-            number = int(walk.chosen[event][place])
             here = _Run(place, place + 1, _PYTHON)
+            number = int(walk.called(event, here)[0])
             for side in sides:
                 call = partial(self._call, walk, event, here, (side,))
                 if self._callback(side, number, event) is None or not self._wants(
@@ -221,7 +230,7 @@ class DeviceParticipant:
                 device = Device(self.devices, number)
                 yield Step(side, self._owner(side, number), call, device, 1)
             if len(sides) == len(SIDES):
-                self._mark(event, walk.chosen[event][place : place + 1])
+                self._mark(event, walk.called(event, here))
 
     def _sides(self, event: str) -> tuple[str, ...]:
         return SIDES[::-1] if self._backwards(event) else SIDES
@@ -236,13 +245,13 @@ class DeviceParticipant:
     def _mark(self, event: str, which: Index) -> None:
         """Set the flags that *event* leaves on devices that are through with it."""
         if event == Event.PREPARE.name:
-            self.devices.preserved[which] = True
+            set_flags(self.devices.preserved.view(np.uint8), which, True)
             return
         if event == Event.CANCEL.name and self._listed is not None:
             which = which[self._listed[which]]
         if event in (Event.CANCEL.name, Event.FINISH.name):
-            self.devices.preserved[which] = False
-            self.devices.reclaimed[which] = False
+            set_flags(self.devices.preserved.view(np.uint8), which, False)
+            set_flags(self.devices.reclaimed.view(np.uint8), which, False)
 
     # ---- who is called ----
 
@@ -256,7 +265,7 @@ class DeviceParticipant:
         return None if ops is None else getattr(ops, event.lower())
 
     def _kinds(self, side: str, event: str) -> NDArray[np.int8]:
-        """Return for each owner how its callback is called; 0 if it has none, and for no owner."""
+        """Return for each owner how its callback is called, 0 if it has none."""
         kinds = []
         for owner in self.devices.parties(side):
             callback = None if owner.ops is None else getattr(owner.ops, event.lower())
@@ -268,67 +277,53 @@ class DeviceParticipant:
                 kinds.append(_PYTHON)
             else:
                 kinds.append(_THREADS if self._workers > 1 and owner.ops.thread_safe else _NATIVE)
-        return np.array([*kinds, 0], np.int8)
-
-    @staticmethod
-    def _ways(driver: NDArray[np.int8], bus: NDArray[np.int8]) -> NDArray[np.int8]:
-        """Return how each device is called, of how its driver and its bus are.
-
-        Who has no callback goes with its neighbour before it.
-        """
-        ways = np.zeros(len(driver), np.int8)
-        for way in (_THREADS, _NATIVE, _PYTHON, _BATCH):  # the stronger claim last
-            ways[(driver == way) | (bus == way)] = way
-        silent = ways == 0
-        if silent.any() and len(ways):
-            last = np.maximum.accumulate(np.where(silent, 0, np.arange(len(ways))))
-            ways = np.where(silent, np.where(ways[last] == _BATCH, _PYTHON, ways[last]), ways)
-            ways[ways == 0] = _PYTHON
-        return ways
+        return np.array(kinds, np.int8)
 
     def _arrange(self, walk: _Walk, event: str) -> None:
-        """Cut the walk into runs for *event* and build its call tables."""
-        kinds = {
-            side: self._kinds(side, event)[self.devices.ids(side)[walk.order]] for side in SIDES
-        }
-        called = (kinds["driver"] > 0) | (kinds["bus"] > 0)
+        """Choose who is called for *event*, cut them into runs, and build the call tables."""
+        devices = self.devices
+        drivers, buses = (self._kinds(side, event) for side in SIDES)
+        chosen = walk.devices
         # PREPARE leaves its mark on every device; elsewhere who has no callback costs nothing.
-        everyone = event == Event.PREPARE.name
-        places = np.arange(len(walk.order)) if everyone else np.flatnonzero(called)
-        ways = self._ways(kinds["driver"][places], kinds["bus"][places])
+        if event != Event.PREPARE.name:
+            chosen = chosen.choose(devices.driver_ids, devices.bus_ids, drivers, buses)
         if event == Event.FINISH.name:
-            # RFC v1 1.12 looks for devices anew: who went is not found, equal depths come in the
-            # order of registration. Batch runs stay together, as their slots do.
-            here = self.devices.tree.alive[walk.order[places]]
-            places, ways = places[here], ways[here]
-            if not (ways == _BATCH).any():
-                order = walk.order[places]
-                sorted_places = np.lexsort((order, -self.devices.tree.depths[order]))
-                places, ways = places[sorted_places], ways[sorted_places]
-        chosen = walk.order[places]
-        walk.places[event] = places
+            chosen = self._found_again(chosen, _BATCH in drivers or _BATCH in buses)
         walk.chosen[event] = chosen
-        walk.runs[event] = list(self._cut(walk, places, ways))
-        walk.tables[event] = {side: self._table(side, event) for side in SIDES}
-        walk.scopes[event] = self._scope(event)
-
-    def _cut(self, walk: _Walk, places: NDArray[np.intp], ways: NDArray[np.int8]) -> Iterator[_Run]:
-        cuts = cut_runs(
-            ways,
-            places,
-            walk.order,
-            self.devices.tree.depths,
-            self.devices.driver_ids,
-            self.devices.bus_ids,
-            walk.phys["driver"],
-            walk.nbytes["driver"],
-            walk.phys["bus"],
-            walk.nbytes["bus"],
+        cuts, ways = chosen.cut_runs(
+            devices.tree.depths,
+            devices.driver_ids,
+            devices.bus_ids,
+            drivers,
+            buses,
+            devices.slot_phys,
+            devices.slot_bytes,
+            _PYTHON,
             _BATCH,
             _THREADS,
         )
-        for start, stop in itertools.pairwise(cuts.tolist()):
-            yield _Run(start, stop, int(ways[start]))
+        walk.runs[event] = [
+            _Run(start, stop, way)
+            for (start, stop), way in zip(
+                itertools.pairwise(cuts.tolist()), ways.tolist(), strict=True
+            )
+        ]
+        walk.tables[event] = {side: self._table(side, event) for side in SIDES}
+        walk.scopes[event] = self._scope(event)
+
+    def _found_again(self, chosen: DeviceList, batches: bool) -> DeviceList:
+        """Return *chosen* as FINISH meets it, which looks for devices anew (RFC v1 1.12).
+
+        Who went is not found, equal depths come in the order of registration. Batch runs stay
+        together, as their slots do.
+        """
+        tree, order = self.devices.tree, chosen.numbers
+        here = tree.alive[order]
+        if not here.all():
+            order = order[here]
+        if not batches:
+            order = order[np.lexsort((order, -tree.depths[order]))]
+        return chosen if order is chosen.numbers else DeviceList(order)
 
     def _table(self, side: str, event: str) -> CallTable:
         calls: list[Callable[[Device], int | None] | None] = []
@@ -353,7 +348,12 @@ class DeviceParticipant:
             return None
         flags = (devices.preserved, devices.reclaimed) if self.records is not None else (None, None)
         return NativeScope(
-            devices.kernel.memory, devices.tree.table, event, devices.slots(), *flags
+            devices.kernel.memory,
+            devices.tree.table,
+            event,
+            devices.slot_phys,
+            devices.slot_bytes,
+            *flags,
         )
 
     def _key(self, event: str, side: str, name: str) -> int:
@@ -398,7 +398,7 @@ class DeviceParticipant:
             recorder,
             self.devices,
             Device,
-            walk.chosen[event],
+            walk.chosen[event].numbers,
             start,
             stop,
             self._backwards(event),
@@ -448,7 +448,7 @@ class DeviceParticipant:
 
     def _parts(self, walk: _Walk, event: str, run: _Run, side: str) -> list[_Run]:
         """Return the parts of a batch run that are to be called: CANCEL skips who did not run."""
-        chosen = walk.chosen[event][run.start : run.stop]
+        chosen = walk.called(event, run)
         if event not in ("REBOOT", "CANCEL"):
             return [run]
         wanted = (self._done[chosen] & _BIT[side]) != 0
@@ -459,11 +459,12 @@ class DeviceParticipant:
         ]
 
     def _batch(self, walk: _Walk, event: str, run: _Run, side: str) -> DeviceBatch:
-        index = walk.chosen[event][run.start : run.stop]
-        place = walk.places[event][run.start]
-        size, phys = int(walk.nbytes[side][place]), int(walk.phys[side][place])
-        stride = sum(int(aligned(walk.nbytes[s][place : place + 1])[0]) for s in SIDES)
+        index = walk.called(event, run)
+        nbytes = self.devices.slot_bytes[:, index[0]].tolist()
+        row = SIDES.index(side)
+        size, stride = nbytes[row], sum(-(-one // 8) * 8 for one in nbytes)
         if size:
+            phys = int(self.devices.slot_phys[row, index[0]])
             extent = self.devices.kernel.memory.view(phys, stride * (len(index) - 1) + size)
             slots = np.ndarray((len(index), size), np.uint8, extent, 0, (stride, 1))
         else:
@@ -524,24 +525,23 @@ class DeviceParticipant:
             why = devices.why_not_eligible(first) or "its driver has gone since the request"
             raise from_errno(errno.EINVAL, f"PREPARE {tree.path(first)}: {why}")
         order = self._order(requested)
-        nbytes = {side: self._state_sizes(side, order) for side in SIDES}
-        group = self._batch_groups(order, nbytes)
+        listed = DeviceList(order)
+        self._size_slots(listed, devices.slot_bytes)
+        drivers, buses = (self._batched(side) for side in SIDES)
+        group = listed.groups(
+            devices.driver_ids, devices.bus_ids, drivers, buses, devices.slot_bytes
+        )
         if group is not None:
-            by_device = {side: np.zeros(len(requested), np.uint64) for side in SIDES}
-            for side in SIDES:
-                by_device[side][order] = nbytes[side]
-            order = self._order(requested, group)
-            nbytes = {side: by_device[side][order] for side in SIDES}
-        phys = self._saved.allocate_slots(order, nbytes)
-        self._saved.write_records(order, phys, nbytes)
+            listed = DeviceList(self._order(requested, group))
+        self._saved.allocate_slots(listed)
+        self._saved.write_records(listed)
         self._done = np.zeros(len(devices.requested), np.uint8)
-        self._walk = _Walk(order, phys, nbytes)
-        self._hold(order)
+        self._walk = _Walk(listed)
+        self._hold(listed.numbers)
         if self._has("reference-leak"):
             devices.references[devices.leaked(requested)] += 1  # and nobody drops it
-        devices.set_slots(order, phys, nbytes)
-        for event in (Event.PREPARE, Event.REBOOT, Event.CANCEL):
-            self._arrange(self._walk, event.name)  # REBOOT shall not do it in blackout
+        for event in (Event.PREPARE, Event.REBOOT):  # REBOOT shall not do it in blackout
+            self._arrange(self._walk, event.name)
 
     def _has(self, quirk: str) -> bool:
         return quirk in self.devices.kernel.quirks
@@ -569,33 +569,32 @@ class DeviceParticipant:
             supported |= requested[order]
         return order if supported.all() else order[supported]
 
-    def _state_sizes(self, side: str, order: Index, one_by_one: bool = True) -> Address:
-        """Return the slot size of each device in *order* on one side.
+    def _size_slots(
+        self, listed: DeviceList, slot_bytes: NDArray[np.uint64], one_by_one: bool = True
+    ) -> None:
+        """Ask for the slot sizes of each device in *listed*, on both sides.
 
         Without *one_by_one*, 0 for a device whose size a callback of its own must tell.
         """
-        ids = self.devices.ids(side)[order]
-        sizes = np.zeros(len(order), np.uint64)
-        for number, owner in enumerate(self.devices.parties(side)):
-            if owner.ops is None or (
-                owner.ops.state_size.__class__ is int and not owner.ops.state_size
-            ):
-                continue
-            places = np.flatnonzero(ids == number)
-            if not places.size:
-                continue
-            ask = owner.ops.state_size
-            if isinstance(ask, int):
-                sizes[places] = ask
-            elif isinstance(ask, Batch):
-                empty = np.empty((len(places), 0), np.uint8)
-                run = DeviceBatch(self.devices, order[places], empty)
-                sizes[places] = self._ask(side, ask, run, None)
-            elif one_by_one:
-                for place in places:
-                    device = Device(self.devices, int(order[place]))
-                    sizes[place] = self._ask(side, ask, device, device.path)
-        return sizes
+        order = listed.numbers
+        for side, nbytes in zip(SIDES, slot_bytes, strict=True):
+            ids = self.devices.ids(side)
+            asks = [
+                owner.ops.state_size if owner.ops is not None else 0
+                for owner in self.devices.parties(side)
+            ]
+            sizes = [ask if isinstance(ask, int) else 0 for ask in asks]
+            listed.size_slots(ids, np.array(sizes, np.uint64), nbytes)
+            for number, ask in enumerate(asks):
+                if isinstance(ask, int) or not (which := order[ids[order] == number]).size:
+                    continue
+                if isinstance(ask, Batch):
+                    run = DeviceBatch(self.devices, which, np.empty((len(which), 0), np.uint8))
+                    nbytes[which] = self._ask(side, ask, run, None)
+                elif one_by_one:
+                    for index in which.tolist():
+                        device = Device(self.devices, index)
+                        nbytes[index] = self._ask(side, ask, device, device.path)
 
     def _ask(self, side: str, ask: Any, what: Any, path: str | None) -> Any:
         first = what.index if path is not None else int(what.index[0])
@@ -620,21 +619,12 @@ class DeviceParticipant:
                 device=path or self.devices.tree.path(first),
             ) from error
 
-    def _batch_groups(self, order: Index, nbytes: dict[str, Address]) -> Index | None:
-        """Return a group number for each device that batch callbacks serve, None if none is."""
+    def _batched(self, side: str) -> NDArray[np.uint8]:
+        """Return which owners are called in batches, in any event."""
         events = [*(event.name for event in Event), RESTORE]
-        batched = np.zeros(len(order), np.bool_)
-        for side in SIDES:
-            in_batches = np.any([self._kinds(side, event) == _BATCH for event in events], axis=0)
-            if in_batches.any():
-                batched |= in_batches[self.devices.ids(side)[order]]
-        if not batched.any():
-            return None
-        drivers, buses = (self.devices.ids(side)[order] for side in SIDES)
-        number = group_rows(drivers, buses, nbytes["driver"], nbytes["bus"])
-        group = np.full(len(self.devices.requested), -1, np.int32)
-        group[order[batched]] = number[batched]
-        return group
+        kinds = np.array([self._kinds(side, event) for event in events])
+        batched: NDArray[np.uint8] = (kinds == _BATCH).any(axis=0).view(np.uint8)
+        return batched
 
     # ---- KHO nodes ----
 
@@ -753,8 +743,8 @@ class DeviceParticipant:
 
     def _hold(self, which: Index) -> None:
         """Hold a reference on each of *which*, and on nobody else."""
-        self.devices.references[self._held] -= 1
-        self.devices.references[which] += 1
+        add_counts(self.devices.references, self._held, -1)
+        add_counts(self.devices.references, which, 1)
         self._held = which
 
     def _discard(self) -> None:
@@ -790,8 +780,9 @@ class DeviceParticipant:
         devices, memory = self.devices, self.devices.kernel.memory
         tree = devices.tree
         order = self._order(devices.requested & tree.alive)
-        sizes = sum(self._state_sizes(side, order, False) for side in SIDES)
-        nbytes = int(np.sum(sizes)) + len(order) * abi.LUO_RECORD_BYTES
+        sizes = np.zeros_like(devices.slot_bytes)
+        self._size_slots(DeviceList(order), sizes, False)
+        nbytes = int(sizes.sum()) + len(order) * abi.LUO_RECORD_BYTES
         memory.prefault_free(nbytes, memory.max_order)
 
     # ---- the outgoing side, for LUO's node and the report ----
@@ -813,37 +804,34 @@ class DeviceParticipant:
         """Return (bytes, digest) of what is in the slots now, by (side, driver or bus name)."""
         if self._walk is None:
             return {}
-        walk = self._walk
+        devices, order = self.devices, self._walk.order
         if self.records is not None:
-            return self.records.digests(self.devices.kernel.memory)
-        names = {side: [owner.name for owner in self.devices.parties(side)] for side in SIDES}
-        owners = {side: self.devices.ids(side)[walk.order] for side in SIDES}
+            return self.records.digests(devices.kernel.memory, devices)
+
+        def slots_of(part: slice) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+            here = order[part]
+            return devices.slot_phys.take(here, 1), devices.slot_bytes.take(here, 1)
+
         return slot_digests(
-            self.devices.kernel.memory,
+            devices.kernel.memory,
             self._saved.slab_entries,
-            walk.phys,
-            walk.nbytes,
-            owners,
-            names,
+            slots_of,
+            lambda side, part: devices.ids(side)[order[part]],
+            {side: [owner.name for owner in devices.parties(side)] for side in SIDES},
         )
 
     # ---- the new kernel ----
 
     def adopt(self, records: DeviceRecords) -> None:
         """Take over the records of the previous kernel: flags and slots of the matched devices."""
-        found = records.numbers
-        matched = records.devices[found]
+        found = records.found
         self.records = records
         self._nodes = records.nodes
         self._done = np.zeros(len(self.devices.requested), np.uint8)
-        self._walk = _Walk(
-            matched,
-            {side: records.phys[side][found] for side in SIDES},
-            {side: records.nbytes[side][found] for side in SIDES},
-        )
-        self.devices.preserved[matched] = True
-        self._hold(matched)
-        self.devices.set_slots(matched, self._walk.phys, self._walk.nbytes)
+        self._walk = _Walk(DeviceList(found))
+        set_flags(self.devices.preserved.view(np.uint8), found, True)
+        self._hold(found)
+        self.devices.slotted = True
 
     def unreclaimed(self) -> Index:
         """Return the devices that came over and do not run again."""
@@ -860,7 +848,7 @@ class DeviceParticipant:
         assert walk is not None
         assert records is not None
         self._arrange(walk, RESTORE)  # with the driver in it
-        called = np.flatnonzero(walk.chosen[RESTORE] == index)
+        called = np.flatnonzero(walk.chosen[RESTORE].numbers == index)
         if called.size and self._callback("driver", index, RESTORE) is not None:
             run = _Run(int(called[0]), int(called[0]) + 1, _PYTHON)
             if isinstance(self._callback("driver", index, RESTORE), Batch):
@@ -891,13 +879,16 @@ class DeviceParticipant:
         Not those whose driver is not here: they wait for it.
         """
         assert self.records is not None
-        had_driver = self.records.owners["driver"][self.records.numbers] != -1
-        silent = ~(had_driver & (self.devices.driver_ids[walk.order] < 0))
+        if walk.chosen[RESTORE] is walk.devices:
+            return  # everybody has one
+        order = walk.order
+        had_driver = self.records.owners[0][self.records.numbers] != -1
+        silent = ~(had_driver & (self.devices.driver_ids[order] < 0))
         for side in SIDES:
-            silent &= (self._kinds(side, RESTORE) == 0)[self.devices.ids(side)[walk.order]]
-        silent &= ~self.devices.reclaimed[walk.order]
+            silent &= np.append(self._kinds(side, RESTORE), 0)[self.devices.ids(side)[order]] == 0
+        silent &= ~self.devices.reclaimed[order]
         if silent.any():
-            self.devices.reclaim(walk.order[silent])
+            self.devices.reclaim(order[silent])
 
 
 def _name(owner: Device | Driver | Bus) -> str:

@@ -470,6 +470,9 @@ def chosen_mask(which: ArrayLike, n: int, tree: Tree) -> Mask:
     return mask
 
 
+#: Driver before bus for everything but the way back.
+SIDES: Final = ("driver", "bus")
+
 _EMPTY: Final = memoryview(bytearray())
 
 
@@ -486,6 +489,9 @@ class Devices(Mortal):
         references: how many references live update holds on each; ``int32``.
         nr_linked: links in the list of requested devices.
         owners: (uid, gid) of the directory, of those whose owner was changed.
+        slot_phys, slot_bytes: where each one's slots are, ``uint64 (2, n)``: the driver's, the
+            bus's; no bytes for a device that takes no part.
+        slotted: whether there are slots: from PREPARE to FINISH or CANCEL.
     """
 
     def __init__(
@@ -513,7 +519,10 @@ class Devices(Mortal):
         self._moved: dict[int, tuple[int, int]] = {}  # bound anew: behind whom, and when
         self._orphans: set[int] = set()  # lost their driver while they were requested
         self._nr_early = 0  # enumerated before it was known whether KHO is on
-        self._slots: dict[str, tuple[NDArray[np.uint64], NDArray[np.uint64]]] = {}
+        self.slot_phys: NDArray[np.uint64] = np.zeros((2, 0), np.uint64)
+        self.slot_bytes: NDArray[np.uint64] = np.zeros((2, 0), np.uint64)
+        self.slotted = False
+        self._room: NDArray[np.int32] = np.zeros(0, np.int32)
         self.rescan()
 
     def rescan(self) -> None:
@@ -537,6 +546,10 @@ class Devices(Mortal):
             column = np.concatenate((getattr(self, flags), np.zeros(count, np.bool_)))
             setattr(self, flags, column)
         self.references = np.concatenate((self.references, np.zeros(count, np.int32)))
+        # Written, so that PREPARE does not touch them first.
+        more = np.full((2, count), 0, np.uint64)
+        self.slot_phys = np.concatenate((self.slot_phys, more), axis=1)
+        self.slot_bytes = np.concatenate((self.slot_bytes, more), axis=1)
         if not self.kernel.booted:
             self._nr_early = len(self.requested)
 
@@ -827,40 +840,36 @@ class Devices(Mortal):
         node: KhoNode = self.kernel.kho_node(owner)
         return node
 
-    def set_slots(
-        self,
-        order: NDArray[np.int32],
-        phys: dict[str, NDArray[np.uint64]],
-        nbytes: dict[str, NDArray[np.uint64]],
-    ) -> None:
-        """Say where the slots of the devices in *order* are, by side ("driver", "bus")."""
-        n = len(self.requested)
-        for side in ("driver", "bus"):
-            where, size = np.zeros(n, np.uint64), np.zeros(n, np.uint64)
-            where[order] = phys[side]
-            size[order] = nbytes[side]
-            self._slots[side] = where, size
+    def expect_records(self) -> None:
+        """Make room, now, for the records of the previous kernel."""
+        self._room = np.full(3 * len(self.requested), -1, np.int32)
+
+    def room_for_records(self, count: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Return two columns by record, to be filled: ``int32 (count,)`` and ``(2, count)``."""
+        room, self._room = self._room, np.zeros(0, np.int32)
+        if len(room) < 3 * count:
+            room = np.empty(3 * count, np.int32)
+        return room[:count], room[count : 3 * count].reshape(2, count)
 
     def clear_slots(self) -> None:
         """Forget where slots are: they have been freed."""
-        self._slots = {}
-
-    def slots(self) -> dict[str, tuple[NDArray[np.uint64], NDArray[np.uint64]]]:
-        """Return (phys, nbytes) of each device's slot, by side; empty if there are none."""
-        return self._slots
+        self.slot_bytes.fill(0)
+        self.slotted = False
 
     def slot(self, index: int, side: str) -> memoryview:
         """Return the view of one slot, empty if the device has none on this side."""
-        if side not in self._slots:
+        if not self.slotted:
             state = self.kernel.luo.state
             raise StateError(
                 errno.EINVAL,
                 f"slot of {self.tree.path(index)}: devices have slots from PREPARE to FINISH,"
                 f" the state is {state.name}",
             )
-        phys, size = self._slots[side]
-        nbytes = int(size[index]) if index < len(size) else 0  # else it came after PREPARE
-        view: memoryview = self.kernel.memory.view(int(phys[index]), nbytes) if nbytes else _EMPTY
+        row = SIDES.index(side)
+        nbytes = int(self.slot_bytes[row, index])
+        if not nbytes:
+            return _EMPTY
+        view: memoryview = self.kernel.memory.view(int(self.slot_phys[row, index]), nbytes)
         return view
 
     def reclaim(self, indices: NDArray[np.int32]) -> None:

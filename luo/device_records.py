@@ -6,43 +6,39 @@ commit point and writes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from luo import abi
-from luo._kho import digest_slots, find_stray_slot, match_strings
-from luo.device import Devices
+from luo._kho import RecordReader, digest_slots
+from luo.device import SIDES, Devices
 from luo.errors import FdtError, HandoverError
-from luo.fdt import Column, Fdt
+from luo.fdt import Fdt, Node
 from luo.kho_tree import KhoNode, to_node
 
 if TYPE_CHECKING:
     from luo.kho import Incoming
     from luo.liveupdate import LuoIncoming
 
-__all__ = ["SIDES", "Address", "DeviceRecords", "Index", "slot_digests"]
+__all__ = ["DeviceRecords", "Index", "slot_digests"]
 
-Index = NDArray[np.int32]
-Address = NDArray[np.uint64]
+Index: TypeAlias = NDArray[np.int32]
+Slots: TypeAlias = NDArray[np.uint64]
 
-#: Driver before bus for everything but the way back.
-SIDES: Final = ("driver", "bus")
-
-#: Records that stand together: where, the number of the first, their columns.
-_Source = tuple[int, int, dict[str, Column]]
-_COLUMNS: Final = ["path", "bus", "driver", "state", "index"]
+#: Bytes that no record is below: its node, path, state and index.
+_LEAST_RECORD = 92
 
 
 def slot_digests(
     memory: Any,
     slabs: NDArray[np.uint64],
-    phys: dict[str, Address],
-    nbytes: dict[str, Address],
-    owners: dict[str, Index],
+    slots_of: Callable[[slice], tuple[Slots, Slots]],
+    owners_of: Callable[[str, slice], Index],
     names: dict[str, list[str]],
 ) -> dict[tuple[str, str], tuple[int, int]]:
     """Return (bytes, digest) of all slots, by (side, driver or bus name).
@@ -50,55 +46,58 @@ def slot_digests(
     Args:
         memory: where they lie.
         slabs: ``uint64 (n, 4)``: phys, bytes, first record, count.
-        phys: of each record's slot, by side.
-        nbytes: likewise.
-        owners: of each record, by side: a number in *names*.
+        slots_of: returns addresses and sizes of a slice of records, ``uint64 (2, k)`` each.
+        owners_of: returns the drivers or buses of a slice of records: numbers in *names*.
         names: of drivers and buses, by side.
     """
-    result = {}
-    for side in SIDES:
-        sums = np.zeros(len(names[side]), np.uint64)
-        totals = np.zeros(len(names[side]), np.uint64)
-        for slab, size, first, count in slabs.tolist():
-            part = slice(first, first + count)
+    sums = {side: np.zeros(len(names[side]), np.uint64) for side in SIDES}
+    totals = {side: np.zeros(len(names[side]), np.uint64) for side in SIDES}
+    for slab, size, first, count in slabs.tolist():
+        part = slice(first, first + count)
+        phys, nbytes = slots_of(part)
+        offsets = np.where(nbytes > 0, phys - np.uint64(slab), np.uint64(0))
+        for row, side in enumerate(SIDES):
             digest_slots(
                 memory.view(slab, size),
-                np.where(nbytes[side][part] > 0, phys[side][part] - np.uint64(slab), np.uint64(0)),
-                nbytes[side][part],
-                owners[side][part],
+                offsets[row],
+                nbytes[row],
+                owners_of(side, part),
                 first,
-                sums,
-                totals,
+                sums[side],
+                totals[side],
             )
-        for number, name in enumerate(names[side]):
-            if totals[number]:
-                result[side, name] = (int(totals[number]), int(sums[number]))
-    return result
+    return {
+        (side, name): (int(totals[side][number]), int(sums[side][number]))
+        for side in SIDES
+        for number, name in enumerate(names[side])
+        if totals[side][number]
+    }
 
 
 @dataclass(slots=True)
 class DeviceRecords:
-    """The device records of the previous kernel, read and checked; arrays in record order.
+    """The device records of the previous kernel, read and checked.
+
+    Where the slots of the devices that are here lie is with the devices (``Devices.slot_phys``).
 
     Attributes:
-        devices: number of the matching device in this kernel, -1 if it is gone; ``int32``.
-        paths: path of each device, as a string column.
-        phys, nbytes: of each slot, by side; ``uint64``.
-        owners, names: driver and bus of each record, as number in names.
+        devices: number of the matching device in this kernel, -1 if it is gone; ``int32``, in
+            record order.
+        owners: driver and bus of each record, as number in names; ``int32 (2, n)``.
+        names: of drivers and buses, by side.
+        lost: of each record whose device is not here: its number, its path, the four words of
+            its state.
         heads: first block of the two chains.
         shards, slabs: ``uint64 (n, 4)``: phys, bytes, first record, count.
         expected: how many devices the previous kernel says that it preserved.
         nodes: tree of the KHO nodes, None if there is none.
         nodes_phys: its address, 0 if it is inline.
-        numbers: numbers of the records whose device is here; ``int64``.
     """
 
     devices: Index
-    paths: list[Column]
-    phys: dict[str, Address]
-    nbytes: dict[str, Address]
-    owners: dict[str, Index]
+    owners: NDArray[np.int32]
     names: dict[str, list[str]]
+    lost: list[tuple[int, str, list[int]]]
     heads: dict[str, int]
     shards: NDArray[np.uint64]
     slabs: NDArray[np.uint64]
@@ -111,9 +110,14 @@ class DeviceRecords:
         """Numbers of the records whose device is here."""
         return np.flatnonzero(self.devices >= 0)
 
+    @property
+    def found(self) -> Index:
+        """The devices that have a record, in record order."""
+        return self.devices[self.devices >= 0] if self.lost else self.devices
+
     @classmethod
     def read(cls, incoming: Incoming, found: LuoIncoming, devices: Devices) -> DeviceRecords:
-        """Read the records and match them to *devices* by path and bus.
+        """Read the records, match them to *devices* by path and bus, and say where slots are.
 
         Reads memory only: this runs before the old kernel is let go.
 
@@ -124,47 +128,45 @@ class DeviceRecords:
         nodes_phys = found.devices.get("nodes", 0)
         taken: set[int] = set()
         if incoming.generation.inline:
-            shards, slabs, sources = _read_inline(incoming, found)
+            shards, slabs = np.zeros((0, 4), np.uint64), _read_inline_slabs(incoming, found)
+            rooms = [(found.phys, incoming.root.totalsize, found.devices.get("count", 0))]
         else:
             shards, slabs = (_read_chain(incoming, heads[name], name, taken) for name in heads)
-            sources = (
-                (phys, first, _read_shard(incoming, phys, nbytes, count))
-                for phys, nbytes, first, count in shards.tolist()
-            )
-        parts: dict[str, list[Any]] = {name: [] for name in ("path", "bus", "driver")}
-        state: list[list[Address]] = [[np.zeros(0, np.uint64)] for _ in range(4)]
-        matched = [np.zeros(0, np.int32)]
+            rooms = shards[:, [0, 1, 3]].tolist()
+        for phys, room, nr in rooms:  # before anything of that size is made
+            if nr > room // _LEAST_RECORD:
+                raise HandoverError(f"device records: no room for {nr} in {room} bytes", phys)
+        count = sum(nr for _phys, _room, nr in rooms)
+        slabs = _in_order(slabs, count)
         tree = devices.tree
         drivers = dict.fromkeys([*tree.driver_names, *(driver.name for driver in devices.drivers)])
         names = {"driver": list(drivers), "bus": list(tree.bus_names)}
-        known = {side: [name.encode() for name in names[side]] for side in SIDES}
-        for phys, first, columns in sources:
-            path = columns["path"]
-            hints = np.ascontiguousarray(columns["index"].fixed()).view(np.uint64).ravel()
-            ends = path.offsets[1:] - np.uint64(1)
-            if not path.present.all() or (len(path) and path.data[ends.astype(np.intp)].any()):
-                raise HandoverError(f"record {first}…: a path is missing or has no end", phys)
-            index = tree.find_paths(
-                *_unterminated(path), np.minimum(hints, 2**31 - 1).astype(np.int32)
-            )
-            for side in SIDES:
-                codes = match_strings(columns[side].data, columns[side].offsets, known[side])
-                parts[side].append(codes)
-            here = np.append(tree.bus_ids, np.int32(-3))[index]  # -1 finds the last
-            # A device of that path on another bus is another device.
-            matched.append(np.where(parts["bus"][-1] == here, index, -1).astype(np.int32))
-            parts["path"].append(path)
-            raw = np.ascontiguousarray(columns["state"].fixed()).view(np.uint64)
-            for number, column in enumerate(state):
-                column.append(raw[:, number].copy())
-        driver_phys, driver_bytes, bus_phys, bus_bytes = map(np.concatenate, state)
-        records = cls(
-            np.concatenate(matched),
-            parts["path"],
-            {"driver": driver_phys, "bus": bus_phys},
-            {"driver": driver_bytes, "bus": bus_bytes},
-            {side: np.concatenate([np.zeros(0, np.int32), *parts[side]]) for side in SIDES},
+        numbers, owners = devices.room_for_records(count)
+        devices.clear_slots()
+        reader = RecordReader(
+            tree.table,
+            [name.encode() for name in names["driver"]],
+            [name.encode() for name in names["bus"]],
+            slabs,
+            numbers,
+            owners,
+            devices.slot_phys,
+            devices.slot_bytes,
+        )
+        if not incoming.generation.inline:
+            # A copy, which nobody changes while it is read, and which fills no hole.
+            copy = bytearray(max(shards[:, 1].tolist(), default=0))
+            for phys, nbytes, _first, nr in shards.tolist():
+                shard = memoryview(copy)[:nbytes]
+                incoming.memory.read_into(phys, shard)
+                _read_records(reader, phys, partial(_shard_root, shard), nr)
+        elif count:
+            _read_records(reader, found.phys, partial(_inline_node, incoming), count)
+        return cls(
+            numbers,
+            owners,
             names,
+            reader.lost,
             heads,
             shards,
             slabs,
@@ -172,50 +174,36 @@ class DeviceRecords:
             _read_nodes(incoming, nodes_phys, taken),
             nodes_phys,
         )
-        records._check_slots()
-        return records
-
-    def _check_slots(self) -> None:
-        """Raise unless every slot lies in the slab that lists its record."""
-        n = len(self.devices)
-        listed = np.zeros(n, np.bool_)
-        for phys, _nbytes, first, count in self.slabs.tolist():
-            if first + count > n or listed[first : first + count].any():
-                raise HandoverError(f"slab lists records {first}…{first + count} of {n}", phys)
-            listed[first : first + count] = True
-        for side in SIDES:
-            wrong = find_stray_slot(self.slabs, self.phys[side], self.nbytes[side])
-            if wrong >= 0:
-                raise HandoverError(
-                    f"record {wrong}: {side} slot of {int(self.nbytes[side][wrong])} bytes"
-                    " leaves its slab",
-                    int(self.phys[side][wrong]),
-                )
-        live = self.devices[self.devices >= 0]
-        if live.size and int(np.bincount(live).max()) > 1:
-            raise HandoverError("two records name the same device")
 
     @property
     def without_device(self) -> list[str]:
         """Paths of the records whose device is not there any more."""
-        gone = set(np.flatnonzero(self.devices < 0).tolist())
-        paths, first = [], 0
-        for column in self.paths:
-            here = [place - first for place in gone if first <= place < first + len(column)]
-            if here:
-                strings = column.strings()
-                paths += [strings[place] for place in sorted(here)]
-            first += len(column)
-        return paths
+        return [path for _number, path, _state in self.lost]
 
     @property
     def devices_without_record(self) -> int:
         """How many devices the previous kernel preserved and left no record of."""
         return max(0, self.expected - len(self.devices))
 
-    def digests(self, memory: Any) -> dict[tuple[str, str], tuple[int, int]]:
+    def digests(self, memory: Any, devices: Devices) -> dict[tuple[str, str], tuple[int, int]]:
         """Return (bytes, digest) of the slots, by (side, driver or bus name)."""
-        return slot_digests(memory, self.slabs, self.phys, self.nbytes, self.owners, self.names)
+
+        def slots_of(part: slice) -> tuple[Slots, Slots]:
+            here = self.devices[part]
+            phys, nbytes = np.zeros((2, 2, len(here)), np.uint64)
+            phys[:, here >= 0] = devices.slot_phys[:, here[here >= 0]]
+            nbytes[:, here >= 0] = devices.slot_bytes[:, here[here >= 0]]
+            for number, _path, state in self.lost:
+                if part.start <= number < part.stop:
+                    place = number - part.start
+                    phys[:, place], nbytes[:, place] = state[::2], state[1::2]
+            return phys, nbytes
+
+        def owners_of(side: str, part: slice) -> Index:
+            owners: Index = self.owners[SIDES.index(side), part]
+            return owners
+
+        return slot_digests(memory, self.slabs, slots_of, owners_of, self.names)
 
     def free(self, incoming: Incoming) -> None:
         """Free shards, slabs, nodes and both chains in the new kernel."""
@@ -252,27 +240,34 @@ def _check_extents(
         taken.add(phys)
 
 
-def _read_inline(
-    incoming: Incoming, found: LuoIncoming
-) -> tuple[NDArray[np.uint64], NDArray[np.uint64], Iterable[_Source]]:
-    """Return no shards, the slabs, and the one source of records: LUO's node in the root tree."""
-    none = np.zeros((0, 4), np.uint64)
-    where, count = found.phys, found.devices.get("count", 0)
-    if not count:
-        return none, none, []
-    path = f"/{abi.LUO_NODE}/devices"
+def _in_order(slabs: NDArray[np.uint64], count: int) -> NDArray[np.uint64]:
+    """Return the slabs by their first records, of which there are *count*, each in one slab."""
+    listed = sorted(slabs.tolist(), key=lambda entry: int(entry[2]))
+    end = 0
+    for phys, _nbytes, first, nr in listed:
+        if first + nr > count or first < end:
+            raise HandoverError(f"slab lists records {first}…{first + nr} of {count}", phys)
+        end = first + nr
+    return np.array(listed, np.uint64).reshape(-1, 4)
+
+
+def _inline_node(incoming: Incoming) -> Node:
+    return incoming.root.node(f"/{abi.LUO_NODE}/devices")
+
+
+def _read_inline_slabs(incoming: Incoming, found: LuoIncoming) -> NDArray[np.uint64]:
+    """Return the slabs that an inline tree lists."""
+    if not found.devices.get("count", 0):
+        return np.zeros((0, 4), np.uint64)
     try:
-        raw = bytes(incoming.root.node(path).get("slabs") or b"")
-        if len(raw) % abi.LUO_EXTENT_BYTES:
-            raise HandoverError(f"{path}: slabs of {len(raw)} bytes are not whole entries", where)
-        columns = _checked(incoming.root.read_nodes(path, _COLUMNS), count, where)
-    except (FdtError, ValueError, KeyError) as error:
-        if isinstance(error, HandoverError):
-            raise
-        raise HandoverError(f"device records: {error}", where) from error
+        raw = bytes(_inline_node(incoming).get("slabs") or b"")
+    except (FdtError, KeyError) as error:
+        raise HandoverError(f"device records: {error}", found.phys) from error
+    if len(raw) % abi.LUO_EXTENT_BYTES:
+        raise HandoverError(f"slabs of {len(raw)} bytes are not whole entries", found.phys)
     slabs = np.frombuffer(raw, np.uint64).reshape(-1, 4)
     _check_extents(incoming, slabs, "slabs", set())
-    return none, slabs, [(where, 0, columns)]
+    return slabs
 
 
 def _read_nodes(incoming: Incoming, phys: int, taken: set[int]) -> KhoNode | None:
@@ -296,32 +291,18 @@ def _read_nodes(incoming: Incoming, phys: int, taken: set[int]) -> KhoNode | Non
         raise HandoverError(f"nodes: {error}", phys) from error
 
 
-def _checked(columns: dict[str, Column], count: int, phys: int) -> dict[str, Column]:
-    for name, size in (("state", 32), ("index", 8)):
-        if columns[name].fixed().shape != (count, size):
-            raise HandoverError(f"device records: {name} is not {count} times {size}", phys)
-    return columns
+def _shard_root(shard: memoryview) -> Node:
+    root = Fdt(shard, check=False).root
+    compatible = bytes(root["compatible"]) if "compatible" in root else b""
+    if compatible != abi.LUO_DEVICES_COMPATIBLE.encode() + b"\0":
+        raise ValueError(f"compatible is {compatible!r}")
+    return root
 
 
-def _read_shard(incoming: Incoming, phys: int, nbytes: int, count: int) -> dict[str, Column]:
-    if not incoming.memory.is_populated(phys, max(nbytes, 1)):  # reading a hole would fill it
-        raise HandoverError("device records: never written", phys)
+def _read_records(reader: RecordReader, phys: int, node: Callable[[], Node], count: int) -> None:
     try:
-        tree = Fdt(incoming.memory.view(phys, nbytes))
-        compatible = bytes(tree.root["compatible"]) if "compatible" in tree.root else b""
-        if compatible != abi.LUO_DEVICES_COMPATIBLE.encode() + b"\0":
-            raise HandoverError(f"device records: compatible is {compatible!r}", phys)
-        columns = _checked(tree.read_nodes("/", _COLUMNS), count, phys)
-    except (FdtError, ValueError) as error:
+        reader.read(node(), count)
+    except (FdtError, ValueError, KeyError) as error:
         if isinstance(error, HandoverError):
             raise
         raise HandoverError(f"device records: {error}", phys) from error
-    return columns
-
-
-def _unterminated(column: Column) -> tuple[NDArray[np.uint8], Address]:
-    """Return (data, offsets) of a string column without the NULs."""
-    keep = np.ones(len(column.data), np.bool_)
-    keep[(column.offsets[1:] - np.uint64(1)).astype(np.intp)] = False
-    offsets: Address = column.offsets - np.arange(len(column.offsets)).astype(np.uint64)
-    return column.data[keep], offsets

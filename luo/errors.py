@@ -7,6 +7,7 @@ subclasses, libfdt's codes in :class:`FdtError`.
 import errno as _errno
 
 __all__ = [
+    "BudgetError",
     "CallbackError",
     "FdtError",
     "HandoverError",
@@ -204,3 +205,18 @@ class SuccessorError(KhoError):
 
 class HostCrashError(KhoError):
     """The new kernel died after the commit point: the old one is gone, the host is down."""
+
+
+class BudgetError(LuoError, AssertionError):
+    """An update took longer than it may: what :meth:`luo.report.Report.check` raises.
+
+    Attributes:
+        over: nanoseconds as ``(spent, allowed)`` by name of what is over budget, worst first.
+    """
+
+    def __init__(self, message: str, over: dict[str, tuple[int, int]]) -> None:
+        super().__init__(message)
+        self.over = over
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (str(self), self.over))

@@ -147,6 +147,7 @@ class KernelImage:
             )
         if self.cmdline is not None:
             kernel.set_cmdline(self.cmdline)
+        kernel.builder = self.build
         return kernel
 
 
@@ -215,6 +216,7 @@ class Kernel:
         on_handover: called with the four numbers in :meth:`kexec` when memory holds what is handed
             over, before the successor looks at it. Its time counts in no phase; what it raises
             cancels the update.
+        builder: builds one like it on another machine, for :meth:`clone`; None if nobody can.
     """
 
     def __init__(
@@ -277,6 +279,7 @@ class Kernel:
         self.luo.join_devices(self._layer)
         self.observer = observer
         self.on_handover: Callable[[Handover], None] | None = None
+        self.builder: Callable[[Machine], Kernel] | None = None
         self._kho: Kho | None = None
         self._plan = _Plan()
         self.arrival: Arrival | None = None
@@ -454,11 +457,13 @@ class Kernel:
         if plan.luo is not None and plan.records is not None:
             if verify:  # outside both phases: an instrument, not a part of the update
                 began = self.profile.read_clock()
-                self._digests = plan.records.digests(self.machine.memory)
+                self._digests = plan.records.digests(self.machine.memory, self.devices)
                 self._digest_ns = self.profile.read_clock() - began
             with self._phase("restore"):
                 if "flags-not-restored" not in self.quirks:
                     self._layer.adopt(plan.records)
+                else:
+                    self.devices.clear_slots()
                 self._restore_failures = self.luo.restore()
         self._probe(self._each("probe"))
         self.strays = dma.catch(self, escaped)
@@ -531,6 +536,31 @@ class Kernel:
             "failures": [describe(error) for error in self._restore_failures],
             "dma": [stray._asdict() for stray in self.strays],
         }
+
+    def clone(self) -> Kernel:
+        """Return a kernel like this one on a clone of its machine: for one more measurement.
+
+        It has booted cold, and has the same requests, and the same next kernel loaded if one is.
+        Only what knows how it was built can be built again: :func:`luo.workloads.load` and
+        :class:`KernelImage` make such kernels.
+
+        Raises:
+            StateError: EOPNOTSUPP if this kernel, or the next one, was built by hand.
+        """
+        self._require("clone", "running")
+        local = self._next.kernel if isinstance(self._next, LocalSuccessor) else None
+        for kernel in (self, local):
+            if kernel is not None and kernel.builder is None:
+                raise StateError(errno.EOPNOTSUPP, f"clone: nobody knows how {kernel!r} was built")
+        assert self.builder is not None
+        made = self.builder(self.machine.clone()).boot()
+        made.devices.request(self.devices.requested)
+        if isinstance(self._next, RemoteKernel):
+            made.kexec_load(self._next.image)
+        elif local is not None:
+            assert local.builder is not None
+            made.kexec_load(local.builder(made.machine))
+        return made
 
     # ---- kexec ----
 
@@ -744,7 +774,7 @@ def dry_run(kernel: Kernel | RemoteKernel, *, report: Report | None = None) -> R
 
 def live_update(
     kernel: Kernel | RemoteKernel,
-    next: Kernel | KernelImage,
+    next: Kernel | KernelImage | None = None,
     *,
     repeat: int = 1,
     in_process: bool = False,
@@ -756,7 +786,7 @@ def live_update(
     Args:
         kernel: the running kernel, with devices requested.
         next: an image starts a second process (or, *in_process*, is built here); a kernel of
-            the same machine takes over in this process.
+            the same machine takes over in this process; None is the one that is loaded.
         repeat: how many updates in a row; each new kernel gets the same requests. More than
             one needs an image.
         in_process: build the image's kernel in this process.
@@ -781,7 +811,9 @@ def live_update(
         here = isinstance(next, KernelImage) and in_process
         successor = next.build(kernel.machine) if here else next  # type: ignore[union-attr]
         with report.watch(kernel):
-            if isinstance(kernel, RemoteKernel):
+            if successor is None:
+                pass  # loaded already
+            elif isinstance(kernel, RemoteKernel):
                 assert isinstance(successor, KernelImage)
                 kernel.kexec_load(successor, timeout=timeout)
             else:

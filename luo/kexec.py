@@ -151,6 +151,7 @@ class LocalSuccessor:
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
         self._plan: Any = None
+        kernel.devices.expect_records()
 
     def __str__(self) -> str:
         return f"successor {self.kernel!r}"

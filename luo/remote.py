@@ -757,6 +757,7 @@ class _Server:
         machine.elsewhere = []
         machine.devices.index()  # an image that waits has time; after the jump there is none
         kernel = KernelImage(image["name"], image["cmdline"], image["args"]).build(machine)
+        kernel.devices.expect_records()
         kernel.observer = partial(self._observe, kernel.observer)
         machine.watchers.append(partial(self._tell, "sysfs"))
         self._kernel = kernel

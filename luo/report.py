@@ -8,19 +8,29 @@ import os
 import platform
 import re
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from luo._kho import CallRecorder
 from luo.dma import Stray
-from luo.errors import LuoError, errno_name
+from luo.errors import BudgetError, LuoError, errno_name
 from luo.liveupdate import CancelResult, FinishResult, State
 
 __all__ = ["Report", "describe", "parse_duration", "version"]
 
 PHASES: Final = ("prepare", "reboot", "jump", "boot", "restore", "finish", "blackout")
 _UNITS: Final = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
+#: Events whose callbacks are a part of the phase.
+_EVENTS: Final = {
+    "prepare": ("PREPARE",),
+    "reboot": ("REBOOT",),
+    "restore": ("RESTORE",),
+    "finish": ("FINISH",),
+    "blackout": ("REBOOT", "RESTORE"),
+}
+_NR_WORST = 3
 _CALLBACK_FIELDS: Final = ("event", "kind", "name", "device", "file", "line")
 
 
@@ -52,7 +62,8 @@ class Report:
     Attributes:
         kernel: the kernel that runs now, None if none does.
         settings, source: what was asked for and where the devices came from; the caller's.
-        runs: one dictionary an update: phases and numbers of devices.
+        runs: one dictionary an update: phases, numbers of devices, and what callbacks took, by
+            ``"subsystem/name/EVENT"``.
         states: states passed, by name, in lower case.
         failures: restore, finish and cancel callbacks that failed.
         dma: where devices may have written that the next kernel was not told to keep.
@@ -136,9 +147,19 @@ class Report:
             "records_without_device": len(result["records_without_device"]),
             "devices_without_record": result["devices_without_record"],
         }
-        self.runs.append({"phases_ns": phases, "devices": dict(self.devices)})
-        self._calls.merge(departure.calls, ("PREPARE", "REBOOT"))
-        self._calls.merge(kernel.profile.dump(), ("RESTORE", "FINISH"))
+        calls = CallRecorder()
+        for dump, events in (
+            (departure.calls, ("PREPARE", "REBOOT")),
+            (kernel.profile.dump(), ("RESTORE", "FINISH")),
+        ):
+            calls.merge(dump, events)
+        self._calls.merge(calls.dump())
+        callbacks: Counter[str] = Counter()
+        for row in calls.rows():
+            callbacks["{subsystem}/{name}/{event}".format_map(row)] += row["total_ns"]
+        self.runs.append(
+            {"phases_ns": phases, "devices": dict(self.devices), "callbacks_ns": dict(callbacks)}
+        )
         self.failures += [*result["failures"], *map(describe, finished.failures)]
         if self.error is None and self.failures:
             self.error = self.failures[0]
@@ -187,41 +208,41 @@ class Report:
         """What callbacks cost: one row a subsystem, event, kind and name; all runs together."""
         return list(self._calls.rows())
 
-    def check(self, budgets: Mapping[str, str | int]) -> list[str]:
-        """Return what is over budget, in words; nothing if all is within.
+    def check(self, budgets: Mapping[str, str | int]) -> None:
+        """Hold the updates to *budgets*, by their 95th percentile: the slowest of fewer than 20.
 
         Args:
-            budgets: limit by name: a phase (``"blackout"``), or ``"subsystem/EVENT"`` or
-                ``"subsystem/name/EVENT"`` for the total of callbacks in one update; the limit as
-                ``"50ms"`` or in nanoseconds.
+            budgets: limit by name: a phase (``"blackout"``), or what all callbacks of a subsystem
+                (``"subsystem/EVENT"``) or of a driver, bus or subsystem in it
+                (``"subsystem/name/EVENT"``) may take together in one update; as ``"50ms"`` or in
+                nanoseconds.
 
         Raises:
-            ValueError: a name that is none of these, or a limit that is no duration.
+            BudgetError: what is over budget, worst first, with its dearest callbacks.
+            ValueError: a name that these updates have not, a limit that is no duration, or no
+                update that has come to its end.
         """
-        over = []
+        if not self.runs:
+            raise ValueError("budgets: no update has come to its end")
+        figures = [_figures(run) for run in self.runs]
+        names = dict.fromkeys(name for run in figures for name in run)
+        spent = {name: _p95([run.get(name, 0) for run in figures]) for name in names}
+        over = {}
         for name, limit in budgets.items():
             allowed = parse_duration(limit) if isinstance(limit, str) else limit
-            spent = self._spent(name)
-            if spent > allowed:
-                over.append(f"{name}: {spent / 1e6:.3f} ms, the budget is {allowed / 1e6:.3f} ms")
-        return over
-
-    def _spent(self, name: str) -> int:
-        if name in PHASES:
-            return self.phases[name]
-        parts = name.split("/")
-        if len(parts) not in (2, 3) or parts[-1] not in ("PREPARE", "REBOOT", "RESTORE", "FINISH"):
-            raise ValueError(
-                f"budget {name!r}: {', '.join(PHASES)}, subsystem/EVENT or subsystem/name/EVENT"
-            )
-        total: int = sum(
-            row["total_ns"]
-            for row in self.callbacks
-            if row["subsystem"] == parts[0]
-            and row["event"] == parts[-1]
-            and (len(parts) == 2 or row["name"] == parts[1])
-        )
-        return round(total / max(1, len(self.runs)))
+            if name not in spent:
+                raise ValueError(f"budget {name!r}: none of {', '.join(spent)}")
+            if spent[name] > allowed:
+                over[name] = (spent[name], allowed)
+        if not over:
+            return
+        worst = sorted(over, key=lambda name: over[name][1] / over[name][0])
+        lines = [f"over budget, by the 95th percentile of {len(figures)}:"]
+        for name in worst:
+            lines.append("{}: {}, the budget is {}".format(name, *map(_ms, over[name])))
+            parts = sorted((part for part in spent if _is_part(part, name)), key=spent.__getitem__)
+            lines += [f"    {part}: {_ms(spent[part])}" for part in parts[: -_NR_WORST - 1 : -1]]
+        raise BudgetError("\n".join(lines), {name: over[name] for name in worst})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the ``luo-run/1`` document."""
@@ -254,6 +275,34 @@ class Report:
     def to_json(self) -> str:
         """Return the ``luo-run/1`` document as text."""
         return json.dumps(self.to_dict(), indent=2)
+
+
+def _figures(run: Mapping[str, Any]) -> dict[str, int]:
+    """Return what one update took, by the names of :meth:`Report.check`."""
+    figures = {name: run["phases_ns"].get(name, 0) for name in PHASES}
+    for name, ns in run["callbacks_ns"].items():
+        subsystem, event = name.partition("/")[0], name.rpartition("/")[2]
+        total = f"{subsystem}/{event}"
+        figures[total] = figures.get(total, 0) + ns
+        figures[name] = ns
+    return figures
+
+
+def _is_part(name: str, whole: str) -> bool:
+    """Whether *name*, a callback's, is a part of *whole*, a phase or the event of a subsystem."""
+    if name.count("/") < 2:
+        return False
+    subsystem, event = name.partition("/")[0], name.rpartition("/")[2]
+    return event in _EVENTS.get(whole, ()) or whole == f"{subsystem}/{event}"
+
+
+def _p95(values: list[int]) -> int:
+    """Return the 95th percentile by nearest rank, which is a value that occurred."""
+    return sorted(values)[-(-95 * len(values) // 100) - 1]
+
+
+def _ms(ns: int) -> str:
+    return f"{ns / 1e6:.3f} ms"
 
 
 def version() -> str:

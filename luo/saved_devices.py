@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luo import abi
-from luo._kho import pack_slots, spread_strings
+from luo._kho import DeviceList, RecordWriter, spread_strings
 from luo.device import Devices
-from luo.device_records import SIDES, Address, Index
+from luo.device_records import Index
 from luo.errors import from_errno
 from luo.fdt import Column, FdtWriter
 from luo.kho_tree import KhoNode, to_fdt
@@ -24,12 +24,7 @@ from luo.kho_tree import KhoNode, to_fdt
 if TYPE_CHECKING:
     from luo.kho import Kho
 
-__all__ = ["SavedDevices", "aligned"]
-
-
-def aligned(nbytes: Address) -> Address:
-    """Return the room that slots of *nbytes* take."""
-    return (nbytes + np.uint64(7)) & ~np.uint64(7)
+__all__ = ["SavedDevices"]
 
 
 class SavedDevices:
@@ -59,137 +54,110 @@ class SavedDevices:
     def _has(self, quirk: str) -> bool:
         return quirk in self._devices.kernel.quirks
 
-    def allocate_slots(self, order: Index, nbytes: dict[str, Address]) -> dict[str, Address]:
-        """Lay the slots of the devices in *order* out in slabs; returns their addresses, by side.
+    def allocate_slots(self, listed: DeviceList) -> None:
+        """Lay the slots of the devices out in slabs, and tell the devices where they are.
 
         Raises:
             KhoError: E2BIG if a device asks for more than a kernel allocates in one piece.
             KhoNoMemoryError: no room.
         """
-        kho: Kho = self._devices.kernel.kho
-        limit = self._devices.kernel.memory.page_size << self._devices.kernel.memory.max_order
-        # Capped before they are added: a callback may say anything.
-        capped = {side: np.minimum(nbytes[side], np.uint64(limit + 1)) for side in SIDES}
-        sizes = aligned(capped["driver"]) + aligned(capped["bus"])
-        too_large = np.flatnonzero(sizes > limit)
-        if too_large.size:
-            place = int(too_large[0])
-            asked = " and ".join(str(int(nbytes[side][place])) for side in SIDES)
+        devices = self._devices
+        kho: Kho = devices.kernel.kho
+        limit = devices.kernel.memory.page_size << devices.kernel.memory.max_order
+        entries, too_large = listed.cut_slabs(devices.slot_bytes, limit)
+        if too_large >= 0:
+            device = int(listed.numbers[too_large])
+            asked = " and ".join(str(int(nbytes)) for nbytes in devices.slot_bytes[:, device])
             raise from_errno(
                 errno.E2BIG,
-                f"PREPARE {self._devices.tree.path(int(order[place]))}: slots of {asked} bytes,"
+                f"PREPARE {devices.tree.path(device)}: slots of {asked} bytes,"
                 f" a kernel allocates {limit} in one piece",
             )
-        slab, offset, used = pack_slots(sizes, limit)
-        entries = np.zeros((len(used), 4), np.uint64)
-        for number, nbytes_used in enumerate(used.tolist()):
-            self.slabs.append(kho.alloc_preserve(nbytes_used))
-            entries[number, 1] = nbytes_used
-        entries[:, 0] = np.array(self.slabs, np.uint64)
-        entries[:, 2] = np.searchsorted(slab, np.arange(len(used)))
-        entries[:, 3] = np.bincount(slab[slab < len(used)], minlength=len(used))[: len(used)]
+        for entry in entries:
+            self.slabs.append(kho.alloc_preserve(int(entry[1])))
+            entry[0] = self.slabs[-1]
         self.slab_entries = entries
-        if not kho.generation.inline and len(used) and not self._has("flags-not-restored"):
+        if not kho.generation.inline and len(entries) and not self._has("flags-not-restored"):
             self.chains["slabs"] = kho.write_blocks(entries.tobytes(), abi.LUO_EXTENT_BYTES)
-        # A slot of no bytes after the last full slab has no slab; its address is never used.
-        start = np.array([*self.slabs, 0], np.uint64)[np.minimum(slab, len(used))] + offset
-        return {
-            "driver": np.where(nbytes["driver"] > 0, start, np.uint64(0)),
-            "bus": np.where(nbytes["bus"] > 0, start + aligned(nbytes["driver"]), np.uint64(0)),
-        }
+        listed.place_slots(entries, devices.slot_bytes, devices.slot_phys)
+        devices.slotted = True
 
-    def write_records(
-        self, order: Index, phys: dict[str, Address], nbytes: dict[str, Address]
-    ) -> None:
+    def write_records(self, listed: DeviceList) -> None:
         """Write one FDT node a device into shards that a kernel can allocate in one piece.
 
         Raises:
             KhoError: E2BIG if a record is larger, or an inline tree than ``fdt_max``.
             KhoNoMemoryError: no room.
         """
-        kernel, tree = self._devices.kernel, self._devices.tree
+        devices, kernel = self._devices, self._devices.kernel
         kho: Kho = kernel.kho
         if self._has("flags-not-restored"):
             return
-        self.nr_records = len(order)
+        self.nr_records = count = len(listed)
         if kho.generation.inline:
-            self.node = KhoNode()
-            self.node.properties["count"] = np.uint64(len(order)).tobytes()
-            self.node.properties["slabs"] = self.slab_entries.tobytes()
-        if not len(order):
+            self._write_inline(listed.numbers)
             return
-        if self.node is not None:
-            names, properties = self._columns(order, phys, nbytes, 0, len(order))
-            self.record_bytes = int(FdtWriter.nodes_size(names, properties).sum())
-            if self.record_bytes > kho.fdt_max and not self._has("written-in-reboot"):
-                raise from_errno(
-                    errno.E2BIG,
-                    f"PREPARE: records of {self.record_bytes} bytes, fdt_max is {kho.fdt_max}",
-                )
-            self.node.rows.append((names, properties))
+        if not count:
             return
-        room = (kernel.memory.page_size << kernel.memory.max_order) - abi.LUO_SHARD_OVERHEAD
+        limit = kernel.memory.page_size << kernel.memory.max_order
+        writer = RecordWriter(
+            devices.tree.table,
+            listed,
+            (devices.driver_ids, self._names("driver")),
+            (devices.bus_ids, self._names("bus")),
+            devices.slot_phys,
+            devices.slot_bytes,
+        )
         entries = []
-        start, guess = 0, room // abi.LUO_RECORD_BYTES
-        while start < len(order):
-            # A shard at a time: what is made for one is warm, and used again for the next.
-            stop = min(start + guess, len(order))
-            names, properties = self._columns(order, phys, nbytes, start, stop)
-            ends = np.cumsum(FdtWriter.nodes_size(names, properties))
-            count = int(np.searchsorted(ends, room, side="right"))
-            if start + count == stop < len(order):
-                guess *= 2  # there is room for more
-                continue
-            if not count:
-                raise from_errno(
-                    errno.E2BIG,
-                    f"PREPARE {tree.path(int(order[start]))}: record above {room} bytes",
-                )
-            guess = count + count // 16 + 16
-            size = int(ends[count - 1]) + abi.LUO_SHARD_OVERHEAD
-            shard = kho.alloc_preserve(size)
+        start = 0
+        while start < count:
+            fitting, nbytes = writer.fit(start, limit)
+            if not fitting:
+                path = devices.tree.path(int(listed.numbers[start]))
+                raise from_errno(errno.E2BIG, f"PREPARE {path}: record above {limit} bytes")
+            shard = kho.alloc_preserve(nbytes)
             self.shards.append(shard)
-            writer = FdtWriter(into=kernel.memory.view(shard, size))
-            with writer.node(""):
-                writer.property_string("compatible", abi.LUO_DEVICES_COMPATIBLE)
-                writer.add_nodes(names, properties, stop=count)
-            written = len(writer.finish())
-            self.record_bytes += written
-            entries.append((shard, written, start, count))
-            start += count
+            into = kernel.memory.view(shard, nbytes)
+            writer.write(start, fitting, into, abi.LUO_DEVICES_COMPATIBLE)
+            self.record_bytes += nbytes
+            entries.append((shard, nbytes, start, fitting))
+            start += fitting
         self.chains["records"] = kho.write_blocks(
             np.array(entries, np.uint64).tobytes(), abi.LUO_EXTENT_BYTES
         )
 
-    def _columns(
-        self,
-        order: Index,
-        phys: dict[str, Address],
-        nbytes: dict[str, Address],
-        start: int,
-        stop: int,
-    ) -> tuple[tuple[str, int, int], dict[str, Any]]:
-        """Return names and columns of the records *start* to *stop*, for ``add_nodes()``."""
-        here = slice(start, stop)
-        devices = order[here]
-        state = np.empty((len(devices), 4), np.uint64)
-        for place, column in enumerate(
-            (phys["driver"], nbytes["driver"], phys["bus"], nbytes["bus"])
-        ):
-            state[:, place] = column[here]
-        return ("device", start, len(devices)), {
-            "path": Column(*self._devices.tree.table.paths(devices, terminated=True)),
-            "bus": self._names("bus", devices),
-            "driver": self._names("driver", devices),
-            "state": state.view(np.uint8),
-            "index": devices.astype(np.uint64).view(np.uint8).reshape(len(devices), 8),
+    def _write_inline(self, order: Index) -> None:
+        """Make the ``devices`` node of an inline tree."""
+        devices = self._devices
+        fdt_max = devices.kernel.kho.fdt_max
+        self.node = KhoNode()
+        self.node.properties["count"] = np.uint64(len(order)).tobytes()
+        self.node.properties["slabs"] = self.slab_entries.tobytes()
+        if not len(order):
+            return
+        names = ("device", 0, len(order))
+        state = np.stack((devices.slot_phys[:, order], devices.slot_bytes[:, order]))
+        properties: dict[str, Any] = {
+            "path": Column(*devices.tree.table.paths(order, terminated=True)),
+            "bus": self._strings("bus", order),
+            "driver": self._strings("driver", order),
+            "state": np.ascontiguousarray(state.transpose(2, 1, 0)).view(np.uint8).reshape(-1, 32),
+            "index": order.astype(np.uint64).view(np.uint8).reshape(-1, 8),
         }
+        self.record_bytes = int(FdtWriter.nodes_size(names, properties).sum())
+        if self.record_bytes > fdt_max and not self._has("written-in-reboot"):
+            raise from_errno(
+                errno.E2BIG, f"PREPARE: records of {self.record_bytes} bytes, fdt_max is {fdt_max}"
+            )
+        self.node.rows.append((names, properties))
 
-    def _names(self, side: str, devices: Index) -> Column:
-        """Return the bus or driver name of each device as a string column; none has no row."""
-        ids = self._devices.ids(side)[devices]
-        names = [owner.name.encode() for owner in self._devices.parties(side)]
-        return Column(*spread_strings(ids, names), ids >= 0)
+    def _strings(self, side: str, order: Index) -> Column:
+        """Return the name of each device's driver or bus; none has no row."""
+        ids = self._devices.ids(side)[order]
+        return Column(*spread_strings(ids, self._names(side)), ids >= 0)
+
+    def _names(self, side: str) -> list[bytes]:
+        return [owner.name.encode() for owner in self._devices.parties(side)]
 
     # ---- KHO nodes ----
 

@@ -1,5 +1,13 @@
 """Ready-made hosts, and hosts described in the same words: TOML.
 
+:func:`load` gives a booted kernel of one, ready for a live update, to other test and benchmark
+suites::
+
+    kernel = workloads.load("dense", devices=10_000, seed=1)
+    for _ in range(20):
+        with kernel.clone() as again:  # another machine, the same in everything
+            again.luo.prepare()
+
 The presets are the files ``presets/*.toml`` of this package, which also serve as examples::
 
     memory = "2TiB"            # a size, or one for each node: ["1TiB", "512GiB"]
@@ -22,27 +30,34 @@ The presets are the files ``presets/*.toml`` of this package, which also serve a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tomllib
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from luo.errors import KhoError
+from luo import drivers as builtin
+from luo.device import Bus, Driver
+from luo.errors import KhoError, LuoError
+from luo.kernel import Kernel, KernelImage, live_update
 from luo.kho import ScratchParam, parse_kho_scratch, scratch_layout
-from luo.machine import DeviceTree
+from luo.machine import DeviceTree, Machine
 from luo.memory import PhysicalMemory, parse_size
+from luo.notifier import Subsystem
 from luo.topology import PAGE_SHIFT, VM, Host, hwloc, synthetic
 from luo.topology import host as sysfs_host
 from luo.topology._rows import RANGE_ALIGN, Range, stack_nodes
 
-__all__ = ["PRESETS", "host"]
+__all__ = ["PRESETS", "first_kernel", "host", "image_of", "load", "request_all"]
 
 PRESETS: Final = ("host", "cloud", "dense", "stress")
 
@@ -56,6 +71,7 @@ MAX_VM_DEVICES = 1 << 16
 KERNEL_SHARE = 64
 FOLIO_ORDERS: Final = {"4KiB": 0, "2MiB": 9, "1GiB": 18}
 ASSIGNABLE_DRIVER = "vfio-pci"
+_REHEARSED: Final = ("cmdline", "kho_abi", "kho_bugs", "behaviour", "quirks")
 
 _VM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -94,6 +110,121 @@ def host(preset: str | PathLike[str], *, devices: int | None = None, seed: int =
     except ValueError as error:  # broken TOML or UTF-8
         raise ValueError(f"{name}: {error}") from None
     return _Description(name, path.parent, devices, seed).host(_Table(name, "", described))
+
+
+def load(
+    source: str | PathLike[str] | Host,
+    *,
+    devices: int | None = None,
+    seed: int = 0,
+    request: str | Iterable[str] = (),
+    drivers: Iterable[str | Driver | Bus | Subsystem] = (),
+    successor: str | None = "in-process",
+    **settings: Any,
+) -> Kernel:
+    """Boot a kernel that is ready for a live update: next kernel loaded, devices requested.
+
+    The memory that the update will write has been touched. ``.clone()`` of the kernel gives
+    another, on a machine of its own, for one more measurement.
+
+    Args:
+        source: a preset, a TOML file, or a host from :mod:`luo.topology`.
+        devices: make this many, as of :func:`host`; not for a host that is made already.
+        seed: likewise.
+        request: globs over the paths of the devices to keep; without any all that have a driver
+            and a bus, as ``luo run`` does.
+        drivers: your own drivers, buses and subsystems in both kernels, or where they are, as
+            ``luo run --drivers`` takes it. Those that are themselves here cannot be sent to
+            another process.
+        successor: where the next kernel waits: ``"in-process"``, ``"process"``, or None for none.
+        **settings: of both kernels, as of :class:`~luo.kernel.Kernel`: ``behaviour``,
+            ``kho_abi``, ``quirks``, ``workers``… With ``"process"`` they must be JSON values.
+
+    Raises:
+        OSError, ValueError: as of :func:`host`; a glob that matches nothing, nothing that can be
+            kept, no such successor.
+    """
+    if successor not in ("in-process", "process", None):
+        raise ValueError(f'successor {successor!r}: "in-process", "process" or None')
+    if isinstance(source, Host):
+        if devices is not None or seed:
+            raise ValueError("devices and seed: the host is made already")
+        made = source
+    else:
+        made = host(source, devices=devices, seed=seed)
+    modules = [builtin.absolute(one) if isinstance(one, str) else one for one in drivers]
+    if successor == "process" and not all(isinstance(one, str) for one in modules):
+        raise ValueError('drivers: name the module or file of those for successor="process"')
+    image = image_of(made, modules=modules, **settings)
+    kernel = first_kernel(made, image, _touched(made, image)).boot()
+    try:
+        for glob in (request,) if isinstance(request, str) else request:
+            if not kernel.devices.request(glob):
+                raise ValueError(f"request {glob!r}: no device that can be kept matches")
+        if not kernel.devices.requested.any():
+            request_all(kernel)
+        if not kernel.devices.requested.any():
+            raise ValueError(f"{made.source['path']}: no device that can be kept")
+        if successor is not None:
+            here = successor == "in-process"
+            kernel.kexec_load(image.build(kernel.machine) if here else image)
+    except BaseException:
+        kernel.close()
+        raise
+    return kernel
+
+
+def image_of(host: Host, **settings: Any) -> KernelImage:
+    """Name the image of the built-in kernel for *host*.
+
+    Args:
+        host: the host.
+        **settings: keyword arguments of :func:`luo.drivers.kernel`.
+    """
+    cmdline = "kho=on liveupdate=on"
+    if host.kho_scratch:
+        cmdline += f" kho_scratch={host.kho_scratch}"
+    return KernelImage("luo.drivers:kernel", args={"cmdline": cmdline, **settings})
+
+
+def first_kernel(host: Host, image: KernelImage, machine: Machine | None = None) -> Kernel:
+    """Build what boots cold on *host*: a kernel of *image* that starts the virtual machines.
+
+    Args:
+        host: the host.
+        image: the image.
+        machine: the host's machine, if there is one already.
+    """
+    build: Callable[[Machine], Kernel] = partial(builtin.kernel, vms=host.vms, **image.args)
+    kernel = build(machine or host.machine())
+    kernel.builder = build
+    return kernel
+
+
+def _touched(host: Host, image: KernelImage) -> Machine:
+    """Return the machine of *host*, on which what subsystems write in an update has been touched.
+
+    Loading a kernel touches what the devices will need. What subsystems take, and the nodes of the
+    map, are known when they have been written: by an update with the built-in drivers, since
+    nobody's own should be called unasked.
+    """
+    settings = {name: value for name, value in image.args.items() if name in _REHEARSED}
+    plain = KernelImage(image.name, args=settings)
+    machine = host.machine()
+    with contextlib.suppress(LuoError):  # what fails now will fail where it can be seen
+        kernel = first_kernel(host, plain, machine).boot()
+        request_all(kernel)
+        live_update(kernel, plain, in_process=True)
+    if machine.running is not None:
+        machine.running.close()
+    return Machine(machine.memory.clone(), host.devices)
+
+
+def request_all(kernel: Kernel) -> None:
+    """Request every device that has a driver and a bus, and supports live update."""
+    devices = kernel.devices
+    owned = (devices.driver_ids >= 0) & (devices.bus_ids >= 0)
+    devices.request(owned & devices.eligible())
 
 
 @dataclass(slots=True)

@@ -58,8 +58,8 @@ def check_writable(path: str, option: str = "--json") -> None:
         raise Wrong(f"{option} {path}: {os.strerror(errno.EACCES)}")
 
 
-def write_json(path: str, document: Mapping[str, Any]) -> None:
-    """Write *document* to *path*; ``"-"`` is standard output."""
+def write_json(path: str, document: Mapping[str, Any], option: str = "--json") -> None:
+    """Write *document* to *path*, which *option* names; ``"-"`` is standard output."""
     text = json.dumps(document, indent=2)
     if path == "-":
         click.echo(text)
@@ -67,4 +67,4 @@ def write_json(path: str, document: Mapping[str, Any]) -> None:
     try:
         Path(path).write_text(text + "\n")
     except OSError as error:
-        raise Wrong(f"--json {path}: {error.strerror}") from error
+        raise Wrong(f"{option} {path}: {error.strerror}") from error

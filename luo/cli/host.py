@@ -117,9 +117,7 @@ class KernelSettings:
         resolve(self.behaviour, self.quirks, kho_abi)
         return {
             # A file's drivers must be found by the second process too, whatever its directory is.
-            "modules": [
-                str(Path(spec).resolve()) if spec.endswith(".py") else spec for spec in self.modules
-            ],
+            "modules": [drivers.absolute(spec) for spec in self.modules],
             "kho_abi": kho_abi,
             "kho_bugs": list(self.kho_bugs),
             "behaviour": self.behaviour,
@@ -225,17 +223,12 @@ def boot(host: Host, kernels: KernelSettings, **more: Any) -> tuple[Kernel, Kern
         **more: further keyword arguments of :func:`luo.drivers.kernel`; JSON values.
     """
     image = image_of(host, kernels, **more)
-    return drivers.kernel(host.machine(), vms=host.vms, **image.args).boot(), image
+    return workloads.first_kernel(host, image).boot(), image
 
 
 def image_of(host: Host, kernels: KernelSettings, **more: Any) -> KernelImage:
     """Name the image of a kernel for *host*; its arguments are as of :func:`boot`."""
-    cmdline = "kho=on liveupdate=on"
-    if host.kho_scratch:
-        cmdline += f" kho_scratch={host.kho_scratch}"
-    return KernelImage(
-        "luo.drivers:kernel", args={"cmdline": cmdline, **kernels.arguments(), **more}
-    )
+    return workloads.image_of(host, **kernels.arguments(), **more)
 
 
 def request(kernel: Kernel, requests: tuple[str, ...], host: Host) -> None:
@@ -251,7 +244,6 @@ def request(kernel: Kernel, requests: tuple[str, ...], host: Host) -> None:
                 raise ValueError(f"--request {glob}: no device of {where} matches")
             kernel.devices.request(glob)
     else:
-        owned = (kernel.devices.driver_ids >= 0) & (kernel.devices.bus_ids >= 0)
-        kernel.devices.request(owned & kernel.devices.eligible())
+        workloads.request_all(kernel)
     if not np.any(kernel.devices.requested):
         raise ValueError(f"{where}: no device that can be kept; see --request and --drivers")

@@ -34,7 +34,7 @@ from luo.errors import KhoNoMemoryError, LuoError
 from luo.image import Image
 from luo.kernel import Kernel, dry_run, live_update
 from luo.kho import Handover
-from luo.profile import screen
+from luo.profile import benchmark, screen
 from luo.report import Report, describe
 
 __all__ = ["run"]
@@ -99,6 +99,13 @@ __all__ = ["run"]
     metavar="FILE",
     help="Write the figures; '-' is standard output.",
 )
+@click.option(
+    "--benchmark-json",
+    "benchmark_file",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Write the phases of all updates as pytest-benchmark does; '-' is standard output.",
+)
 def run(
     source: HostSource,
     kernels: KernelSettings,
@@ -111,6 +118,7 @@ def run(
     save_file: Path | None,
     timeout: int,
     json_file: str | None,
+    benchmark_file: str | None,
 ) -> None:
     """Run a live update of a host, of this machine unless another is named."""
     settings = {
@@ -118,14 +126,19 @@ def run(
         for key, value in click.get_current_context().params.items()
         if value not in (None, ())
     }
-    if dry_reboot and (repeat > 1 or save_file is not None):
-        raise click.UsageError("--dry-reboot: there is no jump, so nothing to repeat or save")
-    if json_file not in (None, "-"):
-        check_writable(str(json_file))
-    if save_file is not None:
-        check_writable(str(save_file), "--save")
+    if dry_reboot and (repeat > 1 or save_file is not None or benchmark_file is not None):
+        raise click.UsageError("--dry-reboot: there is no jump, so nothing to repeat, save or time")
+    if json_file == benchmark_file == "-":
+        raise click.UsageError("--json, --benchmark-json: standard output holds one document")
+    for option, file in (
+        ("--json", json_file),
+        ("--benchmark-json", benchmark_file),
+        ("--save", save_file),
+    ):
+        if file not in (None, "-"):
+            check_writable(str(file), option)
     # The document has standard output for itself.
-    console = Console(stderr=json_file == "-", highlight=False)
+    console = Console(stderr="-" in (json_file, benchmark_file), highlight=False)
     with _progress() as doing, wrong_input():
         doing("reading the devices")
         host = source.read()
@@ -169,6 +182,8 @@ def run(
     document = report.to_dict()
     if json_file is not None:
         write_json(json_file, document)
+    if benchmark_file is not None:
+        write_json(benchmark_file, benchmark.document(document), "--benchmark-json")
     if status == WRONG:
         raise Wrong(document["error"]["message"])
     screen.show(console, document, kernel_boot)

@@ -16,6 +16,14 @@ cdef inline int log2_64(uint64_t word) noexcept nogil:
     return 63 - __builtin_clzll(word) if word else -1
 
 
+cdef inline int popcount64(uint64_t word) noexcept nogil:
+    """Count set bits, by halves of halves: plain x86-64 has no instruction for it."""
+    word -= word >> 1 & <uint64_t>0x5555555555555555
+    word = (word & <uint64_t>0x3333333333333333) + (word >> 2 & <uint64_t>0x3333333333333333)
+    word = word + (word >> 4) & <uint64_t>0x0F0F0F0F0F0F0F0F
+    return word * <uint64_t>0x0101010101010101 >> 56
+
+
 cdef inline bint flat_test(const uint64_t *words, uint64_t i) noexcept nogil:
     return (words[i >> 6] >> (i & 63)) & 1
 
@@ -45,6 +53,20 @@ cdef void flat_fill(uint64_t *words, uint64_t start, uint64_t count, bint value)
         else:
             words[word] &= ~mask
         start = stop
+
+
+cdef uint64_t flat_fill_new(uint64_t *words, uint64_t start, uint64_t count) noexcept nogil:
+    """Set *count* bits from *start* on; how many of them were not."""
+    cdef uint64_t end = start + count, mask, stop, fresh = 0
+    cdef uint64_t *word
+    while start < end:
+        word = &words[start >> 6]
+        stop = min(((start >> 6) + 1) << 6, end)
+        mask = low_mask(stop - start) << (start & 63)
+        fresh += popcount64(mask & ~word[0])
+        word[0] |= mask
+        start = stop
+    return fresh
 
 
 cdef uint64_t flat_next(const uint64_t *words, uint64_t start, uint64_t end) noexcept nogil:

@@ -135,116 +135,33 @@ cdef void kho_chunks_unmake(kho_chunk_map *map) noexcept nogil:
             map.slab_used = <uint64_t>1 << map.page_shift if map.nr_slabs else 0
 
 
-cdef int kho_chunks_add_keys(kho_chunk_map *map, const uint64_t *keys, uint64_t n,
-                             uint64_t *fresh, uint64_t *nr_fresh) noexcept nogil:
-    """Set the bits of *n* keys, all or none. *fresh*: room for a bit a key, cleared."""
-    cdef uint64_t i, index = 0, bit = 0, pages = 0, last = NO_BIT
-    cdef uint64_t *words = NULL
-    cdef int rc = 0, order, last_order = -1
-    map.nr_made = 0
-    for i in range(n):
-        order = kho_chunks_place(map, keys[i], &index, &bit)
-        if order < 0:
-            rc = -ERANGE
-            break
-        if order != last_order or index != last:  # neighbours in a bulk call share their bitmap
-            rc = kho_chunks_bitmap(map, order, index, True, &words)
-            if rc < 0:
-                break
-            last = index
-            last_order = order
-        if not flat_test(words, bit):
-            flat_set(words, bit)
-            flat_set(fresh, i)
-            nr_fresh[0] += 1
-            pages += <uint64_t>1 << order
-    if rc == 0:
-        map.nr_keys += nr_fresh[0]
-        map.nr_pages += pages
-        map.nr_made = 0
-        return 0
-    while i:
-        i -= 1
-        if flat_test(fresh, i):
-            order = kho_chunks_place(map, keys[i], &index, &bit)
-            if kho_chunks_bitmap(map, order, index, False, &words) == 0:
-                flat_clear(words, bit)
-    kho_chunks_unmake(map)
-    return rc
+cdef int kho_chunks_collect(kho_chunk_map *map, map_cursor *cursor) noexcept nogil:
+    """Append blocks, or their keys, in the list's order; 1 if there is no more room.
 
-
-cdef int kho_chunks_has_key(kho_chunk_map *map, uint64_t key) noexcept nogil:
-    cdef uint64_t index = 0, bit = 0
-    cdef uint64_t *words = NULL
-    cdef int order = kho_chunks_place(map, key, &index, &bit)
-    if order < 0 or kho_chunks_bitmap(map, order, index, False, &words) < 0:
-        return 0
-    return flat_test(words, bit)
-
-
-cdef int kho_chunks_del_keys(kho_chunk_map *map, const uint64_t *keys, uint64_t n,
-                             uint64_t *at) noexcept nogil:
-    """Clear the bits of *n* keys, all or none: -ENOENT if the one at index *at* is not set.
-
-    After an abort the ones that are not set are passed over.
+    The start is order << 52 | block: what a block's number leaves of 64 bits holds any order.
     """
-    cdef uint64_t i, index = 0, bit = 0
-    cdef uint64_t *words = NULL
-    cdef int order
-    if not map.forgot:
-        for i in range(n):
-            if not kho_chunks_has_key(map, keys[i]):
-                at[0] = i
-                return -ENOENT
-    for i in range(n):
-        order = kho_chunks_place(map, keys[i], &index, &bit)
-        if order < 0 or kho_chunks_bitmap(map, order, index, False, &words) < 0:
-            continue
-        if flat_test(words, bit):  # a key may be named twice
-            flat_clear(words, bit)
-            map.nr_keys -= 1
-            map.nr_pages -= <uint64_t>1 << order
-    return 0
-
-
-cdef uint64_t kho_chunks_key(const kho_chunk_map *map, int order, uint64_t block) noexcept nogil:
-    return (<uint64_t>1 << (64 - map.page_shift - order)) | block
-
-
-cdef int kho_chunks_collect(kho_chunk_map *map, uint64_t *keys, uint64_t room, uint64_t *start,
-                            uint64_t *n) noexcept nogil:
-    """Append up to *room* keys in the list's order; 1 if more follow.
-
-    *start* is order << 52 | block: what a block's number leaves of 64 bits holds any order.
-    """
-    cdef int order = start[0] >> 52, shift = map.bitmap_shift
-    cdef uint64_t block = start[0] & low_mask(52), index, bit
+    cdef int order = cursor.start >> 52, shift = map.bitmap_shift, unit
+    cdef uint64_t block = cursor.start & low_mask(52), index, first, value, bit
     cdef kho_chunk_order *each
-    cdef uint64_t *words
-    n[0] = 0
     while order < MAX_ORDERS:
         each = &map.orders[order]
-        index = 0
+        index = NO_BIT
         if each.bitmaps != NULL:
-            if block >> shift > each.first:
-                index = (block >> shift) - each.first
-            while True:
-                index = bitmap_next(&each.used, index)
-                if index == NO_BIT:
-                    break
-                words = kho_chunks_words(map, each.bitmaps[index])
-                bit = block & low_mask(shift) if index + each.first == block >> shift else 0
-                while True:
-                    bit = flat_next(words, bit, <uint64_t>1 << shift)
-                    if bit == NO_BIT:
-                        break
-                    if n[0] == room:
-                        start[0] = <uint64_t>order << 52 | (index + each.first) << shift | bit
-                        return 1
-                    keys[n[0]] = kho_chunks_key(map, order, (index + each.first) << shift | bit)
-                    n[0] += 1
-                    bit += 1
-                index += 1
+            index = max(block >> shift, each.first) - each.first
+            index = bitmap_next(&each.used, index)
+        while index != NO_BIT:
+            first = (index + each.first) << shift
+            bit = block - first if block > first else 0
+            unit = order + map.page_shift
+            value = first << unit
+            if cursor.orders == NULL:
+                unit = 0
+                value = first | <uint64_t>1 << (64 - map.page_shift - order)
+            if map_emit(cursor, kho_chunks_words(map, each.bitmaps[index]), bit,
+                        <uint64_t>1 << shift, value, unit, order):
+                cursor.start += <uint64_t>order << 52 | first
+                return 1
+            index = bitmap_next(&each.used, index + 1)
         order += 1
         block = 0
     return 0
@@ -260,13 +177,13 @@ cdef int kho_chunks_publish(kho_chunk_map *map) noexcept nogil:
     """Write a new list of chunks, then free the one before; -ENOMEM leaves that as it was."""
     cdef uint64_t page = <uint64_t>1 << map.page_shift
     cdef uint64_t capacity = (page - CHUNK_HEAD_BYTES) // CHUNK_ENTRY_BYTES
-    cdef uint64_t wanted = 0, index, in_chunk
+    cdef uint64_t wanted = 0, i, word, index, in_chunk
     cdef uint64_t *pages
-    cdef uint64_t *entry
+    cdef uint64_t *entry = NULL
     cdef kho_chunk_head *head = NULL
     cdef kho_chunk_order *each
     cdef size_t next_page = 0
-    cdef int order
+    cdef int order, unit
     for order in range(MAX_ORDERS):
         wanted += (map.orders[order].nr + capacity - 1) // capacity
     pages = <uint64_t *>malloc((wanted + 1) * 8)
@@ -279,23 +196,29 @@ cdef int kho_chunks_publish(kho_chunk_map *map) noexcept nogil:
         each = &map.orders[order]
         if each.nr == 0:
             continue
+        unit = map.bitmap_shift + order + map.page_shift
         in_chunk = capacity  # a chunk has bitmaps of one order
-        index = bitmap_next(&each.used, 0)
-        while index != NO_BIT:
-            if in_chunk == capacity:
-                if head != NULL:
-                    head.next = pages[next_page]
-                head = <kho_chunk_head *>kho_chunks_words(map, pages[next_page])
-                memset(head, 0, page)
-                head.order = order
-                next_page += 1
-                in_chunk = 0
-            entry = <uint64_t *>head + 2 + 2 * in_chunk
-            entry[0] = (index + each.first) << (map.bitmap_shift + order + map.page_shift)
-            entry[1] = each.bitmaps[index]
-            in_chunk += 1
-            head.nr = in_chunk
-            index = bitmap_next(&each.used, index + 1)
+        for i in range((each.nr_indices + 63) >> 6):
+            word = each.used.level[0][i]
+            while word:
+                if in_chunk == capacity:
+                    if head != NULL:
+                        head.next = pages[next_page]
+                    head = <kho_chunk_head *>kho_chunks_words(map, pages[next_page])
+                    head.next = 0
+                    head.order = order
+                    head.nr = capacity
+                    entry = <uint64_t *>head + 2
+                    next_page += 1
+                    in_chunk = 0
+                index = (i << 6) + __builtin_ctzll(word)
+                word &= word - 1
+                entry[0] = (index + each.first) << unit
+                entry[1] = each.bitmaps[index]
+                entry += 2
+                in_chunk += 1
+        head.nr = in_chunk
+        memset(entry, 0, page - (<char *>entry - <char *>head))
     kho_chunks_free_pages(map, map.chunks, map.nr_chunks)
     free(map.chunks)
     map.chunks = pages
@@ -317,8 +240,6 @@ cdef void kho_chunks_clear(kho_chunk_map *map) noexcept nogil:
     kho_chunks_free_pages(map, map.slabs, map.nr_slabs)
     map.nr_slabs = 0
     map.slab_used = 0
-    map.nr_keys = 0
-    map.nr_pages = 0
     map.nr_bitmaps = 0
     for order in range(MAX_ORDERS):
         free(map.orders[order].bitmaps)
@@ -336,7 +257,6 @@ cdef class ChunkMap(PreservedMap):
             page share pages.
 
     Attributes:
-        nr_keys: blocks in it.
         nr_bitmaps: bitmaps; like the tree's pages they stay when their last block goes.
         first_chunk: physical address of the published list, 0 for none.
 
@@ -344,7 +264,6 @@ cdef class ChunkMap(PreservedMap):
         ValueError: a size that is none of these.
         KhoError: EROFS if memory is read-only.
 
-    Context: calls hold the memory's lock.
     Source: kernel/kexec_handover.c of Linux 6.16 to 7.0; kho-abi 3.2.
     """
 
@@ -357,6 +276,7 @@ cdef class ChunkMap(PreservedMap):
         self.memory = memory
         self.chunks.page_shift = memory.page_shift
         self.chunks.bitmap_shift = ctz64(nbytes) + 3
+        self.leaf_bits = self.chunks.bitmap_shift
 
     def __dealloc__(self):
         cdef int order
@@ -366,65 +286,31 @@ cdef class ChunkMap(PreservedMap):
         free(self.chunks.made)
         free(self.chunks.chunks)
 
+    cdef int use(self) except -1:
+        return self.memory.use()
+
     cdef int begin(self) noexcept nogil:
-        """Point the workers at today's mapping and page state; the lock is held."""
         if self.memory.state == NULL:
             return -EINVAL
         self.chunks.zero = self.memory.zero
         self.chunks.state = self.memory.state
+        self.chunks.nr_made = 0
         return 0
 
-    cdef int use(self) except -1:
-        return self.memory.use()
+    cdef int find(self, uint64_t key, bint make, uint64_t **words, uint64_t *bit) noexcept nogil:
+        cdef uint64_t index = 0
+        cdef int order = kho_chunks_place(&self.chunks, key, &index, bit)
+        if order < 0:
+            return -ERANGE
+        return kho_chunks_bitmap(&self.chunks, order, index, make, words)
 
-    cdef int add(self, const uint64_t *keys, uint64_t n, uint64_t *nr_fresh) noexcept nogil:
-        cdef uint64_t one = 0
-        cdef uint64_t *fresh = &one
-        cdef int rc
-        nr_fresh[0] = 0
-        if n > 64:
-            fresh = <uint64_t *>calloc((n + 63) >> 6, 8)
-            if fresh == NULL:
-                return -ENOMEM
-        with self.memory.lock:
-            rc = self.begin()
-            if rc == 0:
-                rc = kho_chunks_add_keys(&self.chunks, keys, n, fresh, nr_fresh)
-        if n > 64:
-            free(fresh)
-        return rc
+    cdef void unmake(self) noexcept nogil:
+        kho_chunks_unmake(&self.chunks)
 
-    cdef int delete(self, const uint64_t *keys, uint64_t n, uint64_t *at) noexcept nogil:
-        cdef int rc
-        with self.memory.lock:
-            rc = self.begin()
-            if rc == 0:
-                rc = kho_chunks_del_keys(&self.chunks, keys, n, at)
-        return rc
-
-    cdef int has(self, uint64_t key) noexcept nogil:
-        cdef int rc
-        with self.memory.lock:
-            rc = self.begin()
-            if rc == 0:
-                rc = kho_chunks_has_key(&self.chunks, key)
-        return rc
-
-    cdef int collect(self, uint64_t *keys, uint64_t room, uint64_t *start,
-                     uint64_t *n) noexcept nogil:
-        cdef int rc
-        n[0] = 0
-        with self.memory.lock:
-            rc = self.begin()
-            if rc == 0:
-                rc = kho_chunks_collect(&self.chunks, keys, room, start, n)
-        return rc
+    cdef int collect(self, map_cursor *cursor) noexcept nogil:
+        return kho_chunks_collect(&self.chunks, cursor)
 
     cdef uint64_t count(self, int what) noexcept nogil:
-        if what == MAP_KEYS:
-            return self.chunks.nr_keys
-        if what == MAP_PAGES:
-            return self.chunks.nr_pages
         if what == MAP_NODES:
             return self.chunks.nr_slabs + self.chunks.nr_chunks
         return self.chunks.chunks[0] if self.chunks.nr_chunks else 0
@@ -435,12 +321,8 @@ cdef class ChunkMap(PreservedMap):
             rc = self.begin()
             if rc == 0:
                 kho_chunks_clear(&self.chunks)
+                self.keys_in_map = self.pages_in_map = 0
         return check(rc, "drop the preserved map")
-
-    @property
-    def nr_keys(self):
-        """Blocks in the map."""
-        return self.chunks.nr_keys
 
     @property
     def nr_bitmaps(self):
@@ -490,13 +372,7 @@ cdef class ChunkMap(PreservedMap):
 
     def keys(self):
         """Return all keys in the list's order: shape (n,), uint64."""
-        cdef uint64_t start = 0, n = 0
-        cdef uint64_t[::1] room
-        self.use()
-        result = np.empty(self.chunks.nr_keys + 1, np.uint64)
-        room = result
-        check(self.collect(&room[0], self.chunks.nr_keys, &start, &n), "keys")
-        return result[:n]
+        return self.list_keys()
 
     def publish(self):
         """Write the list of chunks anew, and free the one before.

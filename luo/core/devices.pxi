@@ -409,6 +409,12 @@ cdef int devtab_index_reserve(
     return 0
 
 
+cdef struct devtab_near:
+    const uint8_t *path  # found last, NULL for none; its row; where its last name begins
+    int32_t row
+    uint64_t prefix
+
+
 cdef inline int devtab_is_path(
     const devtab *t, uint64_t row, const uint8_t *path, uint64_t nbytes
 ) noexcept nogil:
@@ -432,6 +438,30 @@ cdef inline int devtab_is_path(
         nbytes -= 1
         if path[nbytes] != c"/":
             return 0
+
+
+cdef inline bint devtab_is_near(
+    const devtab *t, devtab_near *near, int32_t row, const uint8_t *path, uint64_t nbytes
+) noexcept nogil:
+    """:func:`devtab_is_path` for one path after the other: siblings have their parents in common.
+
+    The path before, which *near* points to, must still be there.
+    """
+    cdef const int32_t *parents = devtab_i32(t.parents)
+    cdef const uint64_t *names = devtab_u64(t.names.offsets)
+    cdef uint64_t size = names[row + 1] - names[row], prefix = nbytes - size
+
+    if (
+        near.path != NULL and parents[row] == parents[near.row] and size < nbytes
+        and prefix == near.prefix and t.alive.data[row]
+        and memcmp(path + prefix, t.names.data.data + names[row], size) == 0
+        and memcmp(path, near.path, prefix) == 0
+    ):
+        return True
+    if not devtab_is_path(t, row, path, nbytes):
+        return False
+    near.path, near.row, near.prefix = path, row, prefix
+    return True
 
 
 cdef int64_t devtab_probe(
@@ -460,18 +490,15 @@ cdef int devtab_find_paths(
     devtab_fault *fault,
 ) noexcept nogil:
     """Row of each path, -1 if there is none; the index is built once a hint misses."""
-    cdef const int32_t *parents = devtab_i32(t.parents)
     cdef uint64_t hashes[DEVTAB_LOOKAHEAD]
     cdef uint64_t pending[DEVTAB_LOOKAHEAD]
     cdef const uint8_t *path
-    cdef const uint8_t *last = NULL  # the path before, its row, and where its last name begins
-    cdef int32_t last_row = -1
-    cdef uint64_t last_prefix = 0
-    cdef const uint64_t *names = devtab_u64(t.names.offsets)
-    cdef uint64_t i = 0, stop = 0, k, nr, nbytes, size, prefix
+    cdef devtab_near near
+    cdef uint64_t i = 0, stop = 0, k, nr, nbytes
     cdef int32_t hint
     cdef int rc
 
+    memset(&near, 0, sizeof(near))
     while stop < count:
         i = stop
         stop = min(stop + DEVTAB_LOOKAHEAD, count)
@@ -483,24 +510,9 @@ cdef int devtab_find_paths(
             if nbytes == 0 or nbytes > DEVTAB_PATH_MAX:
                 continue
             hint = hints[i] if hints != NULL else -1
-            if 0 <= hint and <uint64_t>hint < t.nr:
-                # A sibling of the device before needs its parents compared only once.
-                size = names[hint + 1] - names[hint]
-                prefix = nbytes - size
-                if (
-                    last_row >= 0 and parents[hint] == parents[last_row] and size < nbytes
-                    and prefix == last_prefix and t.alive.data[hint]
-                    and memcmp(path + prefix, t.names.data.data + names[hint], size) == 0
-                    and memcmp(path, last, prefix) == 0
-                ):
-                    rows[i] = hint
-                    continue
-                if devtab_is_path(t, hint, path, nbytes):
-                    rows[i] = hint
-                    last = path
-                    last_row = hint
-                    last_prefix = prefix
-                    continue
+            if 0 <= hint and <uint64_t>hint < t.nr and devtab_is_near(t, &near, hint, path, nbytes):
+                rows[i] = hint
+                continue
             if t.slots == NULL:
                 rc = devtab_index_reserve(t, 0, fault)
                 if rc < 0:

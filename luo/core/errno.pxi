@@ -82,6 +82,43 @@ cdef extern from * nogil:
     void free "luo_free"(void *block)
 
 
+# Before Python 3.13 cython.pymutex is CPython's PyThread_type_lock, which reads the clock each time
+# it is taken, for a timeout that nobody gave: several times the cost of all else that a call on one
+# block does. Here the same names stand for a plain mutex.
+cdef extern from *:
+    """
+    #if PY_VERSION_HEX < 0x030d0000
+    #include <pthread.h>
+
+    static PyThread_type_lock luo_lock_new(void) {
+        pthread_mutex_t *lock = PyMem_RawMalloc(sizeof(*lock));
+        if (lock != NULL && pthread_mutex_init(lock, NULL) != 0) {
+            PyMem_RawFree(lock);
+            lock = NULL;
+        }
+        return lock;
+    }
+
+    static void luo_lock_free(PyThread_type_lock lock) {
+        if (lock != NULL) {
+            pthread_mutex_destroy(lock);
+            PyMem_RawFree(lock);
+        }
+    }
+
+    static inline int luo_lock_acquire(PyThread_type_lock lock, int wait) {
+        return (wait ? pthread_mutex_lock(lock) : pthread_mutex_trylock(lock)) == 0;
+    }
+
+    #define PyThread_allocate_lock luo_lock_new
+    #define PyThread_free_lock luo_lock_free
+    #define PyThread_acquire_lock luo_lock_acquire
+    #define PyThread_acquire_lock_timed(lock, us, intr) ((PyLockStatus)luo_lock_acquire(lock, us))
+    #define PyThread_release_lock(lock) ((void)pthread_mutex_unlock(lock))
+    #endif
+    """
+
+
 def _fail_allocation(n):
     """Let the *n*-th allocation from now on fail, once; 0: none. Only in a checked build.
 
@@ -104,15 +141,18 @@ if not IS_DEBUG:
 
 cdef inline uint64_t as_u64(object value) except? 0xFFFFFFFFFFFFFFFF:
     """The integer *value*, through __index__: floats and strings are refused."""
-    cdef object number = PyNumber_Index(value)
-    return PyLong_AsUnsignedLongLong(number)
+    if PyLong_CheckExact(value):
+        return <uint64_t>value
+    return <uint64_t>PyNumber_Index(value)
 
 
 cdef inline int as_order(object value) except -1:
-    cdef object number = PyNumber_Index(value)
-    if not 0 <= number < 64:
+    cdef int too_large = 0
+    cdef object number = value if PyLong_CheckExact(value) else PyNumber_Index(value)
+    cdef long order = PyLong_AsLongAndOverflow(number, &too_large)
+    if not 0 <= order < 64:
         raise ValueError(f"order {number}: not in 0..63")
-    return number
+    return order
 
 
 cdef int check(int rc, object what) except -1:

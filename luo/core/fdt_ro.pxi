@@ -21,6 +21,7 @@ from cpython.buffer cimport (
     PyObject_GetBuffer,
 )
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.ref cimport Py_INCREF, Py_XDECREF, PyObject
 from libc.errno cimport EINVAL, ENOMEM, ENOSPC
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
 from libc.string cimport memchr, memcmp, memcpy, memmove, memset
@@ -33,9 +34,16 @@ import numpy as np
 from luo.errors import FdtError
 
 
+cdef extern from "Python.h":
+    bint PyUnicode_IS_COMPACT_ASCII(object text)
+    void *PyUnicode_DATA(object text)
+    Py_ssize_t PyUnicode_GET_LENGTH(object text)
+
+
 cdef extern from "<endian.h>" nogil:
     uint32_t be32toh(uint32_t)
     uint64_t be64toh(uint64_t)
+    uint64_t le64toh(uint64_t)
     uint32_t htobe32(uint32_t)
     uint64_t htobe64(uint64_t)
 
@@ -89,6 +97,33 @@ cdef inline uint64_t fdt_align(uint64_t nbytes) noexcept nogil:
     return (nbytes + 3) & ~<uint64_t>3
 
 
+cdef inline void fdt_copy(
+    unsigned char *to, const unsigned char *source, uint64_t length
+) noexcept nogil:
+    """memcpy that is inlined where most names and values are: up to 64 bytes.
+
+    Each branch is one or two pairs of loads, the second counted from the end.
+    """
+    if length > 64:
+        memcpy(to, source, length)
+    elif length >= 32:
+        memcpy(to, source, 32)
+        memcpy(to + length - 32, source + length - 32, 32)
+    elif length >= 16:
+        memcpy(to, source, 16)
+        memcpy(to + length - 16, source + length - 16, 16)
+    elif length >= 8:
+        memcpy(to, source, 8)
+        memcpy(to + length - 8, source + length - 8, 8)
+    elif length >= 4:
+        memcpy(to, source, 4)
+        memcpy(to + length - 4, source + length - 4, 4)
+    elif length:
+        to[0] = source[0]
+        to[length >> 1] = source[length >> 1]
+        to[length - 1] = source[length - 1]
+
+
 # ---- names ----
 
 
@@ -105,8 +140,36 @@ cdef inline bytes fdt_encode(object name):
     raise TypeError(f"a name must be str, not {type(name).__name__}")
 
 
+cdef inline object fdt_text(object name, const unsigned char **text, uint64_t *length):
+    """Point to the name's bytes, as ``fdt_encode()`` gives them; what is returned owns them."""
+    cdef bytes raw
+    if type(name) is str and PyUnicode_IS_COMPACT_ASCII(name):
+        text[0] = <const unsigned char *>PyUnicode_DATA(name)
+        length[0] = PyUnicode_GET_LENGTH(name)
+        return name
+    raw = fdt_encode(name)
+    text[0] = <const unsigned char *>PyBytes_AS_STRING(raw)
+    length[0] = PyBytes_GET_SIZE(raw)
+    return raw
+
+
 cdef inline str fdt_decode(const unsigned char *name, uint64_t length):
     return (<const char *>name)[:length].decode("utf-8", "surrogateescape")
+
+
+cdef inline uint64_t fdt_name_length(const unsigned char *name, uint64_t room) noexcept nogil:
+    """Bytes before the NUL; *room* if there is none in so many."""
+    cdef uint64_t word, at = 0
+    cdef const unsigned char *nul
+    while at < 32 and room - at >= 8:   # most names end here, before a call pays
+        memcpy(&word, name + at, 8)
+        word = le64toh(word)
+        word = (word - <uint64_t>0x0101010101010101ULL) & ~word & <uint64_t>0x8080808080808080ULL
+        if word:
+            return at + (ctz64(word) >> 3)
+        at += 8
+    nul = <const unsigned char *>memchr(name + at, 0, room - at)
+    return nul - name if nul != NULL else room
 
 
 # ---- header and tokens ----
@@ -165,7 +228,6 @@ cdef inline int fdt_next_tag(
 ) noexcept nogil:
     """Read the token at *offset*, any number at all."""
     cdef uint64_t end = blob.end_dt_struct, after
-    cdef const unsigned char *nul
     token.next = offset
     token.data = token.length = token.nameoff = 0
     token.tag = FDT_END
@@ -183,11 +245,10 @@ cdef inline int fdt_next_tag(
             return fdt_fault_set(fault, FDT_ERR_TRUNCATED, offset, "property value cut off")
         token.next = token.data + fdt_align(token.length)
     elif token.tag == FDT_BEGIN_NODE:
-        nul = <const unsigned char *>memchr(blob.base + after, 0, end - after)
-        if nul == NULL:
-            return fdt_fault_set(fault, FDT_ERR_TRUNCATED, offset, "node name without NUL")
         token.data = after
-        token.length = nul - (blob.base + after)
+        token.length = fdt_name_length(blob.base + after, end - after)
+        if token.length == end - after:
+            return fdt_fault_set(fault, FDT_ERR_TRUNCATED, offset, "node name without NUL")
         token.next = after + fdt_align(token.length + 1)
         if token.next > end:
             return fdt_fault_set(fault, FDT_ERR_TRUNCATED, offset, "node name cut off")
@@ -210,16 +271,16 @@ cdef inline int fdt_begin_tag(
 
 
 cdef int64_t fdt_property_name(
-    const fdt_blob *blob, uint64_t offset, const fdt_token *token, fdt_fault *fault
+    const fdt_blob *blob, uint64_t offset, uint64_t nameoff, fdt_fault *fault
 ) noexcept nogil:
-    """Length of the name of the property at *offset*, or -1."""
+    """Length of the name at *nameoff* that the property at *offset* has, or -1."""
     cdef uint64_t room
     cdef const unsigned char *name
     cdef const unsigned char *nul
-    if token.nameoff >= blob.size_dt_strings:
+    if nameoff >= blob.size_dt_strings:
         return fdt_fault_set(fault, FDT_ERR_BADOFFSET, offset, "name outside the strings block")
-    room = blob.size_dt_strings - token.nameoff
-    name = blob.base + blob.off_dt_strings + token.nameoff
+    room = blob.size_dt_strings - nameoff
+    name = blob.base + blob.off_dt_strings + nameoff
     nul = <const unsigned char *>memchr(name, 0, min(room, <uint64_t>FDT_MAX_PROPERTY_NAME + 1))
     if nul != NULL:
         return nul - name
@@ -247,7 +308,7 @@ cdef int fdt_find_property(
         if token.tag != FDT_PROP:
             return 0
         if token.nameoff >= blob.size_dt_strings:
-            return <int>fdt_property_name(blob, offset, token, fault)
+            return <int>fdt_property_name(blob, offset, token.nameoff, fault)
         if (
             name_len < blob.size_dt_strings - token.nameoff
             and strings[token.nameoff + name_len] == 0
@@ -355,7 +416,7 @@ cdef int fdt_check_structure(
                 return fdt_fault_set(
                     fault, FDT_ERR_BADSTRUCTURE, offset, "property after a child node"
                 )
-            if fdt_property_name(blob, offset, &token, fault) < 0:
+            if fdt_property_name(blob, offset, token.nameoff, fault) < 0:
                 return -1
         elif token.tag == FDT_BEGIN_NODE:
             if depth == 0:
@@ -617,6 +678,7 @@ cdef class Column:
 
     def __cinit__(self, data, offsets, present=None):
         cdef Py_ssize_t row, rows
+        cdef bint descends = False
         if isinstance(data, np.ndarray):
             data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
         else:
@@ -638,8 +700,9 @@ cdef class Column:
         self._data, self._offsets = data, offsets
         self._present = present.view(np.uint8)
         for row in range(rows):
-            if self._offsets[row] > self._offsets[row + 1]:
-                raise ValueError(f"offsets: row {row} ends before it begins")
+            descends |= self._offsets[row] > self._offsets[row + 1]
+        if descends:
+            raise ValueError("offsets: a row ends before it begins")
         if self._offsets[rows] > <uint64_t>self._data.shape[0]:
             raise ValueError(f"offsets: {self._offsets[rows]} is outside the data")
 
@@ -706,135 +769,196 @@ cdef class Column:
         return f"<Column of {len(self)} rows, {self._data_array.nbytes} bytes>"
 
 
+# ---- many nodes at once ----
+#
+# Nodes side by side are mostly alike. So what the property at one place of a child means is kept,
+# and where the next child has the same twelve bytes (token, length, name) at that place, they need
+# no parsing: the way through the blob is predicted by the processor instead of computed from what
+# was just loaded.
+
+cdef enum:
+    FDT_SEEN = 32               # places of a child
+
+
+ctypedef struct fdt_seen:
+    unsigned char header[12]
+    uint64_t length             # of the value
+    uint64_t nbytes             # of the token; 0 in an entry that is not in use
+    int64_t number              # first pass: of the kind; second: of the column, or -1
+
+
+# A kind of property: all that have one name offset.
+ctypedef struct fdt_kind:
+    uint64_t nameoff
+    uint64_t nbytes             # over all rows
+    int64_t column              # or -1
+
+
 ctypedef struct fdt_column:
     uint64_t *offsets
     uint8_t *present
     unsigned char *data
     uint64_t cap
     uint64_t pos
-    int64_t row                 # the last one that has it
+    uint64_t rows               # up to the last one that has it
 
 
 ctypedef struct fdt_scan:
     uint64_t nr_rows
     uint64_t name_bytes
     int32_t *kind_of            # by name offset: 0 unseen, else number of the kind + 1
-    uint32_t *nameoffs          # of each kind
-    uint64_t *nbytes            # of each kind, over all rows
+    fdt_kind *kinds
     uint64_t nr_kinds
     uint64_t cap_kinds
+    fdt_column *columns         # NULL in the first pass; the names' is number 0
+    uint64_t nr_columns
+
+
+cdef int fdt_scan_kind(
+    const fdt_blob *blob, uint64_t offset, fdt_scan *scan, uint64_t nameoff, fdt_fault *fault
+) noexcept nogil:
+    """Give a name offset a number in the first pass."""
+    cdef uint64_t cap = 2 * scan.cap_kinds + 16
+    cdef fdt_kind *grown
+    if fdt_property_name(blob, offset, nameoff, fault) < 0:
+        return -1
+    if scan.nr_kinds == scan.cap_kinds:
+        grown = <fdt_kind *>realloc(scan.kinds, cap * sizeof(fdt_kind))
+        if grown == NULL:
+            return -1
+        scan.kinds, scan.cap_kinds = grown, cap
+    scan.kinds[scan.nr_kinds].nameoff = nameoff
+    scan.kinds[scan.nr_kinds].nbytes = 0
+    scan.nr_kinds += 1
+    scan.kind_of[nameoff] = <int32_t>scan.nr_kinds
+    return 0
+
+
+cdef int fdt_scan_property(
+    const fdt_blob *blob, uint64_t offset, fdt_scan *scan, fdt_seen *seen, fdt_fault *fault
+) noexcept nogil:
+    """Let *seen* be the property at *offset*, of which at least the tag lies in the block."""
+    cdef uint64_t nameoff, room = blob.end_dt_struct - offset
+    cdef int32_t kind
+    seen.nbytes = 0
+    if room < 12:
+        return fdt_fault_set(fault, FDT_ERR_TRUNCATED, offset, "property header cut off")
+    memcpy(seen.header, blob.base + offset, 12)
+    seen.length = fdt_ld32(seen.header + 4)
+    nameoff = fdt_ld32(seen.header + 8)
+    if fdt_align(seen.length) > room - 12:
+        return fdt_fault_set(fault, FDT_ERR_TRUNCATED, offset, "property value cut off")
+    if nameoff >= blob.size_dt_strings:
+        return fdt_fault_set(fault, FDT_ERR_BADOFFSET, offset, "name outside the strings block")
+    if scan.kind_of[nameoff] == 0 and scan.columns == NULL:
+        if fdt_scan_kind(blob, offset, scan, nameoff, fault) < 0:
+            return -1
+    kind = scan.kind_of[nameoff] - 1
+    seen.number = kind if scan.columns == NULL or kind < 0 else scan.kinds[kind].column
+    seen.nbytes = 12 + fdt_align(seen.length)
+    return 0
+
+
+cdef inline int fdt_put_row(
+    fdt_column *column, uint64_t row, const unsigned char *data, uint64_t length
+) noexcept nogil:
+    """Put the value of *row*, or of no property if *data* is NULL; -1 if there is no room."""
+    if column.rows > row:
+        return 0                        # of two properties with one name the first counts
+    while column.rows < row:            # rows that have none
+        column.rows += 1
+        column.offsets[column.rows] = column.pos
+    if data == NULL:
+        return 0
+    if length > column.cap - column.pos:
+        return -1
+    fdt_copy(column.data + column.pos, data, length)
+    column.present[row] = 1
+    column.pos += length
+    column.rows += 1
+    column.offsets[column.rows] = column.pos
+    return 0
 
 
 cdef int fdt_scan_children(
     const fdt_blob *blob, uint64_t node, fdt_scan *scan, fdt_fault *fault
 ) noexcept nogil:
-    """First pass of read_nodes: count rows and bytes, and give each name offset a number."""
-    cdef fdt_token token
-    cdef uint64_t offset, depth = 0, cap
-    cdef int32_t kind
-    cdef void *grown
-    if fdt_begin_tag(blob, node, &token, fault) < 0:
-        return -1
-    while True:
-        offset = token.next
-        if fdt_next_tag(blob, offset, &token, fault) < 0:
-            return -1
-        if token.tag == FDT_PROP:
-            if depth != 1:
-                continue
-            if token.nameoff >= blob.size_dt_strings:
-                return <int>fdt_property_name(blob, offset, &token, fault)
-            kind = scan.kind_of[token.nameoff]
-            if kind == 0:
-                if fdt_property_name(blob, offset, &token, fault) < 0:
-                    return -1
-                if scan.nr_kinds == scan.cap_kinds:
-                    cap = 2 * scan.cap_kinds if scan.cap_kinds else 16
-                    grown = realloc(scan.nameoffs, cap * sizeof(uint32_t))
-                    if grown == NULL:
-                        return -1
-                    scan.nameoffs = <uint32_t *>grown
-                    grown = realloc(scan.nbytes, cap * sizeof(uint64_t))
-                    if grown == NULL:
-                        return -1
-                    scan.nbytes = <uint64_t *>grown
-                    scan.cap_kinds = cap
-                scan.nameoffs[scan.nr_kinds] = <uint32_t>token.nameoff
-                scan.nbytes[scan.nr_kinds] = 0
-                scan.nr_kinds += 1
-                kind = <int32_t>scan.nr_kinds
-                scan.kind_of[token.nameoff] = kind
-            scan.nbytes[kind - 1] += token.length
-        elif token.tag == FDT_BEGIN_NODE:
-            if depth == 0:
-                scan.nr_rows += 1
-                scan.name_bytes += token.length
-            depth += 1
-        elif token.tag == FDT_END_NODE:
-            if depth == 0:
-                return 0
-            depth -= 1
-        elif token.tag == FDT_END:
-            return fdt_fault_set(fault, FDT_ERR_BADSTRUCTURE, offset, "FDT_END inside a node")
-
-
-cdef int fdt_fill_columns(
-    const fdt_blob *blob, uint64_t node, const fdt_scan *scan, const int32_t *column_of,
-    fdt_column *columns, uint64_t nr_columns, fdt_fault *fault
-) noexcept nogil:
-    """Second pass of read_nodes: columns[0] is the names; column_of maps a kind, or is -1.
+    """A pass of read_nodes: the first counts rows and bytes, the second fills the columns.
 
     What the first pass counted is a bound here, not a promise: somebody may write to the blob.
     """
+    cdef const unsigned char *base = blob.base
+    cdef fdt_column *columns = scan.columns
     cdef fdt_token token
-    cdef fdt_column *column
-    cdef uint64_t offset, depth = 0, i
-    cdef int64_t row = -1
-    cdef int32_t kind
-    cdef bint full = False
+    cdef fdt_seen seen[FDT_SEEN]
+    cdef fdt_seen *at
+    cdef uint64_t end = blob.end_dt_struct, offset, depth = 0, place = 0, row = 0, i
+    cdef uint64_t length = 0, name_length = <uint64_t>-1, name_bytes = 0
+    cdef uint32_t tag
+    memset(seen, 0, sizeof(seen))
     if fdt_begin_tag(blob, node, &token, fault) < 0:
         return -1
+    offset = token.next
     while True:
-        offset = token.next
-        if fdt_next_tag(blob, offset, &token, fault) < 0:
-            return -1
-        if token.tag == FDT_PROP or (token.tag == FDT_BEGIN_NODE and depth == 0):
-            if token.tag == FDT_PROP:
-                if depth != 1:
-                    continue
-                if token.nameoff >= blob.size_dt_strings:
-                    return <int>fdt_property_name(blob, offset, &token, fault)
-                kind = scan.kind_of[token.nameoff]
-                if kind == 0 or column_of[kind - 1] < 0:
-                    continue
-                column = &columns[column_of[kind - 1]]
-                if column.row == row:
-                    continue            # of two properties with one name the first counts
-            else:
-                row += 1
-                depth += 1
-                column = &columns[0]
-                if <uint64_t>row >= scan.nr_rows:
-                    full = True
-            if full or token.length > column.cap - column.pos:
-                break
-            column.row = row
-            column.present[row] = 1
-            memcpy(column.data + column.pos, blob.base + token.data, token.length)
-            column.pos += token.length
-        elif token.tag == FDT_BEGIN_NODE:
-            depth += 1
-        elif token.tag == FDT_END_NODE:
-            if depth == 0:
-                if <uint64_t>(row + 1) != scan.nr_rows:
+        tag = fdt_ld32(base + offset) if end - offset >= 4 else <uint32_t>FDT_END
+        if tag == FDT_PROP and depth == 1:
+            at = &seen[place % FDT_SEEN]
+            place += 1
+            if (
+                at.nbytes - 1 >= end - offset   # beyond the end, or not in use
+                or memcmp(base + offset, at.header, 12) != 0
+            ):
+                if fdt_scan_property(blob, offset, scan, at, fault) < 0:
+                    return -1
+            if columns == NULL:
+                scan.kinds[at.number].nbytes += at.length
+            elif at.number >= 0:
+                if fdt_put_row(
+                    &columns[at.number], row - 1, base + offset + 12, at.length
+                ) < 0:
                     break
+            offset += at.nbytes
+        elif tag == FDT_BEGIN_NODE and depth == 0:
+            length = fdt_name_length(base + offset + 4, end - offset - 4)
+            if length != name_length:   # predicted likewise
+                name_length = length
+                name_bytes = 4 + fdt_align(length + 1)
+            if length == end - offset - 4 or name_bytes > end - offset:
+                if fdt_next_tag(blob, offset, &token, fault) < 0:
+                    return -1
+                break
+            if columns == NULL:
+                scan.name_bytes += length
+                scan.nr_rows += 1
+            elif row >= scan.nr_rows or fdt_put_row(
+                &columns[0], row, base + offset + 4, length
+            ) < 0:
+                break
+            row += 1
+            depth = 1
+            place = 0
+            offset += name_bytes
+        elif tag == FDT_END_NODE:
+            offset += 4
+            if depth == 0:
+                if row != scan.nr_rows:
+                    break
+                for i in range(scan.nr_columns):
+                    fdt_put_row(&columns[i], row, NULL, 0)
                 return 0
             depth -= 1
-            if depth == 0:
-                for i in range(nr_columns):
-                    columns[i].offsets[row + 1] = columns[i].pos
-        elif token.tag == FDT_END:
-            break
+        else:
+            if fdt_next_tag(blob, offset, &token, fault) < 0:
+                return -1
+            if token.tag == FDT_END:
+                return fdt_fault_set(
+                    fault, FDT_ERR_BADSTRUCTURE, offset, "FDT_END inside a node"
+                )
+            if token.tag == FDT_BEGIN_NODE:
+                if depth == 0:
+                    break
+                depth += 1
+            offset = token.next
     return fdt_fault_set(fault, FDT_ERR_BADSTRUCTURE, offset, "blob changed while it was read")
 
 
@@ -980,14 +1104,12 @@ cdef class Fdt:
         """
         cdef fdt_fault fault
         cdef fdt_scan scan
-        cdef fdt_column *columns = NULL
-        cdef int32_t *column_of = NULL
-        cdef uint64_t node, kind, i, nr_columns
+        cdef fdt_kind *kind
+        cdef uint64_t node, i
         cdef int64_t found = self._path_offset(path)
         cdef uint64_t[::1] offsets
         cdef uint8_t[::1] present, data
         cdef const unsigned char *strings = self._blob.base + self._blob.off_dt_strings
-        cdef fdt_token token
         cdef dict numbers = {"name": 0}
         cdef list nbytes, arrays = []
         cdef str name
@@ -1014,21 +1136,20 @@ cdef class Fdt:
             if rc < 0:
                 fdt_raise(&fault)
 
-            column_of = <int32_t *>xmalloc(scan.nr_kinds * sizeof(int32_t))
-            for kind in range(scan.nr_kinds):
-                token.nameoff = scan.nameoffs[kind]
-                found = fdt_property_name(&self._blob, node, &token, &fault)
+            for i in range(scan.nr_kinds):
+                kind = &scan.kinds[i]
+                found = fdt_property_name(&self._blob, node, kind.nameoff, &fault)
                 if found < 0:
                     fdt_raise(&fault)
-                name = fdt_decode(strings + token.nameoff, found)
-                column_of[kind] = -1
+                name = fdt_decode(strings + kind.nameoff, found)
+                kind.column = -1
                 if name == "name" or (properties is not None and name not in numbers):
                     continue
                 if name not in numbers:
                     numbers[name] = len(numbers)
                     nbytes.append(0)
-                column_of[kind] = numbers[name]
-                nbytes[numbers[name]] += scan.nbytes[kind]
+                kind.column = numbers[name]
+                nbytes[numbers[name]] += kind.nbytes
             nbytes[0] = scan.name_bytes
             if properties is None and <uint64_t>len(numbers) > (
                 max(64 * self._blob.totalsize, <uint64_t>1 << 24) // (9 * (scan.nr_rows + 1))
@@ -1038,37 +1159,33 @@ cdef class Fdt:
                     f"{len(numbers)} columns of {scan.nr_rows} rows: name the wanted properties",
                 )
 
-            columns = <fdt_column *>xmalloc(len(numbers) * sizeof(fdt_column))
-            nr_columns = len(numbers)
-            for i in range(nr_columns):
+            scan.nr_columns = len(numbers)
+            scan.columns = <fdt_column *>xmalloc(scan.nr_columns * sizeof(fdt_column))
+            for i in range(scan.nr_columns):
                 arrays.append((
                     np.empty(nbytes[i] + 1, np.uint8),  # never empty: it needs an address
                     np.zeros(scan.nr_rows + 1, np.uint64),
                     np.zeros(scan.nr_rows, np.bool_),
                 ))
                 data, offsets, present = arrays[i][0], arrays[i][1], arrays[i][2].view(np.uint8)
-                columns[i].data = &data[0]
-                columns[i].offsets = &offsets[0]
-                columns[i].present = &present[0] if present.shape[0] else NULL
-                columns[i].cap = data.shape[0] - 1
-                columns[i].pos = 0
-                columns[i].row = -1
+                scan.columns[i].data = &data[0]
+                scan.columns[i].offsets = &offsets[0]
+                scan.columns[i].present = &present[0] if present.shape[0] else NULL
+                scan.columns[i].cap = data.shape[0] - 1
+                scan.columns[i].pos = 0
+                scan.columns[i].rows = 0
             with nogil:
-                rc = fdt_fill_columns(
-                    &self._blob, node, &scan, column_of, columns, nr_columns, &fault
-                )
+                rc = fdt_scan_children(&self._blob, node, &scan, &fault)
             if rc < 0:
                 fdt_raise(&fault)
             return {
-                name: Column(arrays[i][0][:columns[i].pos], arrays[i][1], arrays[i][2])
+                name: Column(arrays[i][0][:scan.columns[i].pos], arrays[i][1], arrays[i][2])
                 for name, i in numbers.items()
             }
         finally:
             free(scan.kind_of)
-            free(scan.nameoffs)
-            free(scan.nbytes)
-            free(column_of)
-            free(columns)
+            free(scan.kinds)
+            free(scan.columns)
 
     def walk(self):
         """Walk over all nodes in file order.
@@ -1137,7 +1254,7 @@ cdef class Fdt:
                 if depth == 0:
                     break
             elif token.tag == FDT_PROP:
-                length = fdt_property_name(&self._blob, offset, &token, &fault)
+                length = fdt_property_name(&self._blob, offset, token.nameoff, &fault)
                 if length < 0:
                     fdt_raise(&fault)
                 name = fdt_decode(strings + token.nameoff, length)
@@ -1420,7 +1537,7 @@ cdef class Node:
                 continue
             if token.tag != FDT_PROP:
                 return values
-            length = fdt_property_name(blob, offset, &token, &fault)
+            length = fdt_property_name(blob, offset, token.nameoff, &fault)
             if length < 0:
                 fdt_raise(&fault)
             name = fdt_decode(blob.base + blob.off_dt_strings + token.nameoff, length)

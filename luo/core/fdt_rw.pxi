@@ -204,7 +204,7 @@ cdef class FdtEditor:
         cdef unsigned char *at
         cdef int rc
         memset(&fault, 0, sizeof(fault))
-        fdt_check_name(raw, False)
+        fdt_check_name(<const unsigned char *>PyBytes_AS_STRING(raw), len(raw))
         parent = self._open(path)
         rc = fdt_find_child(
             &self._blob, parent, <const unsigned char *>PyBytes_AS_STRING(raw),

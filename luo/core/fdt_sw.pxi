@@ -138,50 +138,23 @@ cdef int64_t fdt_sw_add_string(
 
 cdef int fdt_sw_grow(fdt_sw *sw, uint64_t need) noexcept nogil:
     """Let the buffer hold *need* bytes, of which there are at most FDT_MAX_BYTES."""
-    cdef uint64_t cap
+    cdef uint64_t cap = min(max(2 * sw.cap, need), <uint64_t>FDT_MAX_BYTES)
     cdef void *grown
-    if need > sw.cap:
-        cap = min(max(2 * sw.cap, need), <uint64_t>FDT_MAX_BYTES)
-        grown = realloc(sw.buf, cap)
-        if grown == NULL:
-            return -ENOMEM
-        sw.buf = <unsigned char *>grown
-        sw.cap = cap
+    if need <= sw.cap:
+        return 0
+    grown = realloc(sw.buf, cap)
+    if grown == NULL:
+        return -ENOMEM
+    sw.buf = <unsigned char *>grown
+    sw.cap = cap
     return 0
 
 
-cdef int fdt_sw_reserve(fdt_sw *sw, uint64_t nbytes) noexcept nogil:
+cdef inline int fdt_sw_reserve(fdt_sw *sw, uint64_t nbytes) noexcept nogil:
     """Make room for *nbytes* more of structure."""
     if nbytes > FDT_MAX_BYTES or sw.pos + nbytes + sw.tabsize > fdt_sw_limit(sw):
         return -ENOSPC
-    return fdt_sw_grow(sw, sw.pos + nbytes)
-
-
-cdef inline void fdt_copy(
-    unsigned char *to, const unsigned char *source, uint64_t length
-) noexcept nogil:
-    """memcpy that is inlined where most names and values are: up to 64 bytes.
-
-    Each branch is one or two pairs of loads, the second counted from the end.
-    """
-    if length > 64:
-        memcpy(to, source, length)
-    elif length >= 32:
-        memcpy(to, source, 32)
-        memcpy(to + length - 32, source + length - 32, 32)
-    elif length >= 16:
-        memcpy(to, source, 16)
-        memcpy(to + length - 16, source + length - 16, 16)
-    elif length >= 8:
-        memcpy(to, source, 8)
-        memcpy(to + length - 8, source + length - 8, 8)
-    elif length >= 4:
-        memcpy(to, source, 4)
-        memcpy(to + length - 4, source + length - 4, 4)
-    elif length:
-        to[0] = source[0]
-        to[length >> 1] = source[length >> 1]
-        to[length - 1] = source[length - 1]
+    return fdt_sw_grow(sw, sw.pos + nbytes) if sw.pos + nbytes > sw.cap else 0
 
 
 cdef inline unsigned char *fdt_sw_put_name(
@@ -194,38 +167,15 @@ cdef inline unsigned char *fdt_sw_put_name(
     return to + 4 + padded
 
 
-cdef inline unsigned char *fdt_sw_put_property(
-    unsigned char *to, uint32_t nameoff, const unsigned char *value, uint64_t length
+cdef inline unsigned char *fdt_sw_put_value(
+    unsigned char *to, const unsigned char *value, uint64_t length
 ) noexcept nogil:
-    """*nameoff* is big-endian already."""
+    """Behind its property's header, which is what *to* - 4 is."""
     cdef uint64_t padded = fdt_align(length)
-    fdt_st32(to, FDT_PROP)
-    fdt_st32(to + 4, <uint32_t>length)
-    memcpy(to + 8, &nameoff, 4)
     if padded != length:
-        memset(to + 8 + padded, 0, 4)
-    fdt_copy(to + 12, value, length)
-    return to + 12 + padded
-
-
-cdef int fdt_sw_property(
-    fdt_sw *sw, const unsigned char *name, uint64_t name_len,
-    const unsigned char *value, uint64_t length
-) noexcept nogil:
-    cdef int64_t dist
-    cdef int rc
-    if length > FDT_MAX_BYTES:
-        return -ENOSPC
-    rc = fdt_sw_reserve(sw, 12 + fdt_align(length))
-    if rc < 0:
-        return rc
-    dist = fdt_sw_add_string(sw, name, name_len, sw.pos + 12 + fdt_align(length))
-    if dist < 0:
-        return <int>dist
-    sw.pos = fdt_sw_put_property(
-        sw.buf + sw.pos, htobe32(<uint32_t>(sw.tabsize - dist)), value, length
-    ) - sw.buf
-    return 0
+        memset(to + padded - 4, 0, 4)
+    fdt_copy(to, value, length)
+    return to + padded
 
 
 cdef void fdt_sw_adjust(fdt_sw *sw) noexcept nogil:
@@ -291,9 +241,14 @@ cdef void fdt_sw_free(fdt_sw *sw) noexcept nogil:
 
 
 # ---- many nodes ----
+#
+# Most bytes of a node are the same in all nodes: tokens, lengths, offsets of names, values given
+# once for all. So writing goes by steps, each of which copies such a run of bytes and puts one
+# property's value behind it.
 
 cdef enum:
     FDT_DIGITS = 20             # of the largest uint64_t
+    FDT_SHORT = 256             # bytes; above, a value is no part of a run
 
 
 # A run of names <prefix><number>: text holds the present one, NUL padded to a whole word.
@@ -301,6 +256,27 @@ ctypedef struct fdt_counter:
     unsigned char *text         # prefix_len + FDT_DIGITS + 8 bytes
     uint64_t prefix_len
     uint64_t digits
+
+
+# A run of bytes that ends, if there is a value, in the header of its property.
+ctypedef struct fdt_step:
+    fdt_rows *value             # or NULL
+    const unsigned char *run
+    uint64_t length
+
+
+# What add_nodes() writes.
+ctypedef struct fdt_nodes:
+    fdt_rows names
+    bint counted                # names are <prefix><first>, <prefix><first + 1>...
+    uint64_t first
+    fdt_counter counter
+    fdt_rows *properties
+    uint64_t nr_properties
+    uint64_t nr_rows
+    fdt_step *steps             # nr_properties + 1
+    uint64_t nr_steps
+    unsigned char *runs
 
 
 cdef void fdt_counter_set(fdt_counter *counter, uint64_t number) noexcept nogil:
@@ -339,106 +315,211 @@ cdef inline int fdt_row_bounds(
     return 0
 
 
-cdef int fdt_rows_size(
-    const fdt_rows *names, uint64_t first, bint counted, const fdt_rows *properties,
-    uint64_t nr_properties, uint64_t nr_rows, uint64_t *sizes, uint64_t *total, uint64_t *bad
+cdef inline int fdt_size_rows(
+    const fdt_rows *rows, uint64_t nr_rows, uint64_t head, uint64_t nul, uint64_t *sizes,
+    uint64_t *total, uint64_t *bad
+) noexcept nogil:
+    """Add to *total*, and to *sizes* if not NULL, what the rows of one column take; -1: bad row.
+
+    A row takes *head* bytes, its own, and *nul* more, which a row of no bytes may not need.
+    """
+    cdef uint64_t row, start, stop, length, mask, nbytes, added = 0, wrong = 0
+    for row in range(nr_rows):
+        mask = 0 if rows.present != NULL and rows.present[row] == 0 else <uint64_t>-1
+        start, stop = rows.offsets[row], rows.offsets[row + 1]
+        length = stop - start - rows.tail
+        # What is out of bounds sets the top bit here: a difference below zero, or the offset.
+        wrong |= (start | stop | (length - nul) | (rows.size - stop)) & mask
+        nbytes = (head + fdt_align(length + nul)) & mask
+        added += nbytes
+        if sizes != NULL:
+            sizes[row] += nbytes
+    if wrong >> 63 == 0:
+        total[0] += added
+        return 0
+    for row in range(nr_rows):
+        if rows.present == NULL or rows.present[row]:
+            bad[0] = row
+            if fdt_row_bounds(rows, row, &start, &length) < 0 or length < nul:
+                break
+    return -1
+
+
+cdef int fdt_nodes_size(
+    const fdt_nodes *nodes, uint64_t *sizes, uint64_t *total, uint64_t *bad
 ) noexcept nogil:
     """Check all rows and add up what they take in the structure; -1 if row *bad* is wrong.
 
-    *sizes*, if not NULL, gets each row's bytes.
+    *sizes*, if not NULL, gets each row's bytes. A total above FDT_MAX_BYTES is only that.
     """
     cdef const fdt_rows *rows
-    cdef uint64_t row, i, at, length = 0, nbytes, fixed = 8, digits = 1, limit = 10
-    if counted:
-        while limit <= first:
-            digits += 1
-            limit *= 10
-    for i in range(nr_properties):
-        if properties[i].offsets == NULL and properties[i].present == NULL:
-            fixed += 12 + fdt_align(properties[i].width)
-    total[0] = 0
-    for row in range(nr_rows):
-        bad[0] = row
-        if counted:
-            if first + row == limit:
-                digits += 1
-                limit *= 10
-            length = names.width + digits
-        elif fdt_row_bounds(names, row, &at, &length) < 0 or length == 0:
+    cdef uint64_t row, i, stop, nbytes, fixed = 8, digits = 1, limit = 10, done = 0
+    for i in range(nodes.nr_properties):
+        rows = &nodes.properties[i]
+        if rows.offsets == NULL:
+            fixed += 12 + fdt_align(rows.width)
+    if sizes != NULL:
+        for row in range(nodes.nr_rows):
+            sizes[row] = fixed
+    total[0] = nodes.nr_rows * min(fixed, <uint64_t>1 << 32)
+
+    if not nodes.counted:
+        if fdt_size_rows(&nodes.names, nodes.nr_rows, 0, 1, sizes, total, bad) < 0:
             return -1
-        nbytes = fixed + fdt_align(length + 1)
-        for i in range(nr_properties):
-            rows = &properties[i]
-            if rows.offsets == NULL:
-                if rows.present != NULL and rows.present[row]:
-                    nbytes += 12 + fdt_align(rows.width)
-            elif rows.present == NULL or rows.present[row]:
-                if fdt_row_bounds(rows, row, &at, &length) < 0:
-                    return -1
-                nbytes += 12 + fdt_align(length)
-        if sizes != NULL:
-            sizes[row] = nbytes
-        total[0] += nbytes
-        if total[0] > <uint64_t>1 << 62:
-            return -1
+    while nodes.counted and done < nodes.nr_rows:
+        if nodes.first + done < limit:
+            stop = min(nodes.nr_rows, limit - nodes.first)
+            nbytes = fdt_align(nodes.names.width + digits + 1)
+            total[0] += (stop - done) * nbytes
+            if sizes != NULL:
+                for row in range(done, stop):
+                    sizes[row] += nbytes
+            done = stop
+        digits += 1
+        limit *= 10
+
+    for i in range(nodes.nr_properties):
+        rows = &nodes.properties[i]
+        if rows.offsets != NULL:
+            if fdt_size_rows(rows, nodes.nr_rows, 12, 0, sizes, total, bad) < 0:
+                return -1
+            total[0] = min(total[0], <uint64_t>1 << 62)
     return 0
 
 
-cdef int fdt_sw_add_rows(
-    fdt_sw *sw, const fdt_rows *names, uint64_t first, fdt_counter *counter,
-    fdt_rows *properties, uint64_t nr_properties, uint64_t nr_rows, uint64_t nbytes
+cdef inline bint fdt_stale(const fdt_sw *sw, const fdt_rows *rows, uint64_t row) noexcept nogil:
+    """Whether the row has the property and strings were added since its name was looked up."""
+    return rows.tabsize != sw.tabsize and (rows.present == NULL or rows.present[row] != 0)
+
+
+cdef int64_t fdt_sw_look_up(
+    fdt_sw *sw, const fdt_nodes *nodes, uint64_t row, uint64_t end
 ) noexcept nogil:
-    """Write nodes; fdt_rows_size() checked them and said that they take *nbytes*."""
-    cdef unsigned char *to
-    cdef unsigned char *limit
-    cdef const unsigned char *value
+    """Look up, or add, the names of *row*'s properties: the row up to which that holds; or -errno.
+
+    A name may be found elsewhere once a longer one was added that ends in it.
+    """
+    cdef uint64_t i
     cdef fdt_rows *rows
-    cdef uint64_t row, i, at, length = 0, end = sw.pos + nbytes
     cdef int64_t dist
+    for i in range(nodes.nr_properties):
+        rows = &nodes.properties[i]
+        if fdt_stale(sw, rows, row):
+            dist = fdt_sw_add_string(sw, rows.name, rows.name_len, end)
+            if dist < 0:
+                return dist
+            rows.dist = dist
+            rows.tabsize = sw.tabsize
+    for i in range(nodes.nr_properties):
+        if fdt_stale(sw, &nodes.properties[i], row):
+            return row + 1
+    return nodes.nr_rows
+
+
+cdef void fdt_nodes_plan(fdt_nodes *nodes, uint64_t tabsize) noexcept nogil:
+    """Lay out the steps for a string table of that size."""
+    cdef unsigned char *to = nodes.runs
+    cdef fdt_step *step = nodes.steps
+    cdef fdt_rows *rows
+    cdef uint64_t i
+    step.run = to
+    for i in range(nodes.nr_properties):
+        rows = &nodes.properties[i]
+        if rows.present != NULL and step.run != to:
+            step.value = NULL           # what comes before is there in any case
+            step.length = to - step.run
+            step += 1
+            step.run = to
+        fdt_st32(to, FDT_PROP)
+        fdt_st32(to + 4, <uint32_t>rows.width)
+        fdt_st32(to + 8, <uint32_t>(tabsize - rows.dist))
+        to += 12
+        if rows.offsets == NULL and rows.stride == 0 and rows.width <= FDT_SHORT:
+            to = fdt_sw_put_value(to, rows.data, rows.width)
+        else:
+            step.value = rows
+            step.length = to - step.run
+            step += 1
+            step.run = to
+    fdt_st32(to, FDT_END_NODE)
+    step.value = NULL
+    step.length = to + 4 - step.run
+    nodes.nr_steps = step + 1 - nodes.steps
+
+
+cdef int64_t fdt_sw_put_rows(
+    fdt_sw *sw, fdt_nodes *nodes, uint64_t first, uint64_t stop, const unsigned char *limit
+) noexcept nogil:
+    """Write rows from *first* on, up to one whose names were not looked up; that row, or -errno."""
+    cdef unsigned char *to = sw.buf + sw.pos
+    cdef unsigned char *begin
+    cdef const unsigned char *value
+    cdef const fdt_step *step
+    cdef const fdt_step *end = nodes.steps + nodes.nr_steps
+    cdef const fdt_rows *rows
+    cdef uint64_t row, at, length = 0
+    for row in range(first, stop):
+        begin = to
+        if nodes.counted:
+            value = nodes.counter.text
+            length = nodes.counter.prefix_len + nodes.counter.digits
+        else:
+            if fdt_row_bounds(&nodes.names, row, &at, &length) < 0:
+                return -EINVAL          # another thread changed the arrays
+            value = nodes.names.data + at
+        if 4 + fdt_align(length + 1) > <uint64_t>(limit - to):
+            return -EINVAL
+        to = fdt_sw_put_name(to, value, length)
+        step = nodes.steps
+        while step != end:
+            rows = step.value
+            if rows != NULL and rows.present != NULL:
+                if not rows.present[row]:
+                    step += 1
+                    continue
+                if rows.tabsize != sw.tabsize and row != first:
+                    sw.pos = begin - sw.buf
+                    return row
+            if step.length > <uint64_t>(limit - to):
+                return -EINVAL
+            fdt_copy(to, step.run, step.length)
+            to += step.length
+            if rows != NULL:
+                value = rows.data + row * rows.stride
+                length = rows.width
+                if rows.offsets != NULL:
+                    if fdt_row_bounds(rows, row, &at, &length) < 0:
+                        return -EINVAL
+                    value = rows.data + at
+                    fdt_st32(to - 8, <uint32_t>length)
+                if fdt_align(length) > <uint64_t>(limit - to):
+                    return -EINVAL
+                to = fdt_sw_put_value(to, value, length)
+            step += 1
+        # Not before the next name is needed: a load soon after this store would wait for it.
+        if nodes.counted:
+            fdt_counter_next(&nodes.counter, nodes.first + row + 1)
+    sw.pos = to - sw.buf
+    return stop
+
+
+cdef int fdt_sw_add_nodes(fdt_sw *sw, fdt_nodes *nodes, uint64_t nbytes) noexcept nogil:
+    """Write nodes; fdt_nodes_size() checked them and said that they take *nbytes*."""
+    cdef uint64_t end = sw.pos + nbytes
+    cdef int64_t stop, row = 0
     cdef int rc = fdt_sw_reserve(sw, nbytes)
     if rc < 0:
         return rc
-    to = sw.buf + sw.pos
-    limit = to + nbytes
-    if counter != NULL:
-        fdt_counter_set(counter, first)
-    for row in range(nr_rows):
-        if counter != NULL:
-            if row:
-                fdt_counter_next(counter, first + row)
-            value = counter.text
-            length = counter.prefix_len + counter.digits
-        else:
-            if fdt_row_bounds(names, row, &at, &length) < 0:
-                return -EINVAL
-            value = names.data + at
-        if 8 + fdt_align(length + 1) > <uint64_t>(limit - to):
-            return -EINVAL              # another thread changed the arrays
-        to = fdt_sw_put_name(to, value, length)
-        for i in range(nr_properties):
-            rows = &properties[i]
-            if rows.present != NULL and not rows.present[row]:
-                continue
-            if rows.tabsize != sw.tabsize:
-                sw.pos = to - sw.buf
-                dist = fdt_sw_add_string(sw, rows.name, rows.name_len, end)
-                if dist < 0:
-                    return <int>dist
-                rows.nameoff = htobe32(<uint32_t>(sw.tabsize - dist))
-                rows.tabsize = sw.tabsize
-            if rows.offsets == NULL:
-                value = rows.data + row * rows.stride
-                length = rows.width
-            else:
-                if fdt_row_bounds(rows, row, &at, &length) < 0:
-                    return -EINVAL
-                value = rows.data + at
-            if 16 + fdt_align(length) > <uint64_t>(limit - to):
-                return -EINVAL
-            to = fdt_sw_put_property(to, rows.nameoff, value, length)
-        fdt_st32(to, FDT_END_NODE)
-        to += 4
-    sw.pos = to - sw.buf
+    if nodes.counted:
+        fdt_counter_set(&nodes.counter, nodes.first)
+    while row < <int64_t>nodes.nr_rows:
+        stop = fdt_sw_look_up(sw, nodes, row, end)
+        if stop < 0:
+            return <int>stop
+        fdt_nodes_plan(nodes, sw.tabsize)
+        row = fdt_sw_put_rows(sw, nodes, row, stop, sw.buf + end)
+        if row < 0:
+            return <int>row
     return 0
 
 
@@ -452,23 +533,20 @@ cdef object fdt_whole(object array):
 @cython.auto_pickle(False)
 cdef class _FdtRows:
     cdef list keep              # owners of what is pointed to
-    cdef fdt_rows names
-    cdef bint counted
-    cdef uint64_t first
-    cdef fdt_counter counter
-    cdef fdt_rows *properties
-    cdef uint64_t nr_properties
-    cdef uint64_t nr_rows
+    cdef fdt_nodes nodes
     cdef uint64_t start
 
     def __cinit__(self, names, properties, start, stop):
         cdef Py_ssize_t rows
+        cdef fdt_rows *column
+        cdef uint64_t nbytes = 4
+        cdef bint counted
         self.keep = []
-        self.counted = (
+        counted = (
             isinstance(names, tuple) and len(names) == 3
             and not isinstance(names[1], (str, bytes))
         )
-        if self.counted:
+        if counted:
             rows = PyNumber_Index(names[2])
             if rows < 0:
                 raise ValueError(f"names: {rows} nodes")
@@ -478,22 +556,29 @@ cdef class _FdtRows:
             rows = len(names)
         start, stop, _ = slice(start, stop).indices(rows)
         self.start = start
-        self.nr_rows = max(stop - start, 0)
-        if 12 * self.nr_rows > FDT_MAX_BYTES:
-            raise FdtError("FDT_ERR_NOSPACE", None, f"{self.nr_rows} nodes")
-        self._take_names(names, start, self.nr_rows)
+        self.nodes.counted = counted
+        self.nodes.nr_rows = max(stop - start, 0)
+        if 12 * self.nodes.nr_rows > FDT_MAX_BYTES:
+            raise FdtError("FDT_ERR_NOSPACE", None, f"{self.nodes.nr_rows} nodes")
+        self._take_names(names, start, self.nodes.nr_rows)
 
         properties = dict(properties)
-        self.properties = <fdt_rows *>calloc(len(properties) + 1, sizeof(fdt_rows))
-        if self.properties == NULL:
+        self.nodes.properties = <fdt_rows *>calloc(len(properties) + 1, sizeof(fdt_rows))
+        if self.nodes.properties == NULL:
             raise MemoryError
         for name, value in properties.items():
-            self._take_property(&self.properties[self.nr_properties], name, value, rows, start)
-            self.nr_properties += 1
+            column = &self.nodes.properties[self.nodes.nr_properties]
+            self._take_property(column, name, value, rows, start)
+            self.nodes.nr_properties += 1
+            nbytes += 12 + FDT_SHORT
+        self.nodes.steps = <fdt_step *>xmalloc((len(properties) + 1) * sizeof(fdt_step))
+        self.nodes.runs = <unsigned char *>xmalloc(nbytes)
 
     def __dealloc__(self):
-        free(self.properties)
-        free(self.counter.text)
+        free(self.nodes.properties)
+        free(self.nodes.counter.text)
+        free(self.nodes.steps)
+        free(self.nodes.runs)
 
     cdef int _point(self, fdt_rows *rows, object data) except -1:
         """Let *rows* point to the uint8 array *data*, or to bytes."""
@@ -522,25 +607,25 @@ cdef class _FdtRows:
         if isinstance(names, Column):
             if not (<Column>names)._present_array[start:start + rows].all():
                 raise ValueError("names: a row is not present")
-            self._take_column(&self.names, names, start)
-            low, high = self.names.offsets[0], self.names.offsets[rows]
-            if rows and low <= high <= self.names.size:
+            self._take_column(&self.nodes.names, names, start)
+            low, high = self.nodes.names.offsets[0], self.nodes.names.offsets[rows]
+            if rows and low <= high <= self.nodes.names.size:
                 for byte in b"/\0":
-                    if memchr(self.names.data + low, byte, high - low) != NULL:
+                    if memchr(self.nodes.names.data + low, byte, high - low) != NULL:
                         raise ValueError(f"names: a name has {chr(byte)!r} in it")
-            self.names.present = NULL
+            self.nodes.names.present = NULL
             return 0
-        if self.counted:
+        if self.nodes.counted:
             prefix = fdt_encode(names[0])
-            fdt_check_name(prefix + b"0", False)
-            self.first = as_u64(names[1])
-            if self.first > <uint64_t>1000000000000000000:
-                raise OverflowError(f"names: {self.first} is above 10 ** 18")
-            self.first += start
-            self.names.width = len(prefix)
-            self.counter.prefix_len = len(prefix)
-            self.counter.text = <unsigned char *>xmalloc(len(prefix) + FDT_DIGITS + 8)
-            memcpy(self.counter.text, PyBytes_AS_STRING(prefix), len(prefix))
+            fdt_check_name(<const unsigned char *>PyBytes_AS_STRING(prefix + b"0"), len(prefix) + 1)
+            self.nodes.first = as_u64(names[1])
+            if self.nodes.first > <uint64_t>1000000000000000000:
+                raise OverflowError(f"names: {self.nodes.first} is above 10 ** 18")
+            self.nodes.first += start
+            self.nodes.names.width = len(prefix)
+            self.nodes.counter.prefix_len = len(prefix)
+            self.nodes.counter.text = <unsigned char *>xmalloc(len(prefix) + FDT_DIGITS + 8)
+            memcpy(self.nodes.counter.text, PyBytes_AS_STRING(prefix), len(prefix))
             return 0
 
         # Names are joined by NULs, which at the same time shows those that have one inside.
@@ -564,10 +649,10 @@ cdef class _FdtRows:
         for i in range(rows):
             at = <const unsigned char *>memchr(at, 0, end - at) + 1
             offsets[i + 1] = at - <const unsigned char *>PyBytes_AS_STRING(joined)
-        self._point(&self.names, joined)
+        self._point(&self.nodes.names, joined)
         self.keep.append(array)
-        self.names.offsets = &offsets[0]
-        self.names.tail = 1
+        self.nodes.names.offsets = &offsets[0]
+        self.nodes.names.tail = 1
         return 0
 
     cdef int _take_property(
@@ -590,17 +675,17 @@ cdef class _FdtRows:
                 raise ValueError(f"{name}: shape {value.shape} for {all_rows} nodes")
             if value.dtype.hasobject:
                 raise TypeError(f"{name}: an array of Python objects has no bytes")
-            self._point(rows, fdt_whole(value[start:start + self.nr_rows]))
-            if self.nr_rows:
-                rows.width = rows.stride = rows.size // self.nr_rows
+            self._point(rows, fdt_whole(value[start:start + self.nodes.nr_rows]))
+            if self.nodes.nr_rows:
+                rows.width = rows.stride = rows.size // self.nodes.nr_rows
         elif isinstance(value, (list, tuple)):
             if len(value) != all_rows:
                 raise ValueError(f"{name}: {len(value)} values for {all_rows} nodes")
-            chosen = value[start:start + self.nr_rows]
-            array = np.zeros(self.nr_rows + 1, np.uint64)
-            flags = np.ones(self.nr_rows, np.uint8)
+            chosen = value[start:start + self.nodes.nr_rows]
+            array = np.zeros(self.nodes.nr_rows + 1, np.uint64)
+            flags = np.ones(self.nodes.nr_rows, np.uint8)
             offsets, present = array, flags
-            for i in range(self.nr_rows):
+            for i in range(self.nodes.nr_rows):
                 item = chosen[i]
                 if item is None:
                     present[i] = 0
@@ -612,7 +697,7 @@ cdef class _FdtRows:
             self._point(rows, b"".join([item for item in chosen if item is not None]))
             self.keep += [array, flags]
             rows.offsets = &offsets[0]
-            if self.nr_rows:
+            if self.nodes.nr_rows:
                 rows.present = &present[0]
         elif PyObject_CheckBuffer(value):
             # Small ones are copied, which an empty buffer needs; large ones are not.
@@ -633,10 +718,7 @@ cdef class _FdtRows:
         cdef uint64_t total, bad = 0
         cdef int rc
         with nogil:
-            rc = fdt_rows_size(
-                &self.names, self.first, self.counted, self.properties, self.nr_properties,
-                self.nr_rows, sizes, &total, &bad,
-            )
+            rc = fdt_nodes_size(&self.nodes, sizes, &total, &bad)
         if rc < 0:
             raise ValueError(
                 f"row {self.start + bad}: its name is empty, or offsets point outside the data"
@@ -644,15 +726,12 @@ cdef class _FdtRows:
         return total
 
 
-cdef int fdt_check_name(bytes name, bint root) except -1:
-    if root:
-        if name:
-            raise ValueError(f"the root node has no name, not {name!r}")
-        return 0
-    if not name:
+cdef inline int fdt_check_name(const unsigned char *name, uint64_t length) except -1:
+    """Check the name of a node below the root."""
+    if length == 0:
         raise ValueError("only the root node may have an empty name")
-    if b"/" in name or b"\0" in name:
-        raise ValueError(f"node name {name!r}: '/' and NUL are not allowed")
+    if memchr(name, c"/", length) != NULL or memchr(name, 0, length) != NULL:
+        raise ValueError(f"node name {fdt_decode(name, length)!r}: '/' and NUL are not allowed")
     return 0
 
 
@@ -695,6 +774,16 @@ cdef class _FdtBytes:
 
     def __dealloc__(self):
         free(self.buf)
+
+
+# Where the name of a property is: callers give the same str object again and again.
+cdef enum:
+    FDT_KNOWN = 64
+
+ctypedef struct fdt_known:
+    PyObject *name              # a reference, or NULL
+    uint64_t tabsize            # of the string table when it was looked up
+    int64_t dist                # from the end of the table
 
 
 @cython.final
@@ -760,16 +849,18 @@ cdef class FdtWriter:
     cdef Py_buffer _buffer
     cdef bint _held
     cdef object _into
-    cdef list _open             # tokens of the open nodes
+    cdef uint64_t *_open        # tokens of the open nodes
+    cdef uint64_t _depth        # how many those are
+    cdef uint64_t _cap_open
     cdef uint64_t _nr_begun
     cdef bint _ended            # the last thing written was a node's end
     cdef bint _busy
     cdef bint _finished
+    cdef fdt_known _known[FDT_KNOWN]
 
     def __cinit__(self, size_hint=0, *, into=None, reserve_map=()):
         cdef uint64_t hint = as_u64(size_hint)
         cdef bytes reserved = fdt_reserve_map(reserve_map)
-        self._open = []
         self._sw.start = FDT_SW_RSVMAP + len(reserved)
         if into is None:
             if self._sw.start > FDT_MAX_BYTES:
@@ -791,7 +882,11 @@ cdef class FdtWriter:
         self._sw.pos = self._sw.start
 
     def __dealloc__(self):
+        cdef int i
         fdt_sw_free(&self._sw)
+        free(self._open)
+        for i in range(FDT_KNOWN):
+            Py_XDECREF(self._known[i].name)
         if self._held:
             PyBuffer_Release(&self._buffer)
 
@@ -804,19 +899,7 @@ cdef class FdtWriter:
         Returns:
             token to give back to ``end_node()``.
         """
-        cdef bytes raw = fdt_encode(name)
-        self._claim()
-        if not self._open and self._nr_begun:
-            raise ValueError(f"node {name!r}: the root node is complete, and there is only one")
-        fdt_check_name(raw, not self._open)
-        self._room(4 + fdt_align(len(raw) + 1), name)
-        self._sw.pos = fdt_sw_put_name(
-            self._sw.buf + self._sw.pos, <const unsigned char *>PyBytes_AS_STRING(raw),
-            PyBytes_GET_SIZE(raw),
-        ) - self._sw.buf
-        self._nr_begun += 1
-        self._open.append(self._nr_begun)
-        self._ended = False
+        self._begin(name)
         return self._nr_begun
 
     def end_node(self, token=None) -> None:
@@ -826,15 +909,11 @@ cdef class FdtWriter:
             token: what its ``begin_node()`` returned, to have the order checked.
         """
         self._claim()
-        if not self._open:
+        if self._depth == 0:
             raise ValueError("end_node: no node is open")
-        if token is not None and token != self._open[len(self._open) - 1]:
+        if token is not None and token != self._open[self._depth - 1]:
             raise ValueError("end_node: not the node that was begun last")
-        self._room(4, "end_node")
-        fdt_st32(self._sw.buf + self._sw.pos, FDT_END_NODE)
-        self._sw.pos += 4
-        self._open.pop()
-        self._ended = True
+        self._end()
 
     def node(self, name):
         """Return a context that begins a node and ends it; its target is this writer.
@@ -852,16 +931,7 @@ cdef class FdtWriter:
             name: 1 to 255 bytes without NUL.
             value: any buffer, taken as it is.
         """
-        cdef bytes key
-        cdef Py_buffer buffer
-        if type(value) is bytes:
-            self._property(name, PyBytes_AS_STRING(value), PyBytes_GET_SIZE(value))
-            return
-        PyObject_GetBuffer(value, &buffer, PyBUF_SIMPLE)
-        try:
-            self._property(name, buffer.buf, buffer.len)
-        finally:
-            PyBuffer_Release(&buffer)
+        self._add(name, value)
 
     def property_u32(self, name, value) -> None:
         """Add a property of one big-endian 32-bit cell, as the DT spec has it."""
@@ -914,18 +984,19 @@ cdef class FdtWriter:
             name: of the node.
             properties: dict from name to value, any buffer.
         """
-        cdef uint64_t before = self._sw.pos
+        cdef uint64_t before = self._sw.pos, depth = self._depth
         cdef bint ended = self._ended
-        cdef Py_ssize_t depth = len(self._open)
-        token = self.begin_node(name)
+        self._begin(name)
         try:
             if properties:
                 for key, value in properties.items():
-                    self.property(key, value)
-            self.end_node(token)
+                    self._add(key, value)
+            if self._depth != depth + 1:
+                raise ValueError("end_node: not the node that was begun last")
+            self._end()
         except BaseException:
-            if not self._finished and len(self._open) == depth + 1:
-                self._open.pop()
+            if not self._finished and self._depth == depth + 1:
+                self._depth -= 1
                 self._nr_begun -= depth == 0
                 self._rewind(before)
                 self._ended = ended
@@ -956,21 +1027,18 @@ cdef class FdtWriter:
         rows = _FdtRows.__new__(_FdtRows, names, properties, start, stop)
         nbytes = rows.size(NULL)
         self._claim()                   # the size was counted without the GIL
-        if not self._open:
+        if self._depth == 0:
             raise ValueError("add_nodes: no node is open")
-        if rows.nr_rows == 0:
+        if rows.nodes.nr_rows == 0:
             return
         before = self._sw.pos
         self._busy = True
         with nogil:
-            rc = fdt_sw_add_rows(
-                &self._sw, &rows.names, rows.first, &rows.counter if rows.counted else NULL,
-                rows.properties, rows.nr_properties, rows.nr_rows, nbytes,
-            )
+            rc = fdt_sw_add_nodes(&self._sw, &rows.nodes, nbytes)
         self._busy = False
         if rc < 0:
             self._rewind(before)
-            self._fail(rc, f"add_nodes: {rows.nr_rows} nodes, {nbytes} bytes")
+            self._fail(rc, f"add_nodes: {rows.nodes.nr_rows} nodes, {nbytes} bytes")
         self._ended = True
 
     @staticmethod
@@ -987,8 +1055,8 @@ cdef class FdtWriter:
         """
         cdef _FdtRows rows = _FdtRows.__new__(_FdtRows, names, properties, 0, None)
         cdef uint64_t[::1] sizes
-        result = np.empty(rows.nr_rows, np.uint64)
-        if rows.nr_rows:
+        result = np.empty(rows.nodes.nr_rows, np.uint64)
+        if rows.nodes.nr_rows:
             sizes = result
             rows.size(&sizes[0])
         return result
@@ -1006,8 +1074,8 @@ cdef class FdtWriter:
         cdef void *trimmed
         cdef int rc
         self._claim()
-        if self._open:
-            raise ValueError(f"finish: {len(self._open)} nodes are open")
+        if self._depth:
+            raise ValueError(f"finish: {self._depth} nodes are open")
         if not self._nr_begun:
             raise ValueError("finish: there is no root node")
         self._busy = True
@@ -1028,9 +1096,9 @@ cdef class FdtWriter:
         return memoryview(owner)
 
     def __repr__(self) -> str:
-        return f"<FdtWriter, {self._nr_begun} nodes begun, {len(self._open)} open>"
+        return f"<FdtWriter, {self._nr_begun} nodes begun, {self._depth} open>"
 
-    cdef int _claim(self) except -1:
+    cdef inline int _claim(self) except -1:
         """Refuse a call that comes at the wrong time."""
         if self._busy:
             raise RuntimeError("another thread is using this FdtWriter")
@@ -1045,7 +1113,7 @@ cdef class FdtWriter:
             raise RuntimeError(f"{what}: the arrays changed meanwhile")
         raise FdtError("FDT_ERR_NOSPACE", self._sw.pos, str(what))
 
-    cdef int _room(self, uint64_t nbytes, object what) except -1:
+    cdef inline int _room(self, uint64_t nbytes, object what) except -1:
         cdef int rc = fdt_sw_reserve(&self._sw, nbytes)
         if rc < 0:
             self._fail(rc, what)
@@ -1059,18 +1127,79 @@ cdef class FdtWriter:
             if self._sw.stretches[i].pos > pos:
                 self._sw.stretches[i].pos = pos
 
-    cdef int _property(self, object name, const void *value, uint64_t nbytes) except -1:
-        cdef bytes key = fdt_property_key(name)
-        cdef int rc
+    cdef inline int _begin(self, object name) except -1:
+        cdef const unsigned char *text
+        cdef uint64_t length, cap
+        cdef uint64_t *grown
+        cdef object owner = fdt_text(name, &text, &length)
         self._claim()
-        if not self._open:
+        if self._depth:
+            fdt_check_name(text, length)
+        elif self._nr_begun:
+            raise ValueError(f"node {name!r}: the root node is complete, and there is only one")
+        elif length:
+            raise ValueError(f"the root node has no name, not {name!r}")
+        if self._depth == self._cap_open:
+            cap = 2 * self._cap_open + 8
+            grown = <uint64_t *>realloc(self._open, cap * sizeof(uint64_t))
+            if grown == NULL:
+                raise MemoryError
+            self._open, self._cap_open = grown, cap
+        self._room(4 + fdt_align(length + 1), name)
+        self._sw.pos = fdt_sw_put_name(self._sw.buf + self._sw.pos, text, length) - self._sw.buf
+        self._nr_begun += 1
+        self._open[self._depth] = self._nr_begun
+        self._depth += 1
+        self._ended = False
+        return 0
+
+    cdef inline int _end(self) except -1:
+        self._claim()
+        self._room(4, "end_node")
+        fdt_st32(self._sw.buf + self._sw.pos, FDT_END_NODE)
+        self._sw.pos += 4
+        self._depth -= 1
+        self._ended = True
+        return 0
+
+    cdef inline int _add(self, object name, object value) except -1:
+        cdef Py_buffer buffer
+        if type(value) is bytes:
+            return self._property(name, PyBytes_AS_STRING(value), PyBytes_GET_SIZE(value))
+        PyObject_GetBuffer(value, &buffer, PyBUF_SIMPLE)
+        try:
+            return self._property(name, buffer.buf, buffer.len)
+        finally:
+            PyBuffer_Release(&buffer)
+
+    cdef int _property(self, object name, const void *value, uint64_t nbytes) except -1:
+        cdef fdt_known *known = &self._known[(<uint64_t><void *>name >> 4) % FDT_KNOWN]
+        cdef bytes key = None
+        cdef int64_t dist = known.dist
+        cdef unsigned char *to
+        if known.name != <PyObject *>name or known.tabsize != self._sw.tabsize:
+            key = fdt_property_key(name)
+        self._claim()
+        if self._depth == 0:
             raise ValueError(f"property {name!r}: no node is open")
         if self._ended:
             raise ValueError(f"property {name!r}: properties come before a node's children")
-        rc = fdt_sw_property(
-            &self._sw, <const unsigned char *>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key),
-            <const unsigned char *>value, nbytes,
-        )
-        if rc < 0:
-            self._fail(rc, f"property {name!r} of {nbytes} bytes")
+        self._room(12 + fdt_align(nbytes), name)
+        if key is not None:
+            dist = fdt_sw_add_string(
+                &self._sw, <const unsigned char *>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key),
+                self._sw.pos + 12 + fdt_align(nbytes),
+            )
+            if dist < 0:
+                self._fail(<int>dist, f"property {name!r}")
+            if type(name) is str:
+                Py_INCREF(name)
+                Py_XDECREF(known.name)
+                known.name, known.tabsize, known.dist = <PyObject *>name, self._sw.tabsize, dist
+        to = self._sw.buf + self._sw.pos
+        fdt_st32(to, FDT_PROP)
+        fdt_st32(to + 4, <uint32_t>nbytes)
+        fdt_st32(to + 8, <uint32_t>(self._sw.tabsize - dist))
+        to = fdt_sw_put_value(to + 12, <const unsigned char *>value, nbytes)
+        self._sw.pos = to - self._sw.buf
         return 0

@@ -914,15 +914,33 @@ cdef class PhysicalMemory:
 
         Reading a hole through the mapping would fill it; asking the file does not.
         """
-        cdef off_t at = <off_t>(self.offset + (phys - self.base))
+        cdef off_t at = <off_t>(self.offset + (phys - self.base)), end = at + <off_t>nbytes
         if lseek(self.fd, at, SEEK_DATA) != at:
             return False
-        return lseek(self.fd, at, SEEK_HOLE) >= at + <off_t>nbytes
+        # Looking for the next hole may look at everything behind. Holes are whole pages.
+        return end <= (at | 4095) + 1 or lseek(self.fd, at, SEEK_HOLE) >= end
 
     def is_populated(self, phys, nbytes):
         """Whether all these bytes have been touched: none lies in a hole of the file."""
         self.check_ram("is_populated", phys, nbytes)
         return self.populated(as_u64(phys), as_u64(nbytes))
+
+    def read_into(self, phys, buffer):
+        """Copy the bytes at *phys* to *buffer* without touching them: a hole reads as zeros.
+
+        Raises:
+            KhoError: EINVAL outside RAM.
+            OSError: the file cannot be read.
+        """
+        with memoryview(buffer) as view, view.cast("B") as target:
+            self.check_ram("read_into", phys, target.nbytes)
+            at, done = self.offset + (as_u64(phys) - self.base), 0
+            while done < target.nbytes:
+                nr = os.preadv(self.fd, [target[done:]], at + done)
+                if nr == 0:  # the file was cut; what is behind its end is a hole
+                    target[done:] = bytes(target.nbytes - done)
+                    break
+                done += nr
 
     # ---- bytes ----
 

@@ -74,8 +74,8 @@ cdef class NativeScope:
         memory: the machine's memory.
         table: its devices.
         event: name of the event.
-        slots: by side ("driver", "bus"), (phys, nbytes) of each device's slot, ``uint64``; or
-            empty.
+        slot_phys, slot_bytes: of each device's slots, ``uint64 (2, devices)``: drivers', buses';
+            None where there are none.
         preserved, reclaimed: flag columns, ``bool``; None where nothing can be reclaimed.
     """
 
@@ -85,8 +85,9 @@ cdef class NativeScope:
     cdef object view
 
     def __cinit__(self, PhysicalMemory memory not None, DeviceTable table not None,
-                  str event not None, dict slots not None, preserved, reclaimed):
-        cdef const uint64_t[::1] phys, nbytes, offsets
+                  str event not None, const uint64_t[:, ::1] slot_phys,
+                  const uint64_t[:, ::1] slot_bytes, preserved, reclaimed):
+        cdef const uint64_t[::1] offsets
         cdef const uint8_t[::1] data, kept
         cdef uint8_t[::1] flags
         cdef native_column *column
@@ -97,16 +98,17 @@ cdef class NativeScope:
         self.view = memory.view(memory.ranges[0][0], memory.page_size)
         self.scope.zero = memory.zero
         self.scope.event = NATIVE_EVENTS.index(event)
-        for side, name in enumerate(("driver", "bus")):
-            if name in slots:
-                phys, nbytes = slots[name]
-                if phys.shape[0] != nbytes.shape[0]:
-                    raise ValueError(f"native scope: {name} slots differ in length")
-                self.held.append((phys, nbytes))
-                if phys.shape[0]:
-                    self.scope.slots[side].phys = &phys[0]
-                    self.scope.slots[side].nbytes = &nbytes[0]
-                self.scope.slots[side].nr = phys.shape[0]
+        if slot_phys is not None and slot_bytes is not None and slot_phys.shape[1]:
+            if not (
+                slot_phys.shape[0] == slot_bytes.shape[0] == 2
+                and slot_phys.shape[1] == slot_bytes.shape[1]
+            ):
+                raise ValueError("native scope: slots differ in shape")
+            self.held.append((slot_phys, slot_bytes))
+            for side in range(2):
+                self.scope.slots[side].phys = &slot_phys[side, 0]
+                self.scope.slots[side].nbytes = &slot_bytes[side, 0]
+                self.scope.slots[side].nr = slot_phys.shape[1]
         names = table.column_names
         self.scope.columns = <native_column *>calloc(len(names) + 1, sizeof(native_column))
         if self.scope.columns == NULL:

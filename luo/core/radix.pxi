@@ -82,12 +82,6 @@ cdef void kho_radix_setup(kho_radix_tree *tree, int page_shift, int levels) noex
     tree.key_bits = 64 - page_shift + 1
 
 
-cdef inline uint64_t kho_radix_key_pages(const kho_radix_tree *tree, uint64_t key) noexcept nogil:
-    """Pages of the block that *key* stands for; 0 for a key that stands for none."""
-    cdef int order = 64 - tree.page_shift - log2_64(key)
-    return <uint64_t>1 << order if key > 1 and order >= 0 else 0
-
-
 cdef inline void *kho_radix_page(const kho_radix_tree *tree, uint64_t phys) noexcept nogil:
     return <void *>(tree.zero + phys)
 
@@ -159,106 +153,106 @@ cdef int kho_radix_find_leaf(kho_radix_tree *tree, PhysicalMemory memory, uint64
     return 0
 
 
-cdef int kho_radix_add_keys(kho_radix_tree *tree, PhysicalMemory memory, const uint64_t *keys,
-                            uint64_t n, uint64_t *fresh, uint64_t *nr_fresh) noexcept nogil:
-    """Set the bits of *n* keys, all or none. *fresh*: room for a bit a key, cleared."""
-    cdef uint64_t i, bit, pages = 0
-    cdef uint64_t *words = NULL
+cdef int map_emit(map_cursor *cursor, const uint64_t *words, uint64_t bit, uint64_t nr_bits,
+                  uint64_t value, int shift, int order) noexcept nogil:
+    """Append *value* + (i << *shift*) for each set bit i in [*bit*, *nr_bits*), a multiple of 64.
+
+    1: there is no more room; the cursor starts at the first bit that found none.
+    """
+    cdef uint64_t i, j, word, first = cursor.n, n = cursor.n, safe = cursor.room
+    cdef uint64_t *out = cursor.values
     cdef int rc = 0
-    tree.nr_made = 0
-    for i in range(n):
-        if keys[i] >> tree.key_bits:
-            rc = -ERANGE
+    i = bit >> 6
+    word = words[i] & ~low_mask(bit & 63)
+    while True:
+        if cursor.room - n < 64:  # word by word no more
+            while word:
+                if n == cursor.room:
+                    cursor.start = (i << 6) + __builtin_ctzll(word)
+                    rc = 1
+                    break
+                out[n] = value + (((i << 6) + __builtin_ctzll(word)) << shift)
+                n += 1
+                word &= word - 1
+            if rc:
+                break
+        elif word == ALL_ONES:
+            for j in range(64):
+                out[n + j] = value + (((i << 6) + j) << shift)
+            n += 64
+        elif word:
+            # Four at a time, whether there are as many or not: what is too much is written over.
+            j = n
+            n += popcount64(word)
+            while True:
+                out[j] = value + (((i << 6) + __builtin_ctzll(word)) << shift)
+                word &= word - 1
+                out[j + 1] = value + (((i << 6) + __builtin_ctzll(word | TOP_BIT)) << shift)
+                word &= word - 1
+                out[j + 2] = value + (((i << 6) + __builtin_ctzll(word | TOP_BIT)) << shift)
+                word &= word - 1
+                out[j + 3] = value + (((i << 6) + __builtin_ctzll(word | TOP_BIT)) << shift)
+                word &= word - 1
+                j += 4
+                if word == 0:
+                    break
+        i += 1
+        if i == nr_bits >> 6:
             break
-        rc = kho_radix_find_leaf(tree, memory, keys[i], True, &words)
-        if rc < 0:
-            break
-        bit = keys[i] & low_mask(tree.leaf_bits)
-        if not flat_test(words, bit):
-            flat_set(words, bit)
-            flat_set(fresh, i)
-            nr_fresh[0] += 1
-            pages += kho_radix_key_pages(tree, keys[i])
-    if rc == 0:
-        tree.nr_keys += nr_fresh[0]
-        tree.nr_pages += pages
-        tree.nr_made = 0
-        return 0
-    while i:  # clear the bits that this call set, then free the pages that it made
-        i -= 1
-        if flat_test(fresh, i) and kho_radix_find_leaf(tree, memory, keys[i], False, &words) == 0:
-            flat_clear(words, keys[i] & low_mask(tree.leaf_bits))
-    kho_radix_unmake(tree)
+        word = words[i]
+    if cursor.orders != NULL:
+        memset(cursor.orders + first, order, n - first)
+    cursor.n = n
     return rc
 
 
-cdef int kho_radix_has_key(kho_radix_tree *tree, PhysicalMemory memory,
-                           uint64_t key) noexcept nogil:
-    """1 if the key is in the tree, 0 if not, or -EIO."""
-    cdef uint64_t *words = NULL
-    cdef int rc
-    if key >> tree.key_bits:
-        return 0
-    rc = kho_radix_find_leaf(tree, memory, key, False, &words)
-    if rc < 0:
-        return 0 if rc == -ENOENT else rc
-    return flat_test(words, key & low_mask(tree.leaf_bits))
-
-
-cdef int kho_radix_del_keys(kho_radix_tree *tree, PhysicalMemory memory, const uint64_t *keys,
-                            uint64_t n, uint64_t *at) noexcept nogil:
-    """Clear the bits of *n* keys, all or none: -ENOENT if the one at index *at* is not set.
-
-    Pages stay, as in Linux.
-    """
-    cdef uint64_t i, bit
-    cdef uint64_t *words = NULL
-    cdef int rc
-    for i in range(n):
-        rc = kho_radix_has_key(tree, memory, keys[i])
-        if rc <= 0:
-            at[0] = i
-            return rc if rc < 0 else -ENOENT
-    for i in range(n):
-        kho_radix_find_leaf(tree, memory, keys[i], False, &words)
-        bit = keys[i] & low_mask(tree.leaf_bits)
-        if flat_test(words, bit):  # a key may be named twice
-            flat_clear(words, bit)
-            tree.nr_keys -= 1
-            tree.nr_pages -= kho_radix_key_pages(tree, keys[i])
-    return 0
+cdef int kho_radix_decode_leaf(const kho_radix_tree *tree, const uint64_t *words, uint64_t base,
+                               uint64_t bit, map_cursor *cursor) noexcept nogil:
+    """Append what the leaf whose first key is *base* holds from *bit* on."""
+    cdef uint64_t phys = 0, nr_bits = <uint64_t>1 << tree.leaf_bits
+    cdef int order
+    if cursor.orders == NULL:
+        return map_emit(cursor, words, bit, nr_bits, base, 0, 0)
+    order = kho_radix_decode_key(base, tree.page_shift, &phys)
+    if order >= 0:  # the marker is above the leaf's bits: one order for all of them
+        return map_emit(cursor, words, bit, nr_bits, phys, order + tree.page_shift, order)
+    while True:  # very large orders share the first leaf
+        bit = flat_next(words, bit, nr_bits)
+        if bit == NO_BIT:
+            return 0
+        order = kho_radix_decode_key(base + bit, tree.page_shift, &phys)
+        if order < 0:
+            return -EIO
+        if cursor.n == cursor.room:
+            cursor.start = bit
+            return 1
+        cursor.values[cursor.n] = phys
+        cursor.orders[cursor.n] = order
+        cursor.n += 1
+        bit += 1
 
 
 cdef int kho_radix_collect(kho_radix_tree *tree, PhysicalMemory memory, uint64_t node, int level,
-                           uint64_t base, kho_radix_cursor *cursor) noexcept nogil:
-    """Append the keys >= cursor.start below *node* to cursor.keys, ascending.
+                           uint64_t base, map_cursor *cursor) noexcept nogil:
+    """Append the keys >= cursor.start below *node*, ascending, or the blocks they stand for.
 
     1: there is no more room; -EIO: the tree is corrupt.
     """
     cdef uint64_t *slots = <uint64_t *>kho_radix_page(tree, node)
-    cdef uint64_t i, first = 0, word, bits, key
+    cdef uint64_t i, first = 0
     cdef int shift, rc
     cursor.nr_visited += 1
     if cursor.nr_visited > tree.nr_nodes:
         return -EIO  # somebody has written over the tree
-    if level == 0:
-        if cursor.start > base:
-            first = cursor.start - base
-        i = first
-        while True:
-            i = flat_next(slots, i, <uint64_t>1 << tree.leaf_bits)
-            if i == NO_BIT:
-                return 0
-            if cursor.n == cursor.room:
-                cursor.start = base + i
-                return 1
-            cursor.keys[cursor.n] = base + i
-            cursor.n += 1
-            i += 1
-    shift = tree.leaf_bits + (level - 1) * tree.slot_bits
     if cursor.start > base:
-        first = (cursor.start - base) >> shift
-    for i in range(first, <uint64_t>1 << tree.slot_bits):
+        first = cursor.start - base
+    if level == 0:
+        rc = kho_radix_decode_leaf(tree, slots, base, first, cursor)
+        if rc == 1:
+            cursor.start += base
+        return rc
+    shift = tree.leaf_bits + (level - 1) * tree.slot_bits
+    for i in range(first >> shift, <uint64_t>1 << tree.slot_bits):
         if slots[i] == 0:
             continue
         if not kho_radix_child_sane(tree, memory, slots[i]):
@@ -270,14 +264,14 @@ cdef int kho_radix_collect(kho_radix_tree *tree, PhysicalMemory memory, uint64_t
 
 
 cdef int kho_radix_list_nodes(kho_radix_tree *tree, PhysicalMemory memory, uint64_t node,
-                              int level, kho_radix_cursor *cursor) noexcept nogil:
-    """Append the pages of the tree to cursor.keys, each before its children."""
+                              int level, map_cursor *cursor) noexcept nogil:
+    """Append the pages of the tree to cursor.values, each before its children."""
     cdef uint64_t *slots = <uint64_t *>kho_radix_page(tree, node)
     cdef uint64_t i
     cdef int rc
     if cursor.n == cursor.room:
         return -EIO
-    cursor.keys[cursor.n] = node
+    cursor.values[cursor.n] = node
     cursor.n += 1
     if level == 0:
         return 0
@@ -293,37 +287,104 @@ cdef int kho_radix_list_nodes(kho_radix_tree *tree, PhysicalMemory memory, uint6
 
 
 cdef enum:  # what a map counts
-    MAP_KEYS
-    MAP_PAGES  # of the blocks
-    MAP_NODES  # pages of the map itself
+    MAP_NODES  # its own pages
     MAP_ROOT  # phys of the root or the first chunk
+
+
+cdef inline uint64_t map_key_pages(int page_shift, uint64_t key) noexcept nogil:
+    """Pages of the block that *key* stands for; 0 for a key that stands for none."""
+    cdef int order = 64 - page_shift - log2_64(key)
+    return <uint64_t>1 << order if key > 1 and order >= 0 else 0
+
+
+cdef int map_set_keys(PreservedMap map, const uint64_t *keys, uint64_t n, uint64_t *fresh,
+                      uint64_t *nr_fresh) noexcept nogil:
+    """Set the bits of *n* keys, all or none. *fresh*: room for a bit a key, cleared."""
+    cdef uint64_t i = 0, bit = 0, pages = 0
+    cdef uint64_t *words = NULL
+    cdef int rc = map.begin()
+    if rc < 0:
+        return rc
+    for i in range(n):
+        rc = map.find(keys[i], True, &words, &bit)
+        if rc < 0:
+            break
+        if not flat_test(words, bit):
+            flat_set(words, bit)
+            flat_set(fresh, i)
+            nr_fresh[0] += 1
+            pages += map_key_pages(map.memory.page_shift, keys[i])
+    if rc == 0:
+        map.keys_in_map += nr_fresh[0]
+        map.pages_in_map += pages
+        return 0
+    while i:  # clear the bits that this call set, then free the pages that it made
+        i -= 1
+        if flat_test(fresh, i) and map.find(keys[i], False, &words, &bit) == 0:
+            flat_clear(words, bit)
+    map.unmake()
+    return rc
+
+
+cdef int map_clear_keys(PreservedMap map, const uint64_t *keys, uint64_t n,
+                        uint64_t *at) noexcept nogil:
+    """Clear the bits of *n* keys, all or none: -ENOENT if the one at index *at* is not set.
+
+    Pages stay, as in Linux. After an abort the keys that are not set are passed over.
+    """
+    cdef uint64_t i, bit = 0
+    cdef uint64_t *words = NULL
+    cdef int rc = map.begin()
+    if rc < 0:
+        return rc
+    if not map.forgot:
+        for i in range(n):
+            rc = map.find(keys[i], False, &words, &bit)
+            if rc < 0 or not flat_test(words, bit):
+                at[0] = i
+                return -EIO if rc == -EIO else -ENOENT
+    for i in range(n):
+        if map.find(keys[i], False, &words, &bit) == 0 and flat_test(words, bit):
+            flat_clear(words, bit)  # a key may be named twice
+            map.keys_in_map -= 1
+            map.pages_in_map -= map_key_pages(map.memory.page_shift, keys[i])
+    return 0
 
 
 @cython.auto_pickle(False)
 cdef class PreservedMap:
     """What a kernel preserves, as a set of keys; the shape in memory is the generation's.
 
-    Keys are those of the radix tree in every shape; they are walked in the order of the shape.
+    Keys are those of the radix tree in every shape; they are walked in the order of the shape. A
+    shape has to say where a key's bit is.
+
+    Attributes:
+        nr_keys: blocks in it.
+
+    Context: calls hold the memory's lock.
     """
 
     cdef int use(self) except -1:
         raise TypeError("PreservedMap: has no shape")
 
-    cdef int add(self, const uint64_t *keys, uint64_t n, uint64_t *nr_fresh) noexcept nogil:
-        """Add keys, all or none, and count the new ones; 0 or -errno."""
+    # ---- what a shape brings; the lock is held ----
+
+    cdef int begin(self) noexcept nogil:
+        """Point the workers at today's mapping and page state; nothing is made yet."""
         return -EINVAL
 
-    cdef int delete(self, const uint64_t *keys, uint64_t n, uint64_t *at) noexcept nogil:
-        """Remove keys, all or none: -ENOENT if the one at index *at* is not there."""
+    cdef int find(self, uint64_t key, bint make, uint64_t **words, uint64_t *bit) noexcept nogil:
+        """Where the key's bit is, with those of all keys that differ in leaf_bits only.
+
+        -ENOENT: nowhere, and it was not to be made; -ERANGE: it has no place; -ENOMEM; -EIO.
+        """
         return -EINVAL
 
-    cdef int has(self, uint64_t key) noexcept nogil:
-        """1 if the key is there, 0 if not, or -errno."""
-        return -EINVAL
+    cdef void unmake(self) noexcept nogil:
+        """Take back the pages that find() made since begin()."""
 
-    cdef int collect(self, uint64_t *keys, uint64_t room, uint64_t *start,
-                     uint64_t *n) noexcept nogil:
-        """Up to *room* keys from *start* (at first 0) on; 1 if more follow, from the new one."""
+    cdef int collect(self, map_cursor *cursor) noexcept nogil:
+        """Fill the cursor's arrays from its start on; 1 if more follow, from the new start."""
         return -EINVAL
 
     cdef uint64_t count(self, int what) noexcept nogil:
@@ -332,6 +393,65 @@ cdef class PreservedMap:
     cdef int drop(self) except -1:
         """Free the map's pages, and forget every key."""
         return 0
+
+    # ---- what all of them do ----
+
+    cdef int add(self, const uint64_t *keys, uint64_t n, uint64_t *nr_fresh) noexcept nogil:
+        """Add keys, all or none, and count the new ones; 0 or -errno."""
+        cdef uint64_t one = 0
+        cdef uint64_t *fresh = &one
+        cdef int rc
+        nr_fresh[0] = 0
+        if n > 64:
+            fresh = <uint64_t *>calloc((n + 63) >> 6, 8)
+            if fresh == NULL:
+                return -ENOMEM
+        with self.memory.lock:
+            rc = map_set_keys(self, keys, n, fresh, nr_fresh)
+        if n > 64:
+            free(fresh)
+        return rc
+
+    cdef int delete(self, const uint64_t *keys, uint64_t n, uint64_t *at) noexcept nogil:
+        """Remove keys, all or none: -ENOENT if the one at index *at* is not there."""
+        with self.memory.lock:
+            return map_clear_keys(self, keys, n, at)
+
+    cdef int has(self, uint64_t key) noexcept nogil:
+        """1 if the key is there, 0 if not, or -errno."""
+        cdef uint64_t bit = 0
+        cdef uint64_t *words = NULL
+        cdef int rc
+        with self.memory.lock:
+            rc = self.begin()
+            if rc == 0:
+                rc = self.find(key, False, &words, &bit)
+            if rc == 0:
+                return flat_test(words, bit)
+        return 0 if rc == -ENOENT or rc == -ERANGE else rc
+
+    cdef object list_keys(self):
+        """All keys: shape (n,), uint64."""
+        cdef map_cursor cursor
+        cdef uint64_t[::1] room
+        cdef int rc
+        self.use()
+        result = np.empty(self.keys_in_map + 1, np.uint64)
+        room = result
+        memset(&cursor, 0, sizeof(cursor))
+        cursor.values = &room[0]
+        cursor.room = self.keys_in_map
+        with nogil, self.memory.lock:
+            rc = self.begin()
+            if rc == 0:
+                rc = self.collect(&cursor)
+        check(rc, "keys")
+        return result[:cursor.n]
+
+    @property
+    def nr_keys(self):
+        """Keys in it."""
+        return self.keys_in_map
 
 
 @cython.final
@@ -346,12 +466,10 @@ cdef class RadixTree(PreservedMap):
     Attributes:
         root: physical address of the root page; allocated at once, never 0.
         nr_nodes: pages of the tree, root included. They are freed by :meth:`free` only.
-        nr_keys: keys in it.
 
     Raises:
         KhoError: ENOMEM; EROFS if memory is read-only.
 
-    Context: calls hold the memory's lock.
     Source: kernel/liveupdate/kexec_handover.c; kho-abi 5.2.
     """
 
@@ -365,6 +483,7 @@ cdef class RadixTree(PreservedMap):
         memory.use()
         self.memory = memory
         kho_radix_setup(&self.tree, shift, depth)
+        self.leaf_bits = self.tree.leaf_bits
         with memory.lock:
             if page_alloc_run(memory.state, 0, 1, NO_NODE, &pfn):
                 self.tree.root = pfn << shift
@@ -376,76 +495,33 @@ cdef class RadixTree(PreservedMap):
     def __dealloc__(self):
         free(self.tree.made)
 
-    cdef int begin(self) noexcept nogil:
-        """Point the workers at today's mapping and page state; the lock is held."""
-        if self.memory.state == NULL:
-            return -EINVAL
-        self.tree.zero = self.memory.zero
-        self.tree.state = self.memory.state
-        return 0
-
     cdef int use(self) except -1:
         if self.tree.root == 0:
             raise from_errno(EINVAL, "RadixTree: freed")
         return self.memory.use()
 
-    cdef int add(self, const uint64_t *keys, uint64_t n, uint64_t *nr_fresh) noexcept nogil:
-        """Add keys, all or none, and count the new ones; 0 or -errno."""
-        cdef uint64_t one = 0
-        cdef uint64_t *fresh = &one
-        cdef int rc
-        nr_fresh[0] = 0
-        if n > 64:
-            fresh = <uint64_t *>calloc((n + 63) >> 6, 8)
-            if fresh == NULL:
-                return -ENOMEM
-        with self.memory.lock:
-            rc = self.begin()
-            if rc == 0:
-                rc = kho_radix_add_keys(&self.tree, self.memory, keys, n, fresh, nr_fresh)
-        if n > 64:
-            free(fresh)
-        return rc
+    cdef int begin(self) noexcept nogil:
+        if self.memory.state == NULL:
+            return -EINVAL
+        self.tree.zero = self.memory.zero
+        self.tree.state = self.memory.state
+        self.tree.nr_made = 0
+        return 0
 
-    cdef int delete(self, const uint64_t *keys, uint64_t n, uint64_t *at) noexcept nogil:
-        cdef int rc
-        with self.memory.lock:
-            rc = self.begin()
-            if rc == 0:
-                rc = kho_radix_del_keys(&self.tree, self.memory, keys, n, at)
-        return rc
+    cdef int find(self, uint64_t key, bint make, uint64_t **words, uint64_t *bit) noexcept nogil:
+        if key >> self.tree.key_bits:
+            return -ERANGE
+        bit[0] = key & low_mask(self.tree.leaf_bits)
+        return kho_radix_find_leaf(&self.tree, self.memory, key, make, words)
 
-    cdef int has(self, uint64_t key) noexcept nogil:
-        cdef int rc
-        with self.memory.lock:
-            rc = self.begin()
-            if rc == 0:
-                rc = kho_radix_has_key(&self.tree, self.memory, key)
-        return rc
+    cdef void unmake(self) noexcept nogil:
+        kho_radix_unmake(&self.tree)
 
-    cdef int collect(self, uint64_t *keys, uint64_t room, uint64_t *start,
-                     uint64_t *n) noexcept nogil:
-        """Up to *room* keys from *start* on; 1 if more follow, from the new *start*."""
-        cdef kho_radix_cursor cursor
-        cdef int rc
-        memset(&cursor, 0, sizeof(cursor))
-        cursor.keys = keys
-        cursor.room = room
-        cursor.start = start[0]
-        with self.memory.lock:
-            rc = self.begin()
-            if rc == 0:
-                rc = kho_radix_collect(&self.tree, self.memory, self.tree.root,
-                                       self.tree.levels - 1, 0, &cursor)
-        start[0] = cursor.start
-        n[0] = cursor.n
-        return rc
+    cdef int collect(self, map_cursor *cursor) noexcept nogil:
+        return kho_radix_collect(&self.tree, self.memory, self.tree.root, self.tree.levels - 1, 0,
+                                 cursor)
 
     cdef uint64_t count(self, int what) noexcept nogil:
-        if what == MAP_KEYS:
-            return self.tree.nr_keys
-        if what == MAP_PAGES:
-            return self.tree.nr_pages
         return self.tree.nr_nodes if what == MAP_NODES else self.tree.root
 
     cdef int drop(self) except -1:
@@ -466,11 +542,6 @@ cdef class RadixTree(PreservedMap):
     def nr_nodes(self):
         """Pages of the tree."""
         return self.tree.nr_nodes
-
-    @property
-    def nr_keys(self):
-        """Keys in the tree."""
-        return self.tree.nr_keys
 
     def add_key(self, key):
         """Add *key*, as ``kho_radix_add_key()``; adding it again changes nothing.
@@ -501,24 +572,18 @@ cdef class RadixTree(PreservedMap):
 
     def keys(self):
         """Return all keys, ascending: shape (n,), uint64."""
-        cdef uint64_t start = 0, n = 0
-        cdef uint64_t[::1] room
-        self.use()
-        result = np.empty(self.tree.nr_keys + 1, np.uint64)
-        room = result
-        check(self.collect(&room[0], self.tree.nr_keys, &start, &n), "keys")
-        return result[:n]
+        return self.list_keys()
 
     def nodes(self):
         """Return the addresses of all pages, a node before its children: shape (n,), uint64."""
-        cdef kho_radix_cursor cursor
+        cdef map_cursor cursor
         cdef uint64_t[::1] room
         cdef int rc
         self.use()
         result = np.empty(self.tree.nr_nodes, np.uint64)
         room = result
         memset(&cursor, 0, sizeof(cursor))
-        cursor.keys = &room[0]
+        cursor.values = &room[0]
         cursor.room = self.tree.nr_nodes
         with nogil, self.memory.lock:
             rc = self.begin()
@@ -535,8 +600,8 @@ cdef class RadixTree(PreservedMap):
         with self.memory.lock:
             for i in range(pages.shape[0]):
                 page_free_head(self.memory.state, pages[i] >> self.tree.page_shift)
-        self.tree.root = self.tree.leaf = 0
-        self.tree.nr_nodes = self.tree.nr_keys = self.tree.nr_pages = 0
+        self.tree.root = self.tree.leaf = self.tree.nr_nodes = 0
+        self.keys_in_map = self.pages_in_map = 0
 
 
 # ---- outgoing: what this kernel preserves ----
@@ -547,6 +612,20 @@ cdef enum:  # why a block may not be preserved
     BLOCK_OUTSIDE
     BLOCK_IN_SCRATCH
     BLOCK_NOT_ALLOCATED
+
+
+cdef object as_orders(object orders, Py_ssize_t n, object what, int *order):
+    """Orders of *n* blocks: an array of uint8; or None, and the one of all of them in *order*."""
+    if not isinstance(orders, np.ndarray) and hasattr(orders, "__index__"):
+        order[0] = as_order(orders)
+        return None
+    array = np.asarray(orders)
+    if array.size and (array.dtype.kind not in "iu" or not 0 <= array.min() <= array.max() < 64):
+        raise ValueError(f"{what}: orders are integers in 0..63")
+    each = np.ascontiguousarray(array, np.uint8)
+    if len(each) != n:
+        raise ValueError(f"{what}: {n} addresses, {len(each)} orders")
+    return each
 
 
 @cython.auto_pickle(False)
@@ -588,6 +667,7 @@ cdef class PreservedMemory:
     def __dealloc__(self):
         free(self.scratch_areas)
 
+    @cython.final
     cdef int use(self) except -1:
         if self.closed:
             raise from_errno(errno.ESHUTDOWN, "KHO: this kernel is gone")
@@ -595,6 +675,7 @@ cdef class PreservedMemory:
             raise from_errno(EINVAL, "KHO: not initialised")
         return self.memory.use()
 
+    @cython.final
     cdef int use_unfrozen(self) except -1:
         self.use()
         if self.frozen:
@@ -635,22 +716,22 @@ cdef class PreservedMemory:
         # no error: only the map could tell what somebody had preserved.
         self.use()
         (<ChunkMap?>self.map).drop()
-        (<ChunkMap>self.map).chunks.forgot = True
+        self.map.forgot = True
 
     def _remember(self):
         # End that leniency.
         self.use()
-        (<ChunkMap?>self.map).chunks.forgot = False
+        self.map.forgot = False
 
     @property
     def nr_preserved(self):
         """Blocks in the map."""
-        return 0 if self.map is None else self.map.count(MAP_KEYS)
+        return 0 if self.map is None else self.map.keys_in_map
 
     @property
     def preserved_pages(self):
         """Pages of the blocks in the map."""
-        return 0 if self.map is None else self.map.count(MAP_PAGES)
+        return 0 if self.map is None else self.map.pages_in_map
 
     @property
     def tree_pages(self):
@@ -662,6 +743,7 @@ cdef class PreservedMemory:
         """Physical address of the tree's root page, or of the first published chunk; 0: none."""
         return 0 if self.map is None else self.map.count(MAP_ROOT)
 
+    @cython.final
     cdef int check_run(self, uint64_t phys, uint64_t pages) noexcept nogil:
         cdef uint64_t pfn = phys >> self.memory.page_shift
         cdef size_t i
@@ -677,6 +759,7 @@ cdef class PreservedMemory:
             return BLOCK_NOT_ALLOCATED
         return BLOCK_OK
 
+    @cython.final
     cdef int check_block(self, uint64_t phys, int order) noexcept nogil:
         if order > 63 - self.memory.page_shift:
             return BLOCK_OUTSIDE
@@ -709,15 +792,17 @@ cdef class PreservedMemory:
             KhoError: EINVAL if it is misaligned, not in RAM, overlaps scratch, or (``debug=True``)
                 is not allocated; ENOMEM if a page of the tree cannot be had, and nothing changes.
         """
-        cdef uint64_t at = as_u64(phys), key, fresh = 0
-        cdef int o = as_order(order), why, rc
+        cdef uint64_t at = as_u64(phys), key, is_fresh = 0, nr_fresh = 0
+        cdef int o = as_order(order), why, rc = 0
         self.use_unfrozen()
-        why = self.check_block(at, o)
+        with self.memory.lock:
+            why = self.check_block(at, o)
+            if why == BLOCK_OK:
+                key = kho_radix_encode_key(at, o, self.memory.page_shift)
+                rc = map_set_keys(self.map, &key, 1, &is_fresh, &nr_fresh)
         if why:
             self.refuse(f"preserve_folio {at:#x}/order {o}", at,
                         self.memory.page_size << o if o < 48 else 0, why)
-        key = kho_radix_encode_key(at, o, self.memory.page_shift)
-        rc = self.map.add(&key, 1, &fresh)
         if rc < 0:  # the text costs more than the call
             check(rc, f"preserve_folio {at:#x}/order {o}")
 
@@ -747,30 +832,17 @@ cdef class PreservedMemory:
         return bool(check(self.map.has(kho_radix_encode_key(at, o, self.memory.page_shift)),
                           "is_preserved"))
 
-    cdef uint64_t *encode_blocks(self, const uint64_t[::1] phys, object orders, object what,
-                                 bint checked) except NULL:
+    cdef uint64_t *encode_blocks(self, const uint64_t[::1] phys, const uint8_t[::1] orders,
+                                 int order, object what, bint checked) except NULL:
         """Keys of many blocks, malloc()ed; raises if any block may not be preserved."""
         cdef uint64_t n = phys.shape[0], i
-        cdef const uint8_t[::1] each = None
         cdef uint64_t *keys
-        cdef int order = 0, why = 0, shift = self.memory.page_shift
-        cdef bint many = isinstance(orders, np.ndarray) or not hasattr(orders, "__index__")
-        if many:
-            array = np.asarray(orders)
-            if array.size and (
-                array.dtype.kind not in "iu" or not 0 <= array.min() <= array.max() < 64
-            ):
-                raise ValueError(f"{what}: orders are integers in 0..63")
-            each = np.ascontiguousarray(array, np.uint8)
-            if <uint64_t>each.shape[0] != n:
-                raise ValueError(f"{what}: {n} addresses, {each.shape[0]} orders")
-        else:
-            order = as_order(orders)
+        cdef int why = 0, shift = self.memory.page_shift
         keys = <uint64_t *>xmalloc(n * 8)
         with nogil, self.memory.lock:
             for i in range(n):
-                if many:
-                    order = each[i]
+                if orders is not None:
+                    order = orders[i]
                 if checked:
                     why = self.check_block(phys[i], order)
                 elif order > 63 - shift or phys[i] & ((self.memory.page_size << order) - 1):
@@ -802,15 +874,25 @@ cdef class PreservedMemory:
 
         Context: releases the GIL.
         """
-        cdef uint64_t fresh = 0
+        cdef uint64_t n = phys.shape[0], fresh = 0
         cdef uint64_t *keys
-        cdef int rc
+        cdef const uint8_t[::1] orders
+        cdef const uint8_t *each = NULL
+        cdef int rc, o = 0
         self.use_unfrozen()
-        keys = self.encode_blocks(phys, order, "preserve_folios", True)
+        orders = as_orders(order, n, "preserve_folios", &o)
+        if n == 0:
+            return 0
+        if orders is not None:
+            each = &orders[0]
         with nogil:
-            rc = self.map.add(keys, phys.shape[0], &fresh)
-        free(keys)
-        check(rc, f"preserve_folios {phys.shape[0]} blocks")
+            rc = preserve_many(self, &phys[0], each, o, n, &fresh)
+        if rc == -EINVAL:
+            keys = self.encode_blocks(phys, orders, o, "preserve_folios", True)
+            with nogil:
+                rc = self.map.add(keys, n, &fresh)
+            free(keys)
+        check(rc, f"preserve_folios {n} blocks")
         return fresh
 
     def unpreserve_folios(self, const uint64_t[::1] phys not None, order):
@@ -823,9 +905,11 @@ cdef class PreservedMemory:
         """
         cdef uint64_t at = 0
         cdef uint64_t *keys
-        cdef int rc
+        cdef const uint8_t[::1] orders
+        cdef int rc, o = 0
         self.use_unfrozen()
-        keys = self.encode_blocks(phys, order, "unpreserve_folios", False)
+        orders = as_orders(order, phys.shape[0], "unpreserve_folios", &o)
+        keys = self.encode_blocks(phys, orders, o, "unpreserve_folios", False)
         with nogil:
             rc = self.map.delete(keys, phys.shape[0], &at)
         free(keys)
@@ -998,21 +1082,20 @@ cdef class PreservedMemory:
     cdef uint64_t fill(self, uint64_t[::1] phys, uint8_t[::1] orders, uint64_t room,
                        uint64_t *start) except? 0xFFFFFFFFFFFFFFFF:
         """Blocks from *start* on, up to *room*; *start* moves on, to NO_BIT at the end."""
-        cdef uint64_t n = 0, i
-        cdef int rc, shift = self.memory.page_shift, order
-        with nogil:
-            rc = self.map.collect(&phys[0], room, start, &n)
-            if rc >= 0:
-                for i in range(n):
-                    order = kho_radix_decode_key(phys[i], shift, &phys[i])
-                    if order < 0:
-                        rc = -EIO
-                        break
-                    orders[i] = order
+        cdef map_cursor cursor
+        cdef int rc
+        memset(&cursor, 0, sizeof(cursor))
+        cursor.values = &phys[0]
+        cursor.orders = &orders[0]
+        cursor.room = room
+        cursor.start = start[0]
+        with nogil, self.memory.lock:
+            rc = self.map.begin()
+            if rc == 0:
+                rc = self.map.collect(&cursor)
         check(rc, "preserved")
-        if rc == 0:
-            start[0] = NO_BIT
-        return n
+        start[0] = cursor.start if rc else NO_BIT
+        return cursor.n
 
     def preserved_chunks(self, n):
         """Yield what :meth:`preserved` returns in pieces of up to *n* blocks.

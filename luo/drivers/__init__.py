@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from luo.machine import DeviceTree, Machine
     from luo.topology import VM
 
-__all__ = ["kernel", "load"]
+__all__ = ["absolute", "kernel", "load"]
 
 #: By bus, the callbacks of every driver on it; other buses get the generic ones.
 _OPS_BY_BUS = {"pci": pci.OPS, "virtio": virtio.OPS}
@@ -51,7 +51,7 @@ def kernel(
     machine: Machine,
     *,
     vms: Sequence[VM] = (),
-    modules: Iterable[str] = (),
+    modules: Iterable[str | Driver | Bus | Subsystem] = (),
     cmdline: str = "kho=on liveupdate=on",
     observer: Callable[[str, str], None] | None = None,
     **settings: Any,
@@ -62,8 +62,8 @@ def kernel(
         machine: the machine.
         vms: virtual machines that it starts when it boots cold; a successor has those that it is
             handed.
-        modules: the user's drivers and subsystems, as :func:`load` takes them; a driver or bus
-            of a built-in name replaces it.
+        modules: the user's drivers and subsystems: where they are, as :func:`load` takes it, or
+            themselves; a driver or bus of a built-in name replaces it.
         cmdline: as of :class:`~luo.kernel.Kernel`.
         observer: likewise.
         **settings: likewise: ``kho_abi``, ``behaviour``, ``quirks``…
@@ -75,7 +75,7 @@ def kernel(
     for part in (Regions(), Kvm(vms), Iommu(vms), Interrupts()):
         subsystems[part.subsystem.name] = part.subsystem
     for spec in modules:
-        for thing in load(spec):
+        for thing in load(spec) if isinstance(spec, str) else (spec,):
             kind: dict[str, Any] = (
                 drivers
                 if isinstance(thing, Driver)
@@ -125,6 +125,12 @@ def load(spec: str) -> list[Driver | Bus | Subsystem]:
                 errno.ENOEXEC, f"drivers {spec}: {thing!r} is no Driver, Bus or Subsystem"
             )
     return things
+
+
+def absolute(spec: str) -> str:
+    """Return *spec*, as :func:`load` takes it, so that it names the same in every directory."""
+    name, colon, attribute = spec.partition(":")
+    return f"{Path(name).resolve()}{colon}{attribute}" if name.endswith(".py") else spec
 
 
 def _import(name: str, spec: str) -> ModuleType:

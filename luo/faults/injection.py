@@ -311,7 +311,8 @@ def _call_native(key: tuple[str, str, str], callback: NativeCallback, device: De
     count = len(devices.requested)
     beyond = event in ("RESTORE", "FINISH")
     flags = (devices.preserved, devices.reclaimed) if beyond else (None, None)
-    scope = NativeScope(devices.kernel.memory, devices.tree.table, event, devices.slots(), *flags)
+    slots = devices.slot_phys, devices.slot_bytes
+    scope = NativeScope(devices.kernel.memory, devices.tree.table, event, *slots, *flags)
     recorder = CallRecorder()
     row = np.array([recorder.key("devices", event, kind, name)], np.int32)
     bit = 1 if kind == "driver" else 2  # says which slot it is given

@@ -407,8 +407,7 @@ def test_whose_names_what_the_previous_kernel_left(machine):
     extra = kernel.kho.alloc_preserve(8192)
     kernel.kexec_load(ring_kernels.kernel(machine))
     kernel.luo.prepare()
-    slot, _ = kernel.devices._slots["driver"]
-    slot = int(slot[machine.devices[NIC]])
+    slot = int(kernel.devices.slot_phys[0, machine.devices[NIC]])
 
     with kernel.kexec() as new:
         heads = new.luo.incoming.devices

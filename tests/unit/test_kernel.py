@@ -837,18 +837,13 @@ def test_live_update_failure_is_in_the_report(machine):
 
 
 def test_live_update_report_has_the_figures(kernel):
-    """Phases, callbacks and sizes; budgets are checked by name."""
+    """Phases, callbacks and sizes."""
     report = live_update(kernel, kernels.plain(kernel.machine))
     document = json.loads(report.to_json())
 
     assert document["devices"]["preserved"] == document["devices"]["reclaimed"] == 5
     assert document["image"]["preserved_pages"] > 0
     assert all(document["phases_ns"][name] > 0 for name in ("prepare", "reboot", "boot", "finish"))
-    assert report.check({"blackout": "10s", "devices/PREPARE": 10**10}) == []
-    assert len(report.check({"blackout": 0, "devices/nic/PREPARE": "1ns"})) == 2
-    for name, limit in (("nothing", 1), ("blackout", "fast"), ("devices/UNKNOWN", 1)):
-        with pytest.raises(ValueError):
-            report.check({name: limit})
 
 
 @pytest.mark.parametrize("where", ["here", "process"])

@@ -238,8 +238,7 @@ def test_native_on_many_devices_equals_python(library, context):
         kernel = plain_kernel(Machine("64MiB", tree), {"nic": ops}, {"pci": LiveUpdateOps()}).boot()
         kernel.devices.request("*")
         kernel.luo.prepare()
-        (slots,) = {tuple(kernel.devices.slots()["driver"][0].tolist()[:1])}
-        return bytes(kernel.memory.view(slots[0], 80_000))
+        return bytes(kernel.memory.view(int(kernel.devices.slot_phys[0, 0]), 80_000))
 
     python = LiveUpdateOps(
         prepare=lambda dev: dev.slot.__setitem__(slice(None), dev.columns["state"]), state_size=8

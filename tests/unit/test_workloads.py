@@ -1,11 +1,20 @@
 """Presets, and hosts described in TOML: what is made, and which descriptions are refused."""
 
+import errno
+import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
+import kernels
 import numpy as np
 import pytest
 
+import luo
 from luo import workloads
+from luo.cli import main
 from luo.kho import Kho
 from luo.topology import Host
 
@@ -341,3 +350,218 @@ def test_machine_has_the_hosts_memory_and_devices(describe):
 
     assert list(machine.memory.ranges) == made.ranges
     assert machine.devices is made.devices
+
+
+# ---- kernels ready for a live update ----
+
+
+@pytest.fixture
+def small(describe):
+    """A small host, quick to boot, with virtual machines."""
+    return describe(
+        'memory = "256MiB"\nkho_scratch = "4M,8M,8M"\n[devices]\nsource = "synthetic"\ncount = 60\n'
+        '[[vms]]\nname = "vm"\ncount = 2\nram = { 4KiB = "64KiB" }\n'
+    )
+
+
+def update(kernel):
+    """Do what *kernel* is ready for; return what it came to, without what it took."""
+    report = luo.live_update(kernel)
+    report.kernel.close()
+    assert report.error is None
+    return report.devices, report.image
+
+
+@pytest.mark.parametrize("successor", ["in-process", "process"])
+@pytest.mark.parametrize("settings", [{}, {"kho_abi": "kho-v1"}], ids=str)
+def test_load_gives_a_kernel_that_can_be_prepared_and_its_clones_too(successor, settings, small):
+    """Each clone is another machine, and comes to the same; the original stays as it is."""
+    with workloads.load(small, devices=50, seed=1, successor=successor, **settings) as kernel:
+        clones = [kernel.clone(), kernel.clone()]
+        outcomes = [update(clone) for clone in clones]
+
+        assert kernel.luo.state is luo.State.NORMAL
+        assert len({clone.machine for clone in (kernel, *clones)}) == 3
+        assert outcomes[0] == outcomes[1] == update(kernel)
+        devices, image = outcomes[0]
+        assert devices["reclaimed"] == devices["preserved"] > 20
+        assert devices["verified_bytes"] == devices["state_bytes"] > 0
+        assert image["preserved_pages"] > 32  # the virtual machines' RAM
+
+
+def test_load_settings_are_those_of_all_kernels(small):
+    """Behaviour, generation and quirks, in the clone and in the kernel that waits."""
+    settings = {"behaviour": "rfc1", "quirks": ["-flags-not-restored"]}
+    with workloads.load(small, **settings) as kernel, kernel.clone() as clone:
+        assert (clone.behaviour, clone.kho_abi) == ("rfc1", "kho-v5-series")
+        assert clone.quirks == kernel.quirks
+        report = luo.live_update(clone)
+        assert report.kernel.quirks == kernel.quirks
+        report.kernel.close()
+
+
+def test_load_is_what_luo_run_boots(small, tmp_path):
+    """Same devices requested, same bytes handed over, scratch as the host says."""
+    document = tmp_path / "run.json"
+    arguments = ["run", "--host", str(small), "--seed", "3", "--json", str(document)]
+    with pytest.raises(SystemExit, match="0"):
+        main(arguments)
+    run = json.loads(document.read_text())
+    with workloads.load(small, seed=3) as kernel:
+        assert kernel.parameters.kho_scratch == "4M,8M,8M"
+        devices, image = update(kernel)
+
+    assert (devices, image) == (run["devices"], run["image"])
+
+
+def test_load_takes_drivers_themselves_and_where_they_are(small, tmp_path, monkeypatch):
+    """Both kernels have them; a file is found from every directory."""
+    (tmp_path / "mine.py").write_text(
+        "import luo\n"
+        "called = []\n"
+        "mine = luo.Subsystem('mine', prepare=lambda context: called.append(context.kernel))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    called = []
+    here = luo.Subsystem(
+        "here",
+        prepare=lambda context: called.append("prepare"),
+        restore=lambda context: called.append("restore"),
+    )
+    with workloads.load(small, drivers=["mine.py", here]) as kernel:
+        monkeypatch.chdir("/")
+        assert not called  # nobody's own callbacks are called before they should
+        clone = kernel.clone()
+        assert {"mine", "here"} <= {one.name for one in clone.luo.subsystems}
+        update(clone)
+
+    assert called == ["prepare", "restore"]
+
+
+def test_load_request_names_what_is_kept(small):
+    """One glob or several, of which each must match something."""
+    with workloads.load(small, request="*/*.1") as kernel:
+        few = int(kernel.devices.requested.sum())
+        assert 0 < few < 20
+        assert int(kernel.clone().devices.requested.sum()) == few
+    with workloads.load(small, request=["*/*.1", "*/*.0"]) as kernel:
+        assert int(kernel.devices.requested.sum()) > few
+    with pytest.raises(ValueError, match=r"no/such"):
+        workloads.load(small, request=["*/*.1", "no/such"])
+
+
+def test_clone_has_the_requests_of_now(small):
+    """What was asked for after load() is asked for in the clone."""
+    with workloads.load(small) as kernel:
+        kernel.devices.request("*", on=False)
+        first = int(np.flatnonzero(kernel.devices.eligible())[0])
+        kernel.devices[first].requested = True
+
+        assert np.flatnonzero(kernel.clone().devices.requested).tolist() == [first]
+
+
+def test_load_takes_a_host_that_is_made_already(small):
+    """One that was read from a /sys tree, say."""
+    made = workloads.host(small, seed=2)
+    with workloads.load(made) as kernel:
+        assert kernel.devices.tree is made.devices
+        update(kernel.clone())
+    with pytest.raises(ValueError, match="made already"):
+        workloads.load(made, devices=3)
+
+
+def test_load_without_successor_leaves_the_choice(small):
+    """The kernel and its clones have no next kernel until somebody loads one."""
+    with workloads.load(small, successor=None) as kernel:
+        clone = kernel.clone()
+        assert not kernel.kexec_loaded
+        assert not clone.kexec_loaded
+        report = luo.live_update(clone, luo.KernelImage("luo.drivers:kernel"), in_process=True)
+        report.kernel.close()
+
+    assert report.error is None
+
+
+def test_load_of_a_host_whose_updates_fail_fails_where_it_can_be_seen(small):
+    """Rehearsing touches memory and nothing else: PREPARE says what is wrong."""
+    with workloads.load(small, kho_abi="kho-v5-series", devices=100_000) as kernel:
+        with pytest.raises(luo.LuoError):
+            kernel.luo.prepare()
+        assert kernel.luo.state is luo.State.NORMAL
+
+
+def test_load_wrong_arguments_are_value_errors(small, describe):
+    """No such successor; drivers that are here for a process; nothing that can be kept."""
+    bare = describe('memory = "64MiB"\n[devices]\nsource = "synthetic"\ncount = 1\n', "bare.toml")
+    with pytest.raises(ValueError, match="successor"):
+        workloads.load(small, successor="thread")
+    with pytest.raises(ValueError, match="module or file"):
+        workloads.load(small, drivers=[luo.Driver("mine")], successor="process")
+    with pytest.raises(ValueError, match="no device that can be kept"):
+        workloads.load(bare)
+
+
+def test_load_does_not_leave_first_touches_to_prepare(describe):
+    """PREPARE of a map with hundreds of nodes meets hardly a page of memory for the first time."""
+    ram = 'memory = "64GiB"\n[[vms]]\nname = "vm"\ncount = 5\nram = { 4KiB = "8GiB" }\n'
+    host = describe(ram + '[devices]\nsource = "synthetic"\ncount = 100\n')
+    with workloads.load(host) as kernel:
+        memory = kernel.machine.memory
+        before = os.fstat(memory.fd).st_blocks
+        kernel.luo.prepare()
+        nodes = kernel.image_sizes()["map_bytes"]
+        touched = (os.fstat(memory.fd).st_blocks - before) * 512
+
+    assert nodes > 1 << 20
+    assert touched < nodes // 8
+
+
+def test_clone_of_a_kernel_built_by_hand_is_eopnotsupp(small):
+    """Nobody knows how to build another; nor if it is the next one."""
+    by_hand = luo.Kernel(luo.Machine("64MiB")).boot()
+    with workloads.load(small, successor=None) as kernel:
+        kernel.kexec_load(luo.Kernel(kernel.machine))
+        for one in (by_hand, kernel):
+            with pytest.raises(luo.StateError) as refused:
+                one.clone()
+            assert refused.value.errno == errno.EOPNOTSUPP
+
+
+def test_clone_of_a_kernel_that_is_gone_is_eshutdown(small):
+    """What has ended cannot be repeated."""
+    kernel = workloads.load(small)
+    kernel.close()
+    with pytest.raises(luo.StateError) as gone:
+        kernel.clone()
+
+    assert gone.value.errno == errno.ESHUTDOWN
+
+
+def test_clone_of_an_image_s_kernel_is_of_that_image():
+    """With its arguments and command line."""
+    image = luo.KernelImage("kernels:plain", cmdline="kho=on liveupdate=on kho_scratch=1M,2M,1M")
+    machine = kernels.machine()
+    kernel = image.build(machine).boot()
+    clone = kernel.clone()
+
+    assert clone.machine is not machine
+    assert clone.parameters == kernel.parameters
+    assert sorted(clone.devices.tree) == sorted(machine.devices)
+
+
+def test_live_update_takes_what_is_loaded(small):
+    """And without that there is nothing to update to."""
+    with workloads.load(small, successor=None) as kernel, pytest.raises(luo.StateError) as none:
+        luo.live_update(kernel)
+
+    assert none.value.errno == errno.EINVAL
+
+
+def test_workloads_of_the_package_are_there_without_an_import_of_their_own():
+    """``import luo`` is enough, and does not pay for them."""
+    code = "import luo, sys; assert 'luo.workloads' not in sys.modules; luo.workloads.load"
+    subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(luo.__file__).parents[1])},
+    )

@@ -330,7 +330,7 @@ cdef int record_property_of(
     for which in range(NR_RECORD_PROPERTIES):
         if token.nameoff == nameoffs[which]:  # met before
             return which
-    length = fdt_property_name(blob, offset, token, fault)
+    length = fdt_property_name(blob, offset, token.nameoff, fault)
     if length < 0:
         return -1
     name = blob.base + blob.off_dt_strings + token.nameoff

@@ -184,7 +184,7 @@ def calls(plan: Plan, n: int) -> Results:
                 absent=no_objects or ("" if n <= OBJECTS_MOST else f"fdt: only to {OBJECTS_MOST}"),
             ),
         ],
-        seconds=40.0,
+        seconds=15.0 if n <= OBJECTS_MOST else 40.0,
         items=n,
         bytes=len(by_call()),
         shape="fixed",

@@ -224,7 +224,7 @@ def decode(plan: Plan, phys: np.ndarray, seconds: float = 15.0, **info: Any) -> 
         [
             Contender("luo", lambda: map_.preserved(out=(found, orders)), check=check),
             Contender(
-                "walk",
+                "callback walk",
                 lambda: folios.walk.decode(folios.tree, found, orders),
                 check=check,
                 absent=folios.no_walk,
@@ -255,7 +255,7 @@ def decode_shape(plan: Plan, size: tuple[str, int, int]) -> Results:
 
 @entries(
     "map.decode",
-    ["luo", "walk", "croaring", "numpy"],
+    ["luo", "callback walk", "croaring", "numpy"],
     smoke=[("sparse", 10_000, 1), ("dense", 0, 1)],
     quick=[("sparse", 500_000, 64), ("dense", 0, 4)],
     full=[("sparse", 10_000_000, 1024), ("dense", 0, 48)],
@@ -293,7 +293,7 @@ def bench_map_density_preserve(replay: Callable[..., None], size: tuple[int, flo
     replay(density, size)
 
 
-@entries("map.density.decode", ["luo", "walk", "croaring"], **DENSITIES)
+@entries("map.density.decode", ["luo", "callback walk", "croaring"], **DENSITIES)
 def bench_map_density_decode(replay: Callable[..., None], size: tuple[int, float]) -> None:
     """Decode a map with a share of the pages in it."""
     replay(density, size)

@@ -352,14 +352,15 @@ class PyLibFdt:
     def write(self, nodes: list[tuple[str, list[tuple[str, bytes]]]], room: int) -> bytearray:
         """Write a tree of one level; returns it, with the rest of the room behind it."""
         writer = self._lib.FdtSw(room)  # or it copies the tree whenever it has to grow
+        begin, add, end = writer.begin_node, writer.property, writer.end_node
         writer.finish_reservemap()
-        writer.begin_node("")
+        begin("")
         for name, properties in nodes:
-            writer.begin_node(name)
+            begin(name)
             for prop, value in properties:
-                writer.property(prop, value)
-            writer.end_node()
-        writer.end_node()
+                add(prop, value)
+            end()
+        end()
         made: bytearray = writer._fdt
         self._lib.fdt_finish(made)  # as_fdt() would copy it first
         return made

@@ -96,7 +96,7 @@ ROWS = {
         Row(
             "map.decode",
             "decode a map into given arrays",
-            (Limit("luo", "walk", 1 / 1.5),),
+            (Limit("luo", "callback walk", 1 / 1.5),),
             "folio",
         ),
         Row(
@@ -161,6 +161,7 @@ ROWS = {
 PEERS = {
     "libfdt": "libfdt in C",
     "walk": "a radix walk a page in C",
+    "callback walk": "a walk in C that calls back",
     "croaring": "CRoaring (pyroaring)",
     "dict": "dict.get()",
     "empty call": "an empty Cython method",

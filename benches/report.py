@@ -87,8 +87,9 @@ class Heat:
         return float(entry[stat] - self.entries[less][stat])
 
     def ratio(self, limit: Limit, stat: str) -> float:
-        """Return luo's time over the peer's."""
-        return max(0.0, self.seconds(limit.luo, stat)) / self.seconds(limit.peer, stat)
+        """Return luo's time over the peer's; noise may leave nothing when a loop is subtracted."""
+        ours, theirs = (max(1e-12, self.seconds(role, stat)) for role in (limit.luo, limit.peer))
+        return ours / theirs
 
     def title(self) -> str:
         unit = ROWS[self.row].unit
@@ -213,12 +214,15 @@ def verdicts(run: dict[str, Any]) -> list[Verdict]:
     found = []
     heats = heats_of(run)
     for heat in largest(heats):
-        for limit in ROWS[heat.row].limits:
+        row = ROWS[heat.row]
+        several = len({limit.luo for limit in row.limits}) > 1
+        for limit in row.limits:
             if limit.shape in ("", heat.shape) and {limit.luo, limit.peer} <= set(heat.entries):
                 by_min, by_median = (heat.ratio(limit, stat) for stat in ("min", "median"))
+                kind = f" ({limit.luo[4:]})" if several and limit.luo != "luo" else ""
                 found.append(
                     Verdict(
-                        ROWS[heat.row].work + (f" ({limit.luo[4:]})" if limit.luo != "luo" else ""),
+                        row.work + kind,
                         heat.title(),
                         PEERS.get(limit.peer, limit.peer),
                         limit.words(),
@@ -607,7 +611,10 @@ def _details(heats: list[Heat], row: str) -> str:
                 ]
             )
     head = ["size", "who", "minimum", "median", "IQR", "rounds", f"a {unit}", "luo = 1"]
-    text = [f"### {row}\n", ROWS[row].work[0].upper() + ROWS[row].work[1:] + ".\n"]
+    work = ROWS[row].work
+    text = [f"### {row}\n", f"{work[0].upper()}{work[1:]}.\n"]
+    if any("less" in entry for heat in here for entry in heat.entries.values()):
+        text.append("The last two columns are less the bare loop.\n")
     if row == "liveupdate.memory":
         rows = [
             [

@@ -152,7 +152,12 @@ ROWS = {
         ),
         Row("liveupdate.processes", "the same between two processes", (), "device"),
         Row("liveupdate.finish", "FINISH", (), "device"),
-        Row("liveupdate.memory", "peak memory beyond the image", (), "device"),
+        Row(
+            "liveupdate.memory",
+            "peak memory of an update beyond the image, both kernels in one process",
+            (),
+            "device",
+        ),
         Row("callbacks.event", "an event of callbacks that do nothing", (), "callback"),
     )
 }

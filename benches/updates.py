@@ -45,7 +45,7 @@ class Updates:
         kernel = host.loaded(f"{kind}, batch restore" if mixed else kind, processes)
         took["prepare"], _ = timed(kernel.luo.prepare)
         host.check_saved(kernel)
-        if kind == "python" and processes == 1:
+        if kind == "python":
             every, share = (
                 [luo.Device(kernel.devices, int(index)) for index in which]
                 for which in (host.driven, sorted(host.patched))

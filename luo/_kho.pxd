@@ -487,7 +487,6 @@ ctypedef struct fdt_rows:
     uint64_t size               # bytes behind data
     uint64_t width
     uint64_t stride             # 0: the same bytes for all rows
-    uint64_t tail               # bytes at the end of each ragged row that do not count (a NUL)
     const unsigned char *name
     uint64_t name_len
     uint64_t dist               # of the name from the end of the string table

@@ -8,7 +8,7 @@ Unlike libfdt they have plurals: :meth:`FdtWriter.add_nodes` and :meth:`Fdt.read
 give whole columns, without the GIL.
 """
 
-from luo._kho import Column, Fdt, FdtEditor, FdtWriter, Node
+from luo._kho import Children, Column, Fdt, FdtEditor, FdtWriter, Node
 from luo.errors import FdtError
 
-__all__ = ["Column", "Fdt", "FdtEditor", "FdtError", "FdtWriter", "Node"]
+__all__ = ["Children", "Column", "Fdt", "FdtEditor", "FdtError", "FdtWriter", "Node"]

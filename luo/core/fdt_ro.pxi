@@ -34,6 +34,10 @@ import numpy as np
 from luo.errors import FdtError
 
 
+cdef extern from *:
+    void fdt_prefetch "__builtin_prefetch"(const void *where) noexcept nogil
+
+
 cdef extern from "Python.h":
     bint PyUnicode_IS_COMPACT_ASCII(object text)
     void *PyUnicode_DATA(object text)
@@ -290,6 +294,17 @@ cdef int64_t fdt_property_name(
     return fdt_fault_set(fault, FDT_ERR_BADVALUE, offset, "property name above 255 bytes")
 
 
+cdef inline uint64_t fdt_skip_properties(const fdt_blob *blob, uint64_t offset) noexcept nogil:
+    """Offset of the first token from *offset* on, a place within the block, that is no property."""
+    cdef uint64_t length, end = blob.end_dt_struct
+    while end - offset >= 12 and fdt_ld32(blob.base + offset) == FDT_PROP:
+        length = fdt_align(fdt_ld32(blob.base + offset + 4))
+        if length > end - offset - 12:
+            break
+        offset += 12 + length
+    return offset
+
+
 cdef int fdt_find_property(
     const fdt_blob *blob, uint64_t node, const unsigned char *name, uint64_t name_len,
     uint64_t *where, fdt_token *token, fdt_fault *fault
@@ -397,27 +412,81 @@ cdef int fdt_check_reserve_map(
         offset += 16
 
 
+# ---- properties met before ----
+#
+# Nodes side by side are mostly alike. So what the property at one place of a node was is kept, and
+# where the next node has the same twelve bytes (token, length, name) at that place, they need no
+# parsing: the way through the blob is predicted by the processor instead of computed from what
+# was just loaded.
+
+cdef enum:
+    FDT_SEEN = 32               # places of a node
+
+
+ctypedef struct fdt_seen:
+    unsigned char header[12]
+    uint64_t length             # of the value
+    uint64_t nbytes             # of the token; 0 in an entry that is not in use
+    int64_t number              # read_nodes, first pass: of the kind; second: of the column, or -1
+
+
+cdef inline bint fdt_seen_before(
+    const fdt_seen *seen, const unsigned char *at, uint64_t room
+) noexcept nogil:
+    return seen.nbytes - 1 < room and memcmp(at, seen.header, 12) == 0
+
+
+cdef int64_t fdt_see(
+    const fdt_blob *blob, uint64_t offset, fdt_seen *seen, fdt_fault *fault
+) noexcept nogil:
+    """Let *seen* be the property at *offset*, a place within the block: its name offset, or -1."""
+    cdef uint64_t nameoff, room = blob.end_dt_struct - offset
+    seen.nbytes = 0
+    if room < 12:
+        return fdt_fault_set(fault, FDT_ERR_TRUNCATED, offset, "property header cut off")
+    memcpy(seen.header, blob.base + offset, 12)
+    seen.length = fdt_ld32(seen.header + 4)
+    nameoff = fdt_ld32(seen.header + 8)
+    if fdt_align(seen.length) > room - 12:
+        return fdt_fault_set(fault, FDT_ERR_TRUNCATED, offset, "property value cut off")
+    if nameoff >= blob.size_dt_strings:
+        return fdt_fault_set(fault, FDT_ERR_BADOFFSET, offset, "name outside the strings block")
+    seen.nbytes = 12 + fdt_align(seen.length)
+    return nameoff
+
+
 cdef int fdt_check_structure(
     const fdt_blob *blob, uint64_t *nr_nodes, uint64_t *size_dt_struct, fdt_fault *fault
 ) noexcept nogil:
     """Check every token: one root without a name, balanced, properties first, names in place."""
     cdef fdt_token token
-    cdef uint64_t offset = blob.off_dt_struct, depth = 0, nodes = 0
+    cdef fdt_seen seen[FDT_SEEN]
+    cdef fdt_seen *at
+    cdef int64_t nameoff
+    cdef uint64_t offset = blob.off_dt_struct, end = blob.end_dt_struct
+    cdef uint64_t depth = 0, nodes = 0, place = 0
     cdef bint properties = False        # whether a property may stand here
+    memset(seen, 0, sizeof(seen))
     while True:
+        if properties and end - offset >= 4 and fdt_ld32(blob.base + offset) == FDT_PROP:
+            at = &seen[place % FDT_SEEN]
+            place += 1
+            if not fdt_seen_before(at, blob.base + offset, end - offset):
+                nameoff = fdt_see(blob, offset, at, fault)
+                if nameoff < 0 or fdt_property_name(blob, offset, nameoff, fault) < 0:
+                    return -1
+            offset += at.nbytes
+            continue
         if fdt_next_tag(blob, offset, &token, fault) < 0:
             return -1
         if token.tag == FDT_PROP:
-            if not properties:
-                if depth == 0:
-                    return fdt_fault_set(
-                        fault, FDT_ERR_BADSTRUCTURE, offset, "property outside of a node"
-                    )
+            if depth == 0:
                 return fdt_fault_set(
-                    fault, FDT_ERR_BADSTRUCTURE, offset, "property after a child node"
+                    fault, FDT_ERR_BADSTRUCTURE, offset, "property outside of a node"
                 )
-            if fdt_property_name(blob, offset, token.nameoff, fault) < 0:
-                return -1
+            return fdt_fault_set(
+                fault, FDT_ERR_BADSTRUCTURE, offset, "property after a child node"
+            )
         elif token.tag == FDT_BEGIN_NODE:
             if depth == 0:
                 if nodes:
@@ -430,6 +499,7 @@ cdef int fdt_check_structure(
                     )
             depth += 1
             nodes += 1
+            place = 0
             properties = True
         elif token.tag == FDT_END_NODE:
             if depth == 0:
@@ -456,18 +526,31 @@ cdef int fdt_check_structure(
 # Built when look-ups have passed over FDT_SCAN_BUDGET nodes. Nodes are numbered in file order, so
 # their offsets ascend and a binary search finds a node's number. The hash table maps (number of
 # the parent, name) to the first such child; a name with a unit address stands in it a second time
-# without the address, which is libfdt's shortcut. SipHash-1-3 with a random key, since the names
-# are the enemy's: chosen collisions would make the build quadratic.
+# without the address, which is libfdt's shortcut. A slot holds all that a look-up needs, so that
+# one misses the cache twice: for the slot, and for the name in the blob. SipHash-1-3 with a random
+# key, since the names are the enemy's: chosen collisions would make the build quadratic.
 
 cdef enum:
     FDT_SCAN_BUDGET = 256       # nodes
+    FDT_AHEAD = 16              # slots that are fetched before they are needed
+
+
+ctypedef struct fdt_index_node:
+    uint32_t offset
+    uint32_t parent             # number; the root is its own
+
+
+ctypedef struct fdt_index_slot:
+    uint32_t hash               # the half that does not choose the slot
+    uint32_t parent
+    uint32_t offset             # of the node; 0: the slot is free
+    uint32_t number
 
 
 ctypedef struct fdt_index:
     uint64_t nr_nodes
-    uint32_t *offsets
-    uint32_t *parents           # numbers; the root is its own
-    uint32_t *slots             # number + 1, or 0
+    fdt_index_node *nodes
+    fdt_index_slot *slots
     uint64_t nr_slots           # power of two, above twice the number of keys
     uint64_t key[2]
 
@@ -521,110 +604,121 @@ cdef uint64_t fdt_name_hash(
     return v[0] ^ v[1] ^ v[2] ^ v[3]
 
 
-cdef int64_t fdt_index_slot(
-    const fdt_blob *blob, const fdt_index *index, uint64_t parent,
+cdef fdt_index_slot *fdt_index_find(
+    const fdt_blob *blob, const fdt_index *index, uint64_t hashed, uint64_t parent,
     const unsigned char *name, uint64_t length, fdt_fault *fault
 ) noexcept nogil:
-    """Slot of the child *name* of node number *parent*, or the free one where it belongs; -1."""
+    """Slot of the child *name* of node number *parent*, or the free one where it belongs."""
     cdef fdt_token token
-    cdef uint64_t number, slot, probes
-    slot = fdt_name_hash(index.key, parent, name, length) & (index.nr_slots - 1)
+    cdef fdt_index_slot *slot
+    cdef uint64_t at = hashed, probes
     for probes in range(index.nr_slots):
-        if index.slots[slot] == 0:
+        slot = &index.slots[at & (index.nr_slots - 1)]
+        if slot.offset == 0:
             return slot
-        number = index.slots[slot] - 1
-        if index.parents[number] == parent:
-            if fdt_begin_tag(blob, index.offsets[number], &token, fault) < 0:
-                return -1
+        if slot.hash == <uint32_t>(hashed >> 32) and slot.parent == parent:
+            if fdt_begin_tag(blob, slot.offset, &token, fault) < 0:
+                return NULL
             if fdt_name_matches(blob.base + token.data, token.length, name, length):
                 return slot
-        slot = (slot + 1) & (index.nr_slots - 1)
-    return fdt_fault_set(fault, FDT_ERR_BADSTRUCTURE, 0, "blob changed while it was read")
+        at += 1
+    fdt_fault_set(fault, FDT_ERR_BADSTRUCTURE, 0, "blob changed while it was read")
+    return NULL
 
 
-cdef void fdt_index_free(fdt_index *index) noexcept nogil:
-    free(index.offsets)
-    free(index.parents)
-    free(index.slots)
-    memset(index, 0, sizeof(fdt_index))
-
-
-cdef int fdt_index_build(
+cdef int fdt_index_number_nodes(
     const fdt_blob *blob, uint64_t root, fdt_index *index, fdt_fault *fault
 ) noexcept nogil:
-    """Fill *index*, all zero but for its key; on failure the caller frees it."""
+    """First pass of building: offsets and parents of all nodes, and how many slots it takes."""
     cdef fdt_token token
-    cdef uint64_t offset, depth = 0, nodes = 0, keys = 0, number = 0, parent = 0
-    cdef int64_t slot
-    cdef const unsigned char *at
-
-    offset = root
+    cdef fdt_index_node *grown
+    cdef uint64_t offset = root, depth = 0, parent = 0, cap = 0, keys = 0
     while True:
+        offset = fdt_skip_properties(blob, offset)
         if fdt_next_tag(blob, offset, &token, fault) < 0:
             return -1
         if token.tag == FDT_BEGIN_NODE:
-            depth += 1
-            nodes += 1
+            if index.nr_nodes == cap:
+                cap = 2 * cap + 64
+                grown = <fdt_index_node *>realloc(index.nodes, cap * sizeof(fdt_index_node))
+                if grown == NULL:
+                    return -1
+                index.nodes = grown
+            index.nodes[index.nr_nodes].offset = <uint32_t>offset
+            index.nodes[index.nr_nodes].parent = <uint32_t>parent
+            parent = index.nr_nodes
+            index.nr_nodes += 1
             keys += 1 + (memchr(blob.base + token.data, c"@", token.length) != NULL)
+            depth += 1
         elif token.tag == FDT_END_NODE:
+            parent = index.nodes[parent].parent
             depth -= 1
             if depth == 0:
                 break
         elif token.tag == FDT_END:
             return fdt_fault_set(fault, FDT_ERR_BADSTRUCTURE, offset, "FDT_END inside a node")
         offset = token.next
-
-    index.nr_nodes = nodes
     index.nr_slots = 2
     while index.nr_slots <= 2 * keys:
         index.nr_slots *= 2
-    index.offsets = <uint32_t *>calloc(nodes, sizeof(uint32_t))
-    index.parents = <uint32_t *>calloc(nodes, sizeof(uint32_t))
-    index.slots = <uint32_t *>calloc(index.nr_slots, sizeof(uint32_t))
-    if index.offsets == NULL or index.parents == NULL or index.slots == NULL:
-        return -1
+    return 0
 
-    offset = root
-    depth = 0
-    while True:
-        if fdt_next_tag(blob, offset, &token, fault) < 0:
-            return -1
-        if token.tag == FDT_BEGIN_NODE:
-            if number >= nodes:
-                break
-            index.offsets[number] = <uint32_t>offset
-            index.parents[number] = <uint32_t>parent
-            if depth:
-                slot = fdt_index_slot(
-                    blob, index, parent, blob.base + token.data, token.length, fault
-                )
-                if slot < 0:
+
+cdef int fdt_index_add(
+    const fdt_blob *blob, fdt_index *index, uint64_t number, uint64_t hashed,
+    const unsigned char *name, uint64_t length, fdt_fault *fault
+) noexcept nogil:
+    """Let node *number* have that key, unless one before it has."""
+    cdef fdt_index_slot *slot = fdt_index_find(
+        blob, index, hashed, index.nodes[number].parent, name, length, fault
+    )
+    if slot == NULL:
+        return -1
+    if slot.offset == 0:
+        slot.hash = <uint32_t>(hashed >> 32)
+        slot.parent = index.nodes[number].parent
+        slot.offset = index.nodes[number].offset
+        slot.number = <uint32_t>number
+    return 0
+
+
+cdef int fdt_index_fill(
+    const fdt_blob *blob, fdt_index *index, fdt_fault *fault
+) noexcept nogil:
+    """Second pass of building: enter all nodes but the root into the free slots."""
+    cdef fdt_token ahead[FDT_AHEAD]
+    cdef uint64_t hashes[FDT_AHEAD]
+    cdef fdt_token *token
+    cdef uint64_t number, parent, length
+    cdef const unsigned char *name
+    cdef const unsigned char *at
+    for number in range(1, index.nr_nodes + FDT_AHEAD):
+        token = &ahead[number % FDT_AHEAD]
+        if number > FDT_AHEAD:
+            name = blob.base + token.data
+            length = token.length
+            if fdt_index_add(
+                blob, index, number - FDT_AHEAD, hashes[number % FDT_AHEAD], name, length, fault
+            ) < 0:
+                return -1
+            at = <const unsigned char *>memchr(name, c"@", length)
+            if at != NULL:
+                parent = index.nodes[number - FDT_AHEAD].parent
+                length = at - name
+                if fdt_index_add(
+                    blob, index, number - FDT_AHEAD,
+                    fdt_name_hash(index.key, parent, name, length), name, length, fault,
+                ) < 0:
                     return -1
-                if index.slots[slot] == 0:
-                    index.slots[slot] = <uint32_t>number + 1
-                at = <const unsigned char *>memchr(blob.base + token.data, c"@", token.length)
-                if at != NULL:
-                    slot = fdt_index_slot(
-                        blob, index, parent, blob.base + token.data,
-                        at - (blob.base + token.data), fault,
-                    )
-                    if slot < 0:
-                        return -1
-                    if index.slots[slot] == 0:
-                        index.slots[slot] = <uint32_t>number + 1
-            parent = number
-            number += 1
-            depth += 1
-        elif token.tag == FDT_END_NODE:
-            depth -= 1
-            parent = index.parents[parent]
-            if depth == 0:
-                break
-        elif token.tag == FDT_END:
-            break
-        offset = token.next
-    if number != nodes or depth:
-        return fdt_fault_set(fault, FDT_ERR_BADSTRUCTURE, offset, "blob changed while it was read")
+        if number < index.nr_nodes:
+            if fdt_begin_tag(blob, index.nodes[number].offset, token, fault) < 0:
+                return -1
+            hashes[number % FDT_AHEAD] = fdt_name_hash(
+                index.key, index.nodes[number].parent, blob.base + token.data, token.length
+            )
+            fdt_prefetch(
+                &index.slots[hashes[number % FDT_AHEAD] & (index.nr_slots - 1)]
+            )
     return 0
 
 
@@ -633,11 +727,11 @@ cdef int64_t fdt_index_number(const fdt_index *index, uint64_t offset) noexcept 
     cdef uint64_t low = 0, high = index.nr_nodes, middle
     while low < high:
         middle = (low + high) >> 1
-        if index.offsets[middle] < offset:
+        if index.nodes[middle].offset < offset:
             low = middle + 1
         else:
             high = middle
-    if low < index.nr_nodes and index.offsets[low] == offset:
+    if low < index.nr_nodes and index.nodes[low].offset == offset:
         return low
     return -1
 
@@ -678,7 +772,7 @@ cdef class Column:
 
     def __cinit__(self, data, offsets, present=None):
         cdef Py_ssize_t row, rows
-        cdef bint descends = False
+        cdef uint64_t wrong = 0
         if isinstance(data, np.ndarray):
             data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
         else:
@@ -699,9 +793,9 @@ cdef class Column:
         self._data_array, self._offsets_array, self._present_array = data, offsets, present
         self._data, self._offsets = data, offsets
         self._present = present.view(np.uint8)
-        for row in range(rows):
-            descends |= self._offsets[row] > self._offsets[row + 1]
-        if descends:
+        for row in range(rows):         # a descent, and nothing else, sets the top bit
+            wrong |= self._offsets[row] | (self._offsets[row + 1] - self._offsets[row])
+        if wrong >> 63:
             raise ValueError("offsets: a row ends before it begins")
         if self._offsets[rows] > <uint64_t>self._data.shape[0]:
             raise ValueError(f"offsets: {self._offsets[rows]} is outside the data")
@@ -770,21 +864,6 @@ cdef class Column:
 
 
 # ---- many nodes at once ----
-#
-# Nodes side by side are mostly alike. So what the property at one place of a child means is kept,
-# and where the next child has the same twelve bytes (token, length, name) at that place, they need
-# no parsing: the way through the blob is predicted by the processor instead of computed from what
-# was just loaded.
-
-cdef enum:
-    FDT_SEEN = 32               # places of a child
-
-
-ctypedef struct fdt_seen:
-    unsigned char header[12]
-    uint64_t length             # of the value
-    uint64_t nbytes             # of the token; 0 in an entry that is not in use
-    int64_t number              # first pass: of the kind; second: of the column, or -1
 
 
 # A kind of property: all that have one name offset.
@@ -837,25 +916,17 @@ cdef int fdt_scan_kind(
 cdef int fdt_scan_property(
     const fdt_blob *blob, uint64_t offset, fdt_scan *scan, fdt_seen *seen, fdt_fault *fault
 ) noexcept nogil:
-    """Let *seen* be the property at *offset*, of which at least the tag lies in the block."""
-    cdef uint64_t nameoff, room = blob.end_dt_struct - offset
+    """Let *seen* be the property at *offset*."""
+    cdef int64_t nameoff = fdt_see(blob, offset, seen, fault)
     cdef int32_t kind
-    seen.nbytes = 0
-    if room < 12:
-        return fdt_fault_set(fault, FDT_ERR_TRUNCATED, offset, "property header cut off")
-    memcpy(seen.header, blob.base + offset, 12)
-    seen.length = fdt_ld32(seen.header + 4)
-    nameoff = fdt_ld32(seen.header + 8)
-    if fdt_align(seen.length) > room - 12:
-        return fdt_fault_set(fault, FDT_ERR_TRUNCATED, offset, "property value cut off")
-    if nameoff >= blob.size_dt_strings:
-        return fdt_fault_set(fault, FDT_ERR_BADOFFSET, offset, "name outside the strings block")
+    if nameoff < 0:
+        return -1
     if scan.kind_of[nameoff] == 0 and scan.columns == NULL:
         if fdt_scan_kind(blob, offset, scan, nameoff, fault) < 0:
+            seen.nbytes = 0
             return -1
     kind = scan.kind_of[nameoff] - 1
     seen.number = kind if scan.columns == NULL or kind < 0 else scan.kinds[kind].column
-    seen.nbytes = 12 + fdt_align(seen.length)
     return 0
 
 
@@ -878,6 +949,28 @@ cdef inline int fdt_put_row(
     column.rows += 1
     column.offsets[column.rows] = column.pos
     return 0
+
+
+cdef object fdt_array(object old, Py_ssize_t length, object dtype):
+    """An array of that length and type: the first part of *old* if it may be, or a new one."""
+    if (
+        isinstance(old, np.ndarray) and old.dtype == dtype and old.ndim == 1
+        and len(old) >= length and old.flags.c_contiguous and old.flags.writeable
+    ):
+        return old[:length]
+    return np.empty(length, dtype)
+
+
+cdef tuple fdt_arrays(object old, Py_ssize_t nbytes, Py_ssize_t rows):
+    """Data, offsets and presence of a column that read_nodes fills; each has an address."""
+    if not isinstance(old, Column):
+        old = Column(b"", [0])
+    data = fdt_array(old.data, max(nbytes, 1), np.uint8)
+    offsets = fdt_array(old.offsets, rows + 1, np.uint64)
+    present = fdt_array(old.present, max(rows, 1), np.bool_).view(np.uint8)
+    offsets[0] = 0
+    present.fill(0)
+    return data, offsets, present
 
 
 cdef int fdt_scan_children(
@@ -904,10 +997,7 @@ cdef int fdt_scan_children(
         if tag == FDT_PROP and depth == 1:
             at = &seen[place % FDT_SEEN]
             place += 1
-            if (
-                at.nbytes - 1 >= end - offset   # beyond the end, or not in use
-                or memcmp(base + offset, at.header, 12) != 0
-            ):
+            if not fdt_seen_before(at, base + offset, end - offset):
                 if fdt_scan_property(blob, offset, scan, at, fault) < 0:
                     return -1
             if columns == NULL:
@@ -965,6 +1055,12 @@ cdef int fdt_scan_children(
 # ---- the tree ----
 
 
+# A node: where it begins, and its number in the index, or -1 if nobody asked.
+ctypedef struct fdt_place:
+    uint64_t offset
+    int64_t number
+
+
 @cython.final
 @cython.auto_pickle(False)
 @cython.no_gc  # it holds an export: the collector would clear the memoryview under it
@@ -1007,6 +1103,7 @@ cdef class Fdt:
     cdef uint64_t _root
     cdef object _view           # read-only
     cdef fdt_index _index
+    cdef object _slots          # owner of the index's
     cdef int64_t _budget        # nodes that look-ups may still pass over before there is an index
 
     def __cinit__(self, buffer, *, check=True):
@@ -1035,7 +1132,7 @@ cdef class Fdt:
         self._view = memoryview(buffer).cast("B").toreadonly()
 
     def __dealloc__(self):
-        fdt_index_free(&self._index)
+        free(self._index.nodes)
         if self._held:
             PyBuffer_Release(&self._buffer)
 
@@ -1062,7 +1159,7 @@ cdef class Fdt:
     @property
     def root(self) -> Node:
         """The root node."""
-        return Node.__new__(Node, self, self._root)
+        return fdt_node(self, self._root)
 
     def node(self, path) -> Node:
         """Return the node at *path*, as ``fdt_path_offset()`` does.
@@ -1077,18 +1174,20 @@ cdef class Fdt:
         cdef int64_t offset = self._path_offset(path)
         if offset < 0:
             raise FdtError("FDT_ERR_NOTFOUND", None, f"no node {path}")
-        return Node.__new__(Node, self, <uint64_t>offset)
+        return fdt_node(self, offset)
 
     def __contains__(self, path) -> bool:
         """Tell whether there is a node at *path*."""
         return self._path_offset(path) >= 0
 
-    def read_nodes(self, path, properties=None) -> dict:
+    def read_nodes(self, path, properties=None, out=None) -> dict:
         """Read all children of a node at once.
 
         Args:
             path: of the node whose children are the rows.
             properties: names of those that are wanted; None: all that any child has.
+            out: columns of an earlier call, by name. Their arrays are written over where they are
+                large enough, so that no memory is touched for the first time.
 
         Returns:
             dict from the property's name to its Column, one row per child in file order, and
@@ -1161,17 +1260,14 @@ cdef class Fdt:
 
             scan.nr_columns = len(numbers)
             scan.columns = <fdt_column *>xmalloc(scan.nr_columns * sizeof(fdt_column))
-            for i in range(scan.nr_columns):
-                arrays.append((
-                    np.empty(nbytes[i] + 1, np.uint8),  # never empty: it needs an address
-                    np.zeros(scan.nr_rows + 1, np.uint64),
-                    np.zeros(scan.nr_rows, np.bool_),
-                ))
-                data, offsets, present = arrays[i][0], arrays[i][1], arrays[i][2].view(np.uint8)
+            for name, i in numbers.items():
+                old = None if out is None else out.get(name)
+                arrays.append(fdt_arrays(old, nbytes[i], scan.nr_rows))
+                data, offsets, present = arrays[i]
                 scan.columns[i].data = &data[0]
                 scan.columns[i].offsets = &offsets[0]
-                scan.columns[i].present = &present[0] if present.shape[0] else NULL
-                scan.columns[i].cap = data.shape[0] - 1
+                scan.columns[i].present = &present[0]
+                scan.columns[i].cap = nbytes[i]
                 scan.columns[i].pos = 0
                 scan.columns[i].rows = 0
             with nogil:
@@ -1179,7 +1275,10 @@ cdef class Fdt:
             if rc < 0:
                 fdt_raise(&fault)
             return {
-                name: Column(arrays[i][0][:scan.columns[i].pos], arrays[i][1], arrays[i][2])
+                name: Column(
+                    arrays[i][0][:scan.columns[i].pos], arrays[i][1],
+                    arrays[i][2][:scan.nr_rows].view(np.bool_),
+                )
                 for name, i in numbers.items()
             }
         finally:
@@ -1203,7 +1302,7 @@ cdef class Fdt:
             if fdt_next_tag(&self._blob, offset, &token, &fault) < 0:
                 fdt_raise(&fault)
             if token.tag == FDT_BEGIN_NODE:
-                yield depth, Node.__new__(Node, self, offset)
+                yield depth, fdt_node(self, offset)
                 depth += 1
             elif token.tag == FDT_END_NODE:
                 depth -= 1
@@ -1317,69 +1416,100 @@ cdef class Fdt:
     cdef int _build_index(self) except -1:
         cdef fdt_fault fault
         cdef fdt_index index
+        cdef uint32_t[:, ::1] slots
         cdef int rc
         cdef bytes key
-        if self._index.offsets != NULL:
+        if self._index.nodes != NULL:
             return 0
         memset(&fault, 0, sizeof(fault))
         memset(&index, 0, sizeof(index))
         key = os.urandom(16)
         memcpy(index.key, PyBytes_AS_STRING(key), 16)
-        with nogil:
-            rc = fdt_index_build(&self._blob, self._root, &index, &fault)
-        if rc < 0 or self._index.offsets != NULL:
-            fdt_index_free(&index)      # wrong, or another thread was faster
-        else:
-            self._index = index
-        if rc < 0:
-            fdt_raise(&fault)
+        try:
+            with nogil:
+                rc = fdt_index_number_nodes(&self._blob, self._root, &index, &fault)
+            if rc < 0:
+                fdt_raise(&fault)
+            array = np.zeros((index.nr_slots, sizeof(fdt_index_slot) // 4), np.uint32)
+            slots = array               # numpy asks for huge pages
+            index.slots = <fdt_index_slot *>&slots[0, 0]
+            with nogil:
+                rc = fdt_index_fill(&self._blob, &index, &fault)
+            if rc < 0:
+                fdt_raise(&fault)
+            if self._index.nodes == NULL:  # no other thread was faster
+                self._index, self._slots = index, array
+                index.nodes = NULL
+        finally:
+            free(index.nodes)
         return 0
 
-    cdef int64_t _child_offset(
-        self, uint64_t node, const unsigned char *name, uint64_t length
-    ) except? -1:
-        """Offset of the first child that *name* means, or -1."""
+    cdef int _child(
+        self, fdt_place *node, const unsigned char *name, uint64_t length, fdt_place *child
+    ) except -1:
+        """Find the first child that *name* means: 1, or 0 if there is none.
+
+        *node* may be *child*; it gets its number, if there are numbers.
+        """
         cdef fdt_fault fault
-        cdef uint64_t where
-        cdef int64_t number, slot
+        cdef fdt_index_slot *slot
         cdef int rc
         memset(&fault, 0, sizeof(fault))
-        if self._index.offsets == NULL:
-            rc = fdt_find_child(&self._blob, node, name, length, &self._budget, &where, &fault)
+        if self._index.nodes == NULL:
+            rc = fdt_find_child(
+                &self._blob, node.offset, name, length, &self._budget, &child.offset, &fault
+            )
             if rc == -1:
                 fdt_raise(&fault)
             if rc >= 0:
-                return <int64_t>where if rc else -1
+                child.number = -1
+                return rc
             self._build_index()
-        number = fdt_index_number(&self._index, node)
-        if number < 0:
-            raise FdtError("FDT_ERR_BADOFFSET", node, "no node begins here")
-        slot = fdt_index_slot(&self._blob, &self._index, number, name, length, &fault)
-        if slot < 0:
+        self._number(node)
+        slot = fdt_index_find(
+            &self._blob, &self._index,
+            fdt_name_hash(self._index.key, node.number, name, length), node.number, name, length,
+            &fault,
+        )
+        if slot == NULL:
             fdt_raise(&fault)
-        number = <int64_t>self._index.slots[slot] - 1
-        return <int64_t>self._index.offsets[number] if number >= 0 else -1
+        child.number = slot.number
+        child.offset = slot.offset
+        return slot.offset != 0
+
+    cdef int _number(self, fdt_place *node) except -1:
+        """Let *node* have its number in the index."""
+        if node.number < 0:
+            self._build_index()
+            node.number = fdt_index_number(&self._index, node.offset)
+            if node.number < 0:
+                raise FdtError("FDT_ERR_BADOFFSET", node.offset, "no node begins here")
+        return 0
 
     cdef int64_t _path_offset(self, object path) except? -1:
         """Offset of the node at *path*, or -1."""
-        cdef bytes raw = fdt_encode(path)
-        cdef const unsigned char *at = <const unsigned char *>PyBytes_AS_STRING(raw)
-        cdef const unsigned char *end = at + PyBytes_GET_SIZE(raw)
+        cdef const unsigned char *at
+        cdef const unsigned char *end
         cdef const unsigned char *slash
-        cdef int64_t offset = self._root
+        cdef uint64_t length
+        cdef object owner = fdt_text(path, &at, &length)
+        cdef fdt_place place
+        place.offset = self._root
+        place.number = 0
+        end = at + length
         if at == end or at[0] != c"/":
             raise FdtError("FDT_ERR_BADPATH", None, f"{path!r} does not begin with '/'")
-        while offset >= 0:
+        while True:
             while at < end and at[0] == c"/":
                 at += 1
             if at == end:
-                return offset
+                return place.offset
             slash = <const unsigned char *>memchr(at, c"/", end - at)
             if slash == NULL:
                 slash = end
-            offset = self._child_offset(offset, at, slash - at)
+            if not self._child(&place, at, slash - at, &place):
+                return -1
             at = slash
-        return -1
 
 
 cdef bytes fdt_value(object value):
@@ -1417,8 +1547,18 @@ cdef str _dts_value(object view):
     return f" = [{raw.hex(' ')}]"
 
 
+cdef inline Node fdt_node(Fdt fdt, uint64_t offset):
+    """The node that begins at *offset*, which the caller has seen."""
+    cdef Node node = Node.__new__(Node)
+    node._fdt, node._offset = fdt, offset
+    return node
+
+
 @cython.final
 @cython.auto_pickle(False)
+@cython.no_gc
+@cython.freelist(64)
+@cython.nonecheck(True)  # Node.__new__(Node) belongs to no tree
 cdef class Node:
     """A node of a flattened device tree.
 
@@ -1426,7 +1566,7 @@ cdef class Node:
         name: with its unit address, and without any "/"; "" for the root.
         path: "/" for the root, else names joined by "/".
         parent: the node above, or None for the root.
-        children: nodes directly below, in file order.
+        children: nodes directly below; a sequence in file order, and ``children["uart@9000000"]``.
         properties: dict from name to value, in file order.
         offset: byte in the blob where it begins.
 
@@ -1445,13 +1585,13 @@ cdef class Node:
     cdef Fdt _fdt
     cdef uint64_t _offset
 
-    def __cinit__(self, Fdt fdt not None, offset):
+    def __init__(self, Fdt fdt not None, offset):
         cdef fdt_fault fault
         cdef fdt_token token
-        self._fdt = fdt
-        self._offset = as_u64(offset)
-        if fdt_begin_tag(&fdt._blob, self._offset, &token, &fault) < 0:
+        cdef uint64_t where = as_u64(offset)
+        if fdt_begin_tag(&fdt._blob, where, &token, &fault) < 0:
             fdt_raise(&fault)
+        self._fdt, self._offset = fdt, where
 
     @property
     def offset(self) -> int:
@@ -1476,47 +1616,27 @@ cdef class Node:
         cdef fdt_token token
         cdef int64_t number = self._number()
         while number:
-            if fdt_begin_tag(&fdt._blob, fdt._index.offsets[number], &token, &fault) < 0:
+            if fdt_begin_tag(&fdt._blob, fdt._index.nodes[number].offset, &token, &fault) < 0:
                 fdt_raise(&fault)
             names.append(fdt_decode(fdt._blob.base + token.data, token.length))
-            number = fdt._index.parents[number]
+            number = fdt._index.nodes[number].parent
         return "/" + "/".join(reversed(names))
 
     @property
     def parent(self) -> Node | None:
         """The node above, or None for the root."""
         cdef int64_t number = self._number()
+        cdef fdt_index_node *nodes = self._fdt._index.nodes
         if number == 0:
             return None
-        return Node.__new__(
-            Node, self._fdt, self._fdt._index.offsets[self._fdt._index.parents[number]]
-        )
+        return fdt_node(self._fdt, nodes[nodes[number].parent].offset)
 
     @property
-    def children(self) -> list:
-        """Nodes directly below, in file order."""
-        cdef fdt_fault fault
-        cdef fdt_token token
-        cdef uint64_t offset, depth = 0
-        cdef const fdt_blob *blob = &self._fdt._blob
-        cdef list nodes = []
-        if fdt_begin_tag(blob, self._offset, &token, &fault) < 0:
-            fdt_raise(&fault)
-        while True:
-            offset = token.next
-            if fdt_next_tag(blob, offset, &token, &fault) < 0:
-                fdt_raise(&fault)
-            if token.tag == FDT_BEGIN_NODE:
-                if depth == 0:
-                    nodes.append(Node.__new__(Node, self._fdt, offset))
-                depth += 1
-            elif token.tag == FDT_END_NODE:
-                if depth == 0:
-                    return nodes
-                depth -= 1
-            elif token.tag == FDT_END:
-                fdt_fault_set(&fault, FDT_ERR_BADSTRUCTURE, offset, "FDT_END inside a node")
-                fdt_raise(&fault)
+    def children(self) -> Children:
+        """Nodes directly below."""
+        cdef Children children = Children.__new__(Children, self._fdt)
+        children._place.offset = self._offset
+        return children
 
     @property
     def properties(self) -> dict:
@@ -1584,11 +1704,118 @@ cdef class Node:
 
     cdef int64_t _number(self) except -1:
         """Number of the node in the tree's index; 0 is the root."""
-        cdef int64_t number
+        cdef fdt_place place
         if self._offset == self._fdt._root:
             return 0
-        self._fdt._build_index()
-        number = fdt_index_number(&self._fdt._index, self._offset)
-        if number < 0:
-            raise FdtError("FDT_ERR_BADOFFSET", self._offset, "no node begins here")
-        return number
+        place.offset, place.number = self._offset, -1
+        self._fdt._number(&place)
+        return place.number
+
+
+@cython.final
+@cython.auto_pickle(False)
+@cython.no_gc
+cdef class Children:
+    """Nodes directly below a node of a flattened device tree.
+
+    A sequence of :class:`Node` in file order, made when one first goes through it; names instead of
+    numbers find single nodes without that, by the tree's index once it has one.
+
+    Raises:
+        FdtError: the structure is wrong (met only with ``check=False``).
+
+    Example:
+        >>> from luo.fdt import Fdt, FdtWriter
+        >>> writer = FdtWriter()
+        >>> with writer.node(""):
+        ...     writer.add_nodes(("dev", 0, 3), {"bus": b"pci"})
+        >>> children = Fdt(writer.finish()).root.children
+        >>> len(children), children["dev2"], children[-1] == children["dev2"], "dev3" in children
+        (3, <Node dev2 at 0x8c>, True, False)
+    """
+
+    cdef Fdt _fdt
+    cdef fdt_place _place       # of the node above
+    cdef list _nodes            # None until it is needed
+
+    def __cinit__(self, Fdt fdt not None):
+        self._fdt = fdt
+        self._place.offset, self._place.number = fdt._root, -1
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._all())
+
+    def __iter__(self):
+        """Go through them in file order."""
+        return iter(self._all())
+
+    def __getitem__(self, key) -> Node:
+        """Return the node of that name, as ``Fdt.node()`` finds it, or of that number.
+
+        Raises:
+            KeyError: there is no node of that name.
+        """
+        cdef Node node
+        if not isinstance(key, (str, bytes)):
+            return self._all()[key]
+        node = self._find(key)
+        if node is None:
+            raise KeyError(key)
+        return node
+
+    def __contains__(self, key) -> bool:
+        """Tell whether a name means one of them, or whether a node is one."""
+        if isinstance(key, (str, bytes)):
+            return self._find(key) is not None
+        return key in self._all()
+
+    def get(self, name) -> Node | None:
+        """Return the node of that name, or None."""
+        return self._find(name)
+
+    cdef Node _find(self, object name):
+        cdef const unsigned char *text
+        cdef uint64_t length
+        cdef fdt_place child
+        cdef object owner = fdt_text(name, &text, &length)
+        if self._fdt._child(&self._place, text, length, &child):
+            return fdt_node(self._fdt, child.offset)
+        return None
+
+    def __eq__(self, other) -> bool:
+        if isinstance(other, Children):
+            other = (<Children>other)._all()
+        return self._all() == other
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        return repr(self._all())
+
+    cdef list _all(self):
+        cdef fdt_fault fault
+        cdef fdt_token token
+        cdef uint64_t offset, depth = 0
+        cdef const fdt_blob *blob = &self._fdt._blob
+        cdef list nodes = []
+        if self._nodes is not None:
+            return self._nodes
+        if fdt_begin_tag(blob, self._place.offset, &token, &fault) < 0:
+            fdt_raise(&fault)
+        while True:
+            offset = fdt_skip_properties(blob, token.next)
+            if fdt_next_tag(blob, offset, &token, &fault) < 0:
+                fdt_raise(&fault)
+            if token.tag == FDT_BEGIN_NODE:
+                if depth == 0:
+                    nodes.append(fdt_node(self._fdt, offset))
+                depth += 1
+            elif token.tag == FDT_END_NODE:
+                if depth == 0:
+                    self._nodes = nodes
+                    return nodes
+                depth -= 1
+            elif token.tag == FDT_END:
+                fdt_fault_set(&fault, FDT_ERR_BADSTRUCTURE, offset, "FDT_END inside a node")
+                fdt_raise(&fault)

@@ -309,9 +309,9 @@ cdef inline int fdt_row_bounds(
     """Where a ragged row lies, or -1; its offsets are loaded once, since they may change."""
     cdef uint64_t stop = rows.offsets[row + 1]
     start[0] = rows.offsets[row]
-    if start[0] > stop or stop > rows.size or stop - start[0] < rows.tail:
+    if start[0] > stop or stop > rows.size:
         return -1
-    length[0] = stop - start[0] - rows.tail
+    length[0] = stop - start[0]
     return 0
 
 
@@ -327,7 +327,7 @@ cdef inline int fdt_size_rows(
     for row in range(nr_rows):
         mask = 0 if rows.present != NULL and rows.present[row] == 0 else <uint64_t>-1
         start, stop = rows.offsets[row], rows.offsets[row + 1]
-        length = stop - start - rows.tail
+        length = stop - start
         # What is out of bounds sets the top bit here: a difference below zero, or the offset.
         wrong |= (start | stop | (length - nul) | (rows.size - stop)) & mask
         nbytes = (head + fdt_align(length + nul)) & mask
@@ -470,6 +470,9 @@ cdef int64_t fdt_sw_put_rows(
         if 4 + fdt_align(length + 1) > <uint64_t>(limit - to):
             return -EINVAL
         to = fdt_sw_put_name(to, value, length)
+        # As far before the next row as can be: a load soon after this store would wait for it.
+        if nodes.counted:
+            fdt_counter_next(&nodes.counter, nodes.first + row + 1)
         step = nodes.steps
         while step != end:
             rows = step.value
@@ -479,6 +482,8 @@ cdef int64_t fdt_sw_put_rows(
                     continue
                 if rows.tabsize != sw.tabsize and row != first:
                     sw.pos = begin - sw.buf
+                    if nodes.counted:
+                        fdt_counter_set(&nodes.counter, nodes.first + row)
                     return row
             if step.length > <uint64_t>(limit - to):
                 return -EINVAL
@@ -496,9 +501,6 @@ cdef int64_t fdt_sw_put_rows(
                     return -EINVAL
                 to = fdt_sw_put_value(to, value, length)
             step += 1
-        # Not before the next name is needed: a load soon after this store would wait for it.
-        if nodes.counted:
-            fdt_counter_next(&nodes.counter, nodes.first + row + 1)
     sw.pos = to - sw.buf
     return stop
 
@@ -534,6 +536,7 @@ cdef object fdt_whole(object array):
 cdef class _FdtRows:
     cdef list keep              # owners of what is pointed to
     cdef fdt_nodes nodes
+    cdef unsigned char *joined  # names that were Python objects
     cdef uint64_t start
 
     def __cinit__(self, names, properties, start, stop):
@@ -579,6 +582,7 @@ cdef class _FdtRows:
         free(self.nodes.counter.text)
         free(self.nodes.steps)
         free(self.nodes.runs)
+        free(self.joined)
 
     cdef int _point(self, fdt_rows *rows, object data) except -1:
         """Let *rows* point to the uint8 array *data*, or to bytes."""
@@ -598,21 +602,20 @@ cdef class _FdtRows:
         return 0
 
     cdef int _take_names(self, object names, Py_ssize_t start, Py_ssize_t rows) except -1:
-        cdef bytes prefix, joined
+        cdef bytes prefix
+        cdef list chosen
         cdef uint64_t[::1] offsets
-        cdef const unsigned char *at
-        cdef const unsigned char *end
+        cdef const unsigned char *text
+        cdef unsigned char *grown
         cdef Py_ssize_t i
-        cdef uint64_t low, high
+        cdef uint64_t low, high, length, cap = 0
         if isinstance(names, Column):
             if not (<Column>names)._present_array[start:start + rows].all():
                 raise ValueError("names: a row is not present")
             self._take_column(&self.nodes.names, names, start)
             low, high = self.nodes.names.offsets[0], self.nodes.names.offsets[rows]
             if rows and low <= high <= self.nodes.names.size:
-                for byte in b"/\0":
-                    if memchr(self.nodes.names.data + low, byte, high - low) != NULL:
-                        raise ValueError(f"names: a name has {chr(byte)!r} in it")
+                fdt_check_names(self.nodes.names.data + low, high - low)
             self.nodes.names.present = NULL
             return 0
         if self.nodes.counted:
@@ -628,31 +631,24 @@ cdef class _FdtRows:
             memcpy(self.nodes.counter.text, PyBytes_AS_STRING(prefix), len(prefix))
             return 0
 
-        # Names are joined by NULs, which at the same time shows those that have one inside.
-        chosen = names[start:start + rows]
-        if isinstance(chosen, np.ndarray):
-            chosen = chosen.tolist()
-        if rows and isinstance(chosen[0], bytes):
-            joined = b"\0".join(chosen) + b"\0"
-        else:
-            joined = fdt_encode("\0".join(chosen) + "\0")
-        if rows == 0:
-            joined = b""
-        if b"/" in joined:
-            raise ValueError("names: a name has '/' in it")
-        if joined.count(0) != rows:
-            raise ValueError("names: a name has NUL in it")
+        chosen = list(names[start:start + rows])
         array = np.zeros(rows + 1, np.uint64)
         offsets = array
-        at = <const unsigned char *>PyBytes_AS_STRING(joined)
-        end = at + len(joined)
         for i in range(rows):
-            at = <const unsigned char *>memchr(at, 0, end - at) + 1
-            offsets[i + 1] = at - <const unsigned char *>PyBytes_AS_STRING(joined)
-        self._point(&self.nodes.names, joined)
-        self.keep.append(array)
+            owner = fdt_text(chosen[i], &text, &length)
+            if self.joined == NULL or self.nodes.names.size + length > cap:
+                cap = 2 * (self.nodes.names.size + length) + 16 * rows
+                grown = <unsigned char *>realloc(self.joined, cap)
+                if grown == NULL:
+                    raise MemoryError
+                self.joined = grown
+            fdt_copy(self.joined + self.nodes.names.size, text, length)
+            self.nodes.names.size += length
+            offsets[i + 1] = self.nodes.names.size
+        fdt_check_names(self.joined, self.nodes.names.size)
+        self.nodes.names.data = self.joined
         self.nodes.names.offsets = &offsets[0]
-        self.nodes.names.tail = 1
+        self.keep.append(array)
         return 0
 
     cdef int _take_property(
@@ -732,6 +728,15 @@ cdef inline int fdt_check_name(const unsigned char *name, uint64_t length) excep
         raise ValueError("only the root node may have an empty name")
     if memchr(name, c"/", length) != NULL or memchr(name, 0, length) != NULL:
         raise ValueError(f"node name {fdt_decode(name, length)!r}: '/' and NUL are not allowed")
+    return 0
+
+
+cdef int fdt_check_names(const unsigned char *names, uint64_t length) except -1:
+    """Check many names of nodes, one behind the other."""
+    if length and memchr(names, c"/", length) != NULL:
+        raise ValueError("names: a name has '/' in it")
+    if length and memchr(names, 0, length) != NULL:
+        raise ValueError("names: a name has NUL in it")
     return 0
 
 

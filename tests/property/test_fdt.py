@@ -1,6 +1,7 @@
 """Flattened device trees against libfdt, byte for byte, and against hostile bytes."""
 
 import contextlib
+import itertools
 from functools import partial
 
 import numpy as np
@@ -88,6 +89,58 @@ def test_writer_gives_libfdts_bytes(tree):
         written_by_us(tree, into=bytearray(len(expected) - 1))
 
 
+@given(st.lists(st.tuples(st.integers(0, 3), PROPERTIES, st.booleans()), max_size=6))
+def test_writer_knows_names_by_object_and_by_text(nodes):
+    """The same str object, an equal one, bytes: a name is looked up anew whenever it must be."""
+    spellings = [str, lambda name: "".join(list(name)), str.encode, lambda name: name]
+    tree = ([], [("n", (properties, [])) for _, properties, _ in nodes])
+    writer = FdtWriter()
+    with writer.node(""):
+        for spelling, properties, whole in nodes:
+            pairs = [(spellings[spelling](name), value) for name, value in properties]
+            if whole and len(dict(pairs)) == len(pairs):
+                writer.add_node("n", dict(pairs))
+                continue
+            with writer.node("n"):
+                for name, value in pairs:
+                    writer.property(name, value)
+
+    assert written_by_libfdt(tree) == bytes(writer.finish())
+
+
+def columns_of(node) -> dict:
+    """What read_nodes gives for the children of a node, made from single reads."""
+    children = [(child.name, child.properties) for child in node.children]
+    names = {name: None for _, properties in children for name in properties if name != "name"}
+    return {"name": [name.encode() for name, _ in children]} | {
+        name: [None if name not in had else bytes(had[name]) for _, had in children]
+        for name in names
+    }
+
+
+def rows_of(column) -> list:
+    parts = [column.data[a:b].tobytes() for a, b in itertools.pairwise(column.offsets.tolist())]
+    return [part if there else None for part, there in zip(parts, column.present, strict=True)]
+
+
+@given(TREES, TREES)
+def test_read_nodes_gives_what_single_reads_give(tree, other):
+    """Every node's children as columns, in new arrays and in those of another tree's columns."""
+    out = None
+    for blob in (written_by_us(tree), written_by_us(other)):
+        fdt = Fdt(blob)
+        for _, node in fdt.walk():
+            if fdt.node(node.path) != node:
+                continue  # a name that stands twice finds the first
+            expected = columns_of(node)
+            columns = fdt.read_nodes(node.path)
+
+            assert expected == {name: rows_of(column) for name, column in columns.items()}
+            again = fdt.read_nodes(node.path, out=out)
+            assert expected == {name: rows_of(column) for name, column in again.items()}
+            out = again
+
+
 @given(TREES)
 def test_reader_gives_back_what_was_written(tree):
     """Names, values and order are those that were written, and written again are equal."""
@@ -122,9 +175,9 @@ def tables(draw):
     first = draw(st.integers(0, 1002))
     columns, lists = {}, {}
     for key in draw(st.lists(PROPERTY_NAMES, unique=True, max_size=5)):
-        kind = draw(st.sampled_from(["same", "array", "list", "column"]))
-        if kind == "same":
-            value = draw(VALUES)
+        kind = draw(st.sampled_from(["same", "long", "array", "list", "column"]))
+        if kind in ("same", "long"):
+            value = draw(VALUES) * (1 if kind == "same" else 60)
             columns[key], lists[key] = value, [value] * n
         elif kind == "array":
             width = draw(st.integers(0, 9))
@@ -255,6 +308,7 @@ def use(fdt: Fdt) -> None:
         lambda: fdt.to_dts(),
         lambda: "/a/b" in fdt,
         lambda: fdt.node("/a@1"),
+        lambda: [(n in n.children, n.children.get("a")) for _, n in fdt.walk()],
     ):
         with contextlib.suppress(FdtError):
             step()

@@ -319,6 +319,118 @@ def test_read_nodes_of_chosen_properties_gives_those():
         Fdt(KHO_V4_ROOT).read_nodes("/", "id")
 
 
+def test_read_nodes_out_fills_the_arrays_it_is_given():
+    """Arrays that are large enough are written over, others are left alone."""
+    big = Fdt(write({f"n{i}": {"id": b"%04d" % i, "x": b"y" * i} for i in range(9)}))
+    small = Fdt(write({"a": {"id": b"1234"}, "b": {"new": b"z"}}))
+    out = big.read_nodes("/")
+    before = [(column.data, column.offsets, column.present) for column in out.values()]
+    columns = small.read_nodes("/", out=out)
+    shared = [np.shares_memory(columns["id"].data, out["id"].data)]
+    shared += [np.shares_memory(columns["name"].offsets, out["name"].offsets)]
+
+    assert shared == [True, True]
+    assert columns["name"].strings() == ["a", "b"]
+    assert columns["id"].present.tolist() == [True, False]
+    assert columns["id"].offsets.tolist() == [0, 4, 4]
+    assert columns["new"].data.tobytes() == b"z"
+    assert big.read_nodes("/", out=columns)["id"].data.tobytes() == b"".join(
+        b"%04d" % i for i in range(9)
+    )
+    for data, offsets, present in before:
+        for array in (data, offsets, present):
+            array.flags.writeable = False
+    assert not np.shares_memory(small.read_nodes("/", out=out)["id"].data, out["id"].data)
+    assert small.read_nodes("/", out={"id": "no column"})["id"].data.tobytes() == b"1234"
+
+
+@pytest.mark.parametrize("place", [0, 3, 40])
+def test_read_nodes_of_nodes_that_differ_in_one_place_gives_each_its_own(place):
+    """Longer, absent, renamed or moved: what the node before had is not taken for granted."""
+    usual = {f"p{i}": bytes([i]) * (i % 5) for i in range(45)}
+    name = f"p{place}"
+    without = {key: value for key, value in usual.items() if key != name}
+    kinds = [usual, usual, {**usual, name: b"longer"}, without, {**without, "other": b"!"}, usual]
+    kinds.append({name: usual[name], **without})
+    columns = Fdt(write({f"n{i}": kind for i, kind in enumerate(kinds)})).read_nodes("/")
+
+    for key in (*usual, "other"):
+        column = columns[key]
+        assert [key in kind for kind in kinds] == column.present.tolist()
+        assert b"".join(kind.get(key, b"") for kind in kinds) == column.data.tobytes()
+
+
+@pytest.mark.parametrize("length", [*range(1, 20), 31, 32, 33, 39, 40, 41, 200])
+def test_node_names_of_any_length_are_read(length):
+    """A name ends at its NUL, found by words or behind them."""
+    names = ["n" * length, "m" * length + "@1", "\x7f\x01é" + "\udcff" * length]
+    tree = Fdt(write({name: {} for name in names}))
+
+    assert names == [node.name for node in tree.root.children]
+    assert names == tree.read_nodes("/")["name"].strings()
+    assert all(tree.root.children[name].name == name for name in names)
+
+
+def test_children_are_a_sequence_and_found_by_name():
+    """Numbers, slices and names; the shortcut without a unit address is that of paths."""
+    tree = Fdt(write({"cpu@0": {}, "memory": {}, "cpu@1": {}}))
+    children = tree.root.children
+
+    assert [node.name for node in children] == ["cpu@0", "memory", "cpu@1"]
+    assert (len(children), children[-1].name, children[1:2][0].name) == (3, "cpu@1", "memory")
+    assert children["cpu"] == children["cpu@0"] == children[b"cpu@0"] == tree.node("/cpu@0")
+    assert children.get("nothing") is None
+    assert ("memory" in children, "mem" in children, children[0] in children) == (True, False, True)
+    assert tree.root not in children
+    assert children == tree.root.children == list(children) != []
+    with pytest.raises(KeyError):
+        children["nothing"]
+    with pytest.raises(IndexError):
+        children[3]
+    with pytest.raises(TypeError):
+        children[1.5]
+    with pytest.raises(TypeError):
+        hash(children)
+    assert repr(children) == repr(list(children))
+
+
+def test_children_of_many_nodes_are_found_by_the_index():
+    """In every node its own, when all have the same names."""
+    writer = FdtWriter()
+    with writer.node(""):
+        for i in range(30):
+            with writer.node(f"bus{i}"):
+                writer.add_nodes(("dev", 0, 40), {"bus": b"%d" % i})
+    tree = Fdt(writer.finish())
+
+    for bus in tree.root.children:
+        for number in range(40):
+            device = bus.children[f"dev{number}"]
+            assert (device.name, device.parent) == (f"dev{number}", bus)
+        assert "dev40" not in bus.children
+
+
+def test_node_without_a_tree_is_an_error():
+    """Node.__new__ alone makes a node of no tree, whose attributes raise."""
+    node = Node.__new__(Node)
+    for call in (
+        lambda: node.name,
+        lambda: node.path,
+        lambda: node.parent,
+        lambda: node.children,
+        lambda: node.properties,
+        lambda: node["a"],
+        lambda: "a" in node,
+        lambda: repr(node),
+    ):
+        with pytest.raises((AttributeError, TypeError)):
+            call()
+    with pytest.raises(TypeError):
+        Node()
+    with pytest.raises(TypeError):
+        Node(None, 0)
+
+
 def test_read_nodes_of_a_leaf_is_empty():
     """No children: columns of no rows."""
     columns = Fdt(KHO_V4_ROOT).read_nodes("/", ["x"])

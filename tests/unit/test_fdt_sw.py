@@ -111,6 +111,51 @@ def test_property_numbers_out_of_range_are_refused():
     assert len(writer.finish()) == 80
 
 
+def test_property_of_more_names_than_are_kept_gives_each_its_own():
+    """Hundreds of names, in turn and again: none is taken for another."""
+    names = [f"name-{i}" for i in range(300)]
+    writer = FdtWriter()
+    with writer.node(""):
+        for _ in range(3):
+            writer.add_node("n", dict.fromkeys(names, b"v"))
+    tree = Fdt(writer.finish())
+
+    assert [names] * 3 == [list(node.properties) for node in tree.root.children]
+
+
+def test_property_name_that_answers_differently_is_asked_each_time():
+    """Only what cannot change is remembered: exact str objects."""
+
+    class Name(bytes):
+        answers = iter([b"one", b"two"])
+
+        def __bytes__(self):
+            return next(self.answers)
+
+    name = Name(b"zero")
+    writer = FdtWriter()
+    with writer.node("") as root:
+        root.property(name, b"")
+        root.property(name, b"")
+
+    assert list(Fdt(writer.finish()).root.properties) == ["one", "two"]
+
+
+def test_property_name_that_finishes_the_tree_is_refused():
+    """What a caller's object does in the middle of a call is seen before anything is written."""
+    writer = FdtWriter()
+
+    class Name(bytes):
+        def __bytes__(self):
+            writer.end_node()
+            writer.finish()
+            return b"name"
+
+    writer.begin_node("")
+    with pytest.raises(ValueError, match="finished"):
+        writer.property(Name(b"x"), b"value")
+
+
 def test_string_table_shares_tails_newest_first():
     """A name that ends a newer one is found there, an older one stays where it was."""
     writer = FdtWriter()
@@ -319,6 +364,8 @@ def test_add_nodes_of_every_kind_of_value_equals_single_calls():
         "column": column,
         "empty": np.empty((5, 0), np.uint8),
         "view": memoryview(b"abc"),
+        "short": b"s" * 256,
+        "long": b"l" * 257,
     }
     single = {
         "same": [b"kho\0"] * 5,
@@ -329,6 +376,8 @@ def test_add_nodes_of_every_kind_of_value_equals_single_calls():
         "column": VALUES,
         "empty": [b""] * 5,
         "view": [b"abc"] * 5,
+        "short": [b"s" * 256] * 5,
+        "long": [b"l" * 257] * 5,
     }
     expected = per_node(NAMES, single)
 

@@ -9,7 +9,6 @@ from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.long cimport (
     PyLong_AsLongAndOverflow,
     PyLong_AsLongLong,
-    PyLong_AsUnsignedLongLong,
     PyLong_CheckExact,
 )
 from cpython.exc cimport PyErr_CheckSignals

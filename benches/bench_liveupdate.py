@@ -18,7 +18,7 @@ from updates import updates
 
 entries = pytest.mark.entries
 
-SIZES = {"smoke": [200], "quick": [2_000, 20_000], "full": [10_000, 100_000, 1_000_000]}
+SIZES = {"smoke": [200], "quick": [10_000, 100_000], "full": [10_000, 100_000, 1_000_000]}
 KINDS = ["luo batch", "luo native", "luo python"]
 
 

@@ -83,6 +83,9 @@ def nothing_all(devices: luo.DeviceBatch) -> None:
 def callbacks(kind: str) -> dict[str, Any]:
     """Return the callbacks of a kind: ``python``, ``batch`` or ``native``.
 
+    ``python, batch restore`` is for sets so large that restoring them one by one would take all the
+    time there is.
+
     Raises:
         AbsentError: native ones cannot be compiled.
     """
@@ -94,6 +97,9 @@ def callbacks(kind: str) -> dict[str, Any]:
             "restore patched": restore_patched,
             "nothing": nothing,
         }
+    if kind == "python, batch restore":
+        one, many = callbacks("python"), callbacks("batch")
+        return one | {name: many[name] for name in ("restore", "restore patched")}
     if kind == "batch":
         return {
             "save": save_all,

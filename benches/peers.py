@@ -123,7 +123,7 @@ class Columns:
     @property
     def nbytes(self) -> int:
         """Bytes of all names and values."""
-        return sum(len(data) for data, *_ in (self.names, *self.properties.values()))
+        return len(self.names[0]) + sum(len(data) for data, _, _ in self.properties.values())
 
     @classmethod
     def room(cls, rows: int, names: int, properties: dict[str, int]) -> "Columns":
@@ -352,14 +352,15 @@ class PyLibFdt:
     def write(self, nodes: list[tuple[str, list[tuple[str, bytes]]]], room: int) -> bytearray:
         """Write a tree of one level; returns it, with the rest of the room behind it."""
         writer = self._lib.FdtSw(room)  # or it copies the tree whenever it has to grow
+        begin, add, end = writer.begin_node, writer.property, writer.end_node
         writer.finish_reservemap()
-        writer.begin_node("")
+        begin("")
         for name, properties in nodes:
-            writer.begin_node(name)
+            begin(name)
             for prop, value in properties:
-                writer.property(prop, value)
-            writer.end_node()
-        writer.end_node()
+                add(prop, value)
+            end()
+        end()
         made: bytearray = writer._fdt
         self._lib.fdt_finish(made)  # as_fdt() would copy it first
         return made

@@ -96,7 +96,7 @@ ROWS = {
         Row(
             "map.decode",
             "decode a map into given arrays",
-            (Limit("luo", "walk", 1 / 1.5),),
+            (Limit("luo", "callback walk", 1 / 1.5),),
             "folio",
         ),
         Row(
@@ -152,7 +152,12 @@ ROWS = {
         ),
         Row("liveupdate.processes", "the same between two processes", (), "device"),
         Row("liveupdate.finish", "FINISH", (), "device"),
-        Row("liveupdate.memory", "peak memory beyond the image", (), "device"),
+        Row(
+            "liveupdate.memory",
+            "peak memory of an update beyond the image, both kernels in one process",
+            (),
+            "device",
+        ),
         Row("callbacks.event", "an event of callbacks that do nothing", (), "callback"),
     )
 }
@@ -161,6 +166,7 @@ ROWS = {
 PEERS = {
     "libfdt": "libfdt in C",
     "walk": "a radix walk a page in C",
+    "callback walk": "a walk in C that calls back",
     "croaring": "CRoaring (pyroaring)",
     "dict": "dict.get()",
     "empty call": "an empty Cython method",

@@ -18,6 +18,8 @@ import luo
 
 KINDS = ("batch", "native", "python")
 PHASES = ("prepare", "reboot", "jump", "boot", "restore", "finish")
+#: More devices are restored in batches where they are saved one by one.
+ONE_BY_ONE_MOST = 100_000
 #: What the new kernel does until devices run again; the jump is where it reads the records.
 ARRIVING = ("jump", "boot", "restore")
 
@@ -33,15 +35,17 @@ class Updates:
         except peers.AbsentError as error:
             self.absent["native"] = str(error)
         self.kinds = [kind for kind in KINDS if kind not in self.absent]
+        self.one_by_one = n <= ONE_BY_ONE_MOST
         self.image: dict[str, int] = {}
 
     def run(self, kind: str, processes: int = 1) -> dict[str, float]:
         """Update a clone; returns seconds by phase, and of the bare loops that go with it."""
         host, took = self.host, {}
-        kernel = host.loaded(kind, processes)
+        mixed = kind == "python" and not self.one_by_one
+        kernel = host.loaded(f"{kind}, batch restore" if mixed else kind, processes)
         took["prepare"], _ = timed(kernel.luo.prepare)
         host.check_saved(kernel)
-        if kind == "python" and processes == 1:
+        if kind == "python":
             every, share = (
                 [luo.Device(kernel.devices, int(index)) for index in which]
                 for which in (host.driven, sorted(host.patched))
@@ -107,7 +111,7 @@ def updates(plan: Plan, n: int) -> dict[str, Results]:
     for name, run in runs.items():
         run()  # checks, and touches what is touched once
         took[name] = []
-    for _ in plan.rounds(150.0):
+    for _ in plan.rounds(150.0 if n > ONE_BY_ONE_MOST else 60.0):
         for name, run in runs.items():
             took[name].append(run())
     return _rows(made, took)
@@ -142,6 +146,7 @@ def _rows(made: Updates, took: dict[str, list[dict[str, float]]]) -> dict[str, R
         )
 
     kinds = {kind: f"luo {kind}" for kind in KINDS}
+    whole = [kind for kind in made.kinds if kind != "python" or made.one_by_one]
     prepare = {kind: total(kind, "prepare") for kind in KINDS}
     # Who is compared with PREPARE is compared with the faster one of that round.
     bulk = [prepare[kind] for kind in made.kinds if kind != "python"]
@@ -151,7 +156,7 @@ def _rows(made: Updates, took: dict[str, list[dict[str, float]]]) -> dict[str, R
     return {
         "liveupdate.prepare": row(
             {kinds[kind]: prepare[kind] for kind in KINDS} | {"libfdt": total("libfdt", "prepare")},
-            {name: {"phases": medians(took.get(kind, []))} for kind, name in kinds.items()},
+            {kinds[kind]: {"phases": medians(took[kind])} for kind in whole},
         ),
         "liveupdate.prepare.python": row(
             {"luo python": prepare["python"], "for loop": total("python", "save loop")}
@@ -161,8 +166,8 @@ def _rows(made: Updates, took: dict[str, list[dict[str, float]]]) -> dict[str, R
         ),
         "liveupdate.reboot.batch": row({"luo batch": total("batch", "reboot"), "PREPARE": fastest}),
         "liveupdate.restore": row(
-            {kinds[kind]: total(kind, *ARRIVING) for kind in KINDS}
-            | {f"PREPARE {kind}": prepare[kind] for kind in KINDS}
+            {kinds[kind]: total(kind, *ARRIVING) for kind in whole}
+            | {f"PREPARE {kind}": prepare[kind] for kind in whole}
         ),
         "liveupdate.processes": row(
             {
@@ -171,7 +176,7 @@ def _rows(made: Updates, took: dict[str, list[dict[str, float]]]) -> dict[str, R
                 for kind in KINDS[:2]
             }
         ),
-        "liveupdate.finish": row({kinds[kind]: total(kind, "finish") for kind in KINDS}),
+        "liveupdate.finish": row({kinds[kind]: total(kind, "finish") for kind in whole}),
     }
 
 

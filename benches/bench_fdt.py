@@ -235,6 +235,7 @@ def read(plan: Plan, size: tuple[int, str]) -> Results:
     return plan.race(
         [
             Contender("luo", lambda: Fdt(tree).read_nodes("/", out=out), check=check_luo),
+            Contender("luo, new arrays", lambda: Fdt(tree).read_nodes("/"), check=check_luo),
             Contender("libfdt", lambda: libfdt.read_nodes(tree, into), check=check, absent=absent),
             Contender(
                 "libfdt, by tags",
@@ -252,7 +253,7 @@ def read(plan: Plan, size: tuple[int, str]) -> Results:
 
 @entries(
     "fdt.read",
-    ["luo", "libfdt", "libfdt, by tags"],
+    ["luo", "luo, new arrays", "libfdt", "libfdt, by tags"],
     smoke=[(1_000, "fixed"), (1_000, "ragged")],
     quick=[(100_000, "fixed"), (100_000, "ragged")],
     full=[(1_000_000, "fixed"), (1_000_000, "ragged")],
@@ -276,8 +277,9 @@ def lookup(plan: Plan, n: int) -> dict[str, Results]:
     asked = random.Random(SEED).sample(every, min(n, 100_000))
     _ = children[every[-1]]  # builds the index
 
-    def check_node(_: Any) -> None:
+    def check(_: Any) -> None:
         assert all(children[name].offset == offsets[name] for name in asked)
+        assert "nobody" not in children
 
     def bare() -> None:
         for _ in asked:
@@ -293,7 +295,7 @@ def lookup(plan: Plan, n: int) -> dict[str, Results]:
 
     found = plan.race(
         [
-            Contender("luo", ours, check=check_node),
+            Contender("luo", ours, check=check),
             Contender("dict", theirs),
             Contender("bare loop", bare),
         ],
@@ -310,7 +312,6 @@ def lookup(plan: Plan, n: int) -> dict[str, Results]:
                 "luo",
                 lambda fresh: fresh[every[-1]],
                 lambda: Fdt(tree, check=False).root.children,
-                None,
             ),
             Contender("dict", lambda: dict(zip(every, values, strict=True))),
         ],

@@ -168,7 +168,7 @@ PEERS = {
     "walk": "a radix walk a page in C",
     "callback walk": "a walk in C that calls back",
     "croaring": "CRoaring (pyroaring)",
-    "dict": "dict.get()",
+    "dict": "a dict",
     "empty call": "an empty Cython method",
     "empty map": "that of an empty map",
     "chunk loop": "a loop in C",

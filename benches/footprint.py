@@ -6,7 +6,8 @@ less the image: every preserved page, and the pages of the map.
 
 So it is what both kernels keep and what the phases need for a while: flags, order, tables, page
 state, the columns of records being written and read, memory touched for PREPARE and not used.
-Everything is in one process, batch callbacks. ``prepare`` is the same up to the end of PREPARE.
+Everything is in one process. Callbacks are native: what a callback in Python keeps for a while is
+its own. ``prepare`` is the same up to the end of PREPARE.
 """
 
 import ctypes
@@ -34,9 +35,9 @@ def main(n: int) -> None:
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     before = status("VmRSS")
-    kernel = hosts.build(host.machine, "batch").boot()
+    kernel = hosts.build(host.machine, "native").boot()
     kernel.devices.request(host.requested)
-    kernel.kexec_load(hosts.build(host.machine, "batch"))
+    kernel.kexec_load(hosts.build(host.machine, "native"))
     seconds, _ = timed(kernel.luo.prepare)
     prepared = status("VmHWM")
     early = _image(kernel.image_sizes(), kernel.memory.page_size)

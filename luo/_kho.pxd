@@ -143,6 +143,9 @@ cdef struct kho_walk:
     uint64_t run_pfn  # adjoining blocks that are not claimed yet
     uint64_t run_count
     int run_order
+    page_segment *gap_seg
+    uint64_t gap_pfn  # free pages that are in no free list now
+    uint64_t gap_end
     int why  # WALK_*, and what it is about
     int order
     uint64_t at  # phys or key
@@ -183,8 +186,8 @@ cdef class PreservedMemory:  # luo.kho.Kho extends it
     cdef PreservedMap map
     cdef bint split_by_node  # a range is cut where NUMA nodes meet
     cdef bint split_unaligned  # the mistake of kho-v5-series
-    cdef memory_range *scratch_areas
-    cdef size_t nr_scratch
+    cdef memory_range *pieces  # of RAM, without scratch
+    cdef size_t nr_pieces
 
     cdef int use(self) except -1
     cdef int use_unfrozen(self) except -1

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,7 +27,6 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from luo import abi
 from luo._kho import (
     CallTable,
     DeviceList,
@@ -778,12 +778,14 @@ class DeviceParticipant:
         time.
         """
         devices, memory = self.devices, self.devices.kernel.memory
-        tree = devices.tree
-        order = self._order(devices.requested & tree.alive)
+        listed = DeviceList(self._order(devices.requested & devices.tree.alive))
         sizes = np.zeros_like(devices.slot_bytes)
-        self._size_slots(DeviceList(order), sizes, False)
-        nbytes = int(sizes.sum()) + len(order) * abi.LUO_RECORD_BYTES
-        memory.prefault_free(nbytes, memory.max_order)
+        self._size_slots(listed, sizes, False)
+        slabs, _too_large = listed.cut_slabs(sizes, memory.page_size << memory.max_order)
+        blocks = slabs[:, 1].tolist() + SavedDevices(devices).shard_sizes(listed)
+        orders = [(-(-nbytes // memory.page_size) - 1).bit_length() for nbytes in blocks]
+        for order, count in Counter(orders).items():
+            memory.prefault_free(count * memory.page_size << order, order)
 
     # ---- the outgoing side, for LUO's node and the report ----
 

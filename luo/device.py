@@ -13,12 +13,19 @@ import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from luo._kho import DeviceRef, NativeCallback, capsule_address
+from luo._kho import (
+    DeviceRef,
+    NativeCallback,
+    both_pass,
+    capsule_address,
+    first_unset,
+    set_flags,
+)
 from luo.errors import KernelPanic, KhoNotFoundError, StateError, from_errno
 from luo.kho_tree import KhoNode
 from luo.notifier import Mortal, State
@@ -362,7 +369,7 @@ class Device(DeviceRef):
         Raises:
             StateError: EINVAL if the device was not preserved by the previous kernel.
         """
-        self.devices.reclaim(np.array([self.index], np.int32))
+        self.devices.reclaim_one(self.index)
 
     def bind(self, driver: str | Driver) -> None:
         """Bind *driver*, as writing to ``/sys/bus/…/drivers/…/bind`` does, and probe.
@@ -476,6 +483,15 @@ SIDES: Final = ("driver", "bus")
 _EMPTY: Final = memoryview(bytearray())
 
 
+def _longer(column: NDArray[Any], more: NDArray[Any]) -> NDArray[Any]:
+    """Return *column* with *more* behind it, made in one piece."""
+    known = column.shape[-1]
+    result = np.empty((*column.shape[:-1], known + len(more)), column.dtype)
+    result[..., :known] = column
+    result[..., known:] = more
+    return result
+
+
 class Devices(Mortal):
     """All devices as one kernel sees them: bound drivers, flags, slots.
 
@@ -538,18 +554,16 @@ class Devices(Mortal):
         # no object for still is a bus, one without a table.
         numbers = [self._driver_number.get(name, -1) for name in tree.driver_names]
         bound = np.array([*numbers, -1], np.int32)[tree.driver_ids[known:]]
-        self.driver_ids = np.concatenate((self.driver_ids, bound))
-        self.bus_ids = np.concatenate((self.bus_ids, tree.bus_ids[known:]))
+        self.driver_ids = _longer(self.driver_ids, bound)
+        self.bus_ids = _longer(self.bus_ids, tree.bus_ids[known:])
         for name in tree.bus_names[len(self.buses) :]:
             self.buses.append(self._known_buses.get(name) or Bus(name))
-        for flags in ("requested", "preserved", "reclaimed"):
-            column = np.concatenate((getattr(self, flags), np.zeros(count, np.bool_)))
-            setattr(self, flags, column)
-        self.references = np.concatenate((self.references, np.zeros(count, np.int32)))
-        # Written, so that PREPARE does not touch them first.
-        more = np.full((2, count), 0, np.uint64)
-        self.slot_phys = np.concatenate((self.slot_phys, more), axis=1)
-        self.slot_bytes = np.concatenate((self.slot_bytes, more), axis=1)
+        zeros = np.broadcast_to(np.uint8(0), count)
+        for column in ("requested", "preserved", "reclaimed", "references"):
+            setattr(self, column, _longer(getattr(self, column), zeros))
+        # Written now, so that PREPARE does not touch them first.
+        self.slot_phys = _longer(self.slot_phys, zeros)
+        self.slot_bytes = _longer(self.slot_bytes, zeros)
         if not self.kernel.booted:
             self._nr_early = len(self.requested)
 
@@ -615,13 +629,9 @@ class Devices(Mortal):
         with neither does. What is bound now counts, not what the hardware names.
         """
         self.rescan()
-        has_ops = [driver.ops is not None for driver in self.drivers]
-        driver_ok = np.array([*has_ops, True], np.bool_)[self.driver_ids]
-        bus_ok = np.array([*(bus.ops is not None for bus in self.buses), True], np.bool_)[
-            self.bus_ids
-        ]
-        ok: NDArray[np.bool_] = driver_ok & bus_ok
-        return ok
+        drivers = np.array([driver.ops is not None for driver in self.drivers], np.uint8)
+        buses = np.array([bus.ops is not None for bus in self.buses], np.uint8)
+        return both_pass(self.driver_ids, self.bus_ids, drivers, buses)
 
     def eligible(self) -> NDArray[np.bool_]:
         """Return which devices may be requested: those that support live update.
@@ -878,12 +888,21 @@ class Devices(Mortal):
         Raises:
             StateError: EINVAL if one of them was not preserved by the previous kernel.
         """
-        lost = np.flatnonzero(~self.preserved[indices])
-        if lost.size or self.kernel.luo.state is not State.UPDATED:
-            which = int(indices[lost[0]] if lost.size else indices[0]) if len(indices) else -1
-            name = self.tree.path(which) if which >= 0 else "nothing"
-            raise StateError(
-                errno.EINVAL, f"reclaim {name}: not preserved by the kernel before this one"
-            )
-        self.reclaimed[indices] = True
+        lost = first_unset(self.preserved.view(np.uint8), indices)
+        if lost >= 0 or self.kernel.luo.state is not State.UPDATED:
+            self._refuse_reclaim(int(indices[max(lost, 0)]) if len(indices) else -1)
+        set_flags(self.reclaimed.view(np.uint8), indices, True)
         self.kernel.luo.note_reclaim()
+
+    def reclaim_one(self, index: int) -> None:
+        """:meth:`reclaim` of one device."""
+        if not self.preserved[index] or self.kernel.luo.state is not State.UPDATED:
+            self._refuse_reclaim(index)
+        self.reclaimed[index] = True
+        self.kernel.luo.note_reclaim()
+
+    def _refuse_reclaim(self, index: int) -> NoReturn:
+        name = self.tree.path(index) if index >= 0 else "nothing"
+        raise StateError(
+            errno.EINVAL, f"reclaim {name}: not preserved by the kernel before this one"
+        )

@@ -154,11 +154,12 @@ class DeviceRecords:
             devices.slot_bytes,
         )
         if not incoming.generation.inline:
-            # A copy, which nobody changes while it is read, and which fills no hole.
-            copy = bytearray(max(shards[:, 1].tolist(), default=0))
             for phys, nbytes, _first, nr in shards.tolist():
-                shard = memoryview(copy)[:nbytes]
-                incoming.memory.read_into(phys, shard)
+                if incoming.memory.is_resident(phys, nbytes):
+                    shard = incoming.memory.view(phys, nbytes)
+                else:  # a copy fills no hole
+                    shard = memoryview(bytearray(nbytes))
+                    incoming.memory.read_into(phys, shard)
                 _read_records(reader, phys, partial(_shard_root, shard), nr)
         elif count:
             _read_records(reader, found.phys, partial(_inline_node, incoming), count)

@@ -232,6 +232,8 @@ class Report:
             allowed = parse_duration(limit) if isinstance(limit, str) else limit
             if name not in spent:
                 raise ValueError(f"budget {name!r}: none of {', '.join(spent)}")
+            if allowed < 0:
+                raise ValueError(f"budget {name!r}: {limit!r} is no duration")
             if spent[name] > allowed:
                 over[name] = (spent[name], allowed)
         if not over:

@@ -8,6 +8,7 @@ kho-v5-series the records are nodes of the inline tree. Everything that can fail
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -89,7 +90,7 @@ class SavedDevices:
             KhoError: E2BIG if a record is larger, or an inline tree than ``fdt_max``.
             KhoNoMemoryError: no room.
         """
-        devices, kernel = self._devices, self._devices.kernel
+        kernel = self._devices.kernel
         kho: Kho = kernel.kho
         if self._has("flags-not-restored"):
             return
@@ -99,8 +100,22 @@ class SavedDevices:
             return
         if not count:
             return
-        limit = kernel.memory.page_size << kernel.memory.max_order
-        writer = RecordWriter(
+        writer = self._writer(listed)
+        entries = []
+        for start, fitting, nbytes in self._cut_shards(writer, listed):
+            shard = kho.alloc_preserve(nbytes)
+            self.shards.append(shard)
+            into = kernel.memory.view(shard, nbytes)
+            writer.write(start, fitting, into, abi.LUO_DEVICES_COMPATIBLE)
+            self.record_bytes += nbytes
+            entries.append((shard, nbytes, start, fitting))
+        self.chains["records"] = kho.write_blocks(
+            np.array(entries, np.uint64).tobytes(), abi.LUO_EXTENT_BYTES
+        )
+
+    def _writer(self, listed: DeviceList) -> RecordWriter:
+        devices = self._devices
+        return RecordWriter(
             devices.tree.table,
             listed,
             (devices.driver_ids, self._names("driver")),
@@ -108,23 +123,26 @@ class SavedDevices:
             devices.slot_phys,
             devices.slot_bytes,
         )
-        entries = []
-        start = 0
-        while start < count:
+
+    def _cut_shards(
+        self, writer: RecordWriter, listed: DeviceList
+    ) -> Iterator[tuple[int, int, int]]:
+        """Yield first record, count and bytes of each shard."""
+        memory = self._devices.kernel.memory
+        start, limit = 0, memory.page_size << memory.max_order
+        while start < len(listed):
             fitting, nbytes = writer.fit(start, limit)
             if not fitting:
-                path = devices.tree.path(int(listed.numbers[start]))
+                path = self._devices.tree.path(int(listed.numbers[start]))
                 raise from_errno(errno.E2BIG, f"PREPARE {path}: record above {limit} bytes")
-            shard = kho.alloc_preserve(nbytes)
-            self.shards.append(shard)
-            into = kernel.memory.view(shard, nbytes)
-            writer.write(start, fitting, into, abi.LUO_DEVICES_COMPATIBLE)
-            self.record_bytes += nbytes
-            entries.append((shard, nbytes, start, fitting))
+            yield start, fitting, nbytes
             start += fitting
-        self.chains["records"] = kho.write_blocks(
-            np.array(entries, np.uint64).tobytes(), abi.LUO_EXTENT_BYTES
-        )
+
+    def shard_sizes(self, listed: DeviceList) -> list[int]:
+        """Return the bytes of the shards that the devices would take."""
+        if self._devices.kernel.kho.generation.inline or self._has("flags-not-restored"):
+            return []
+        return [nbytes for _, _, nbytes in self._cut_shards(self._writer(listed), listed)]
 
     def _write_inline(self, order: Index) -> None:
         """Make the ``devices`` node of an inline tree."""

@@ -69,6 +69,16 @@ cdef uint64_t flat_fill_new(uint64_t *words, uint64_t start, uint64_t count) noe
     return fresh
 
 
+cdef uint64_t flat_count(const uint64_t *words, uint64_t start, uint64_t count) noexcept nogil:
+    """How many of *count* bits from *start* on are set."""
+    cdef uint64_t end = start + count, stop, found = 0
+    while start < end:
+        stop = min(((start >> 6) + 1) << 6, end)
+        found += popcount64(words[start >> 6] >> (start & 63) & low_mask(stop - start))
+        start = stop
+    return found
+
+
 cdef uint64_t flat_next(const uint64_t *words, uint64_t start, uint64_t end) noexcept nogil:
     """First set bit in [start, end), or NO_BIT."""
     cdef uint64_t word, bits

@@ -71,6 +71,17 @@ cdef inline bint blocks_adjoin(const uint64_t *phys, uint64_t step) noexcept nog
     return odd == 0
 
 
+cdef inline bint blocks_share(const uint64_t *phys, int shift) noexcept nogil:
+    """Whether RUN addresses differ only in bits below *shift*."""
+    cdef uint64_t odd = 0
+    cdef int i
+    if (phys[RUN - 1] ^ phys[0]) >> shift:
+        return False
+    for i in range(1, RUN):
+        odd |= phys[i] ^ phys[0]
+    return odd >> shift == 0
+
+
 cdef bint blocks_same_order(const uint8_t *orders) noexcept nogil:
     cdef int i, odd = 0
     for i in range(1, RUN):
@@ -129,7 +140,7 @@ cdef int batch_note_run(block_batch *batch, uint64_t i, int order) noexcept nogi
 
 cdef int batch_count(block_batch *batch) noexcept nogil:
     """Count the blocks of each bin, runs excepted; -EINVAL: one has no bin."""
-    cdef uint64_t i = 0, stop, bin_
+    cdef uint64_t i = 0, stop, at
     cdef int order = batch.order, page_shift = batch.page_shift
     cdef const uint64_t *phys = batch.phys
     cdef const uint8_t *orders = batch.orders
@@ -139,21 +150,28 @@ cdef int batch_count(block_batch *batch) noexcept nogil:
         stop = min(i + RUN, batch.n)
         if orders != NULL:
             order = orders[i]
-        if stop == i + RUN and order < MAX_ORDERS and blocks_adjoin(
-                phys + i, <uint64_t>1 << (order + page_shift)) and (
-                orders == NULL or blocks_same_order(orders + i)):
-            if batch_note_run(batch, i, order) < 0:
-                return -ENOMEM
-            i = stop
-            continue
+        lane = &batch.lanes[order]
+        if stop == i + RUN and lane.nr and (orders == NULL or blocks_same_order(orders + i)):
+            if blocks_adjoin(phys + i, <uint64_t>1 << (order + page_shift)):
+                if batch_note_run(batch, i, order) < 0:
+                    return -ENOMEM
+                i = stop
+                continue
+            if blocks_share(phys + i, page_shift + order + batch.bin_bits):
+                at = (phys[i] >> page_shift >> order >> batch.bin_bits) - lane.first
+                if at >= lane.nr:
+                    return -EINVAL
+                ends[lane.at + at] += RUN
+                i = stop
+                continue
         while i < stop:
             if orders != NULL:
                 order = orders[i]
             lane = &batch.lanes[order]
-            bin_ = (phys[i] >> page_shift >> order >> batch.bin_bits) - lane.first
-            if bin_ >= lane.nr:
+            at = (phys[i] >> page_shift >> order >> batch.bin_bits) - lane.first
+            if at >= lane.nr:
                 return -EINVAL
-            ends[lane.at + bin_] += 1
+            ends[lane.at + at] += 1
             i += 1
     return 0
 
@@ -212,9 +230,10 @@ cdef int batch_find(block_batch *batch, PreservedMemory kho) noexcept nogil:
 
 cdef int batch_sort(block_batch *batch, PreservedMemory kho) noexcept nogil:
     """Put the low bits of each block's number into its bin; -EINVAL: one is not allowed."""
-    cdef uint64_t i = 0, stop, at, n = batch.n, phys, block, odd = 0, mask
+    cdef uint64_t i = 0, j, stop, at, n = batch.n, block, odd = 0
     cdef uint64_t bin_mask = low_mask(batch.bin_bits)
-    cdef int order = batch.order, page_shift = batch.page_shift, bin_bits = batch.bin_bits
+    cdef int order = batch.order, bin_bits = batch.bin_bits, shift = batch.page_shift + order
+    cdef const uint64_t *phys = batch.phys
     cdef const uint8_t *orders = batch.orders
     cdef uint16_t *low = batch.low
     cdef uint32_t *next_place = batch.next
@@ -226,21 +245,29 @@ cdef int batch_sort(block_batch *batch, PreservedMemory kho) noexcept nogil:
         while i < stop:
             if orders != NULL:
                 order = orders[i]
+                shift = batch.page_shift + order
             lane = &batch.lanes[order]
-            phys = batch.phys[i]
-            block = phys >> page_shift >> order
-            odd |= phys ^ block << order << page_shift
+            block = phys[i] >> shift
             at = (block >> bin_bits) - lane.first
             if at >= lane.nr:
                 return -EINVAL
             at += lane.at
             place = next_place[at]
+            if stop - i >= RUN and place + RUN <= n and (
+                    orders == NULL or blocks_same_order(orders + i)) and blocks_share(
+                    phys + i, shift + bin_bits):
+                for j in range(<uint64_t>RUN):
+                    odd |= phys[i + j] & low_mask(shift)
+                    low[place + j] = phys[i + j] >> shift & bin_mask
+                next_place[at] = place + RUN
+                i += RUN
+                continue
             next_place[at] = place + 1
-            if place >= n:
-                place &= ~CAREFUL
-                if place >= n or kho.check_block(phys, order) != BLOCK_OK:
-                    return -EINVAL
-            low[place] = block & bin_mask
+            if place >= n and ((place & ~CAREFUL) >= n
+                               or kho.check_block(phys[i], order) != BLOCK_OK):
+                return -EINVAL
+            odd |= phys[i] & low_mask(shift)
+            low[place & ~CAREFUL] = block & bin_mask
             i += 1
         if run < batch.nr_runs:
             i += batch.runs[run].nr
@@ -252,12 +279,16 @@ cdef int batch_sort(block_batch *batch, PreservedMemory kho) noexcept nogil:
 
 cdef uint64_t batch_mark_bin(uint64_t *words, const uint16_t *low, uint64_t n) noexcept nogil:
     """Set *n* bits; how many of them were not."""
-    cdef uint64_t i, word, bit, fresh = 0
+    cdef uint64_t i, bit, at = 0, word = words[0], fresh = 0
     for i in range(n):
-        word = words[low[i] >> 6]
+        if low[i] >> 6 != at:  # neighbours in ascending order wait for no store
+            words[at] = word
+            at = low[i] >> 6
+            word = words[at]
         bit = <uint64_t>1 << (low[i] & 63)
         fresh += (word & bit) == 0
-        words[low[i] >> 6] = word | bit
+        word |= bit
+    words[at] = word
     return fresh
 
 

@@ -49,6 +49,7 @@ cdef extern from * nogil:
     int munmap(void *address, size_t nbytes)
     int mprotect(void *address, size_t nbytes, int prot)
     int madvise(void *address, size_t nbytes, int advice)
+    int mincore(void *address, size_t nbytes, unsigned char *pages)
     void *mremap(void *address, size_t old_bytes, size_t new_bytes, int flags, ...)
     off_t lseek(int fd, off_t offset, int whence)
 
@@ -924,6 +925,26 @@ cdef class PhysicalMemory:
         """Whether all these bytes have been touched: none lies in a hole of the file."""
         self.check_ram("is_populated", phys, nbytes)
         return self.populated(as_u64(phys), as_u64(nbytes))
+
+    def is_resident(self, phys, nbytes):
+        """Whether reading all these bytes where they lie fills no hole and waits for no disk.
+
+        A cheap question: what was swapped out is populated, and not resident.
+        """
+        self.check_ram("is_resident", phys, nbytes)
+        cdef uint64_t at = self.zero + as_u64(phys), end = at + as_u64(nbytes), stop, i
+        cdef unsigned char[512] pages
+        cdef bint resident = True
+        with nogil:
+            at &= ~<uint64_t>4095
+            while at < end and resident:
+                stop = min(end, at + 512 * 4096)
+                if mincore(<void *>at, stop - at, pages) < 0:
+                    resident = False
+                for i in range((stop - at + 4095) // 4096):
+                    resident = resident and pages[i] & 1
+                at = stop
+        return resident
 
     def read_into(self, phys, buffer):
         """Copy the bytes at *phys* to *buffer* without touching them: a hole reads as zeros.

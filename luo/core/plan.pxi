@@ -31,6 +31,56 @@ def set_flags(uint8_t[::1] flags not None, const int32_t[::1] which not None, bi
         raise IndexError(f"set_flags: device {which[bad]} of {flags.shape[0]}")
 
 
+def first_unset(const uint8_t[::1] flags not None, const int32_t[::1] which not None):
+    """Return the place in *which* of the first device whose flag is not set, -1 if all are.
+
+    Raises:
+        IndexError: the column is too short for one of them.
+    """
+    cdef Py_ssize_t i, bad = -1, found = -1
+    with nogil:
+        for i in range(which.shape[0]):
+            if not 0 <= which[i] < flags.shape[0]:
+                bad = i
+                break
+            if not flags[which[i]]:
+                found = i
+                break
+    if bad >= 0:
+        raise IndexError(f"first_unset: device {which[bad]} of {flags.shape[0]}")
+    return found
+
+
+def both_pass(const int32_t[::1] driver_ids not None, const int32_t[::1] bus_ids not None,
+              const uint8_t[::1] drivers not None, const uint8_t[::1] buses not None):
+    """Return which devices have a driver and a bus that pass, or none; ``bool``.
+
+    Args:
+        driver_ids, bus_ids: columns, -1 for none.
+        drivers, buses: not 0 for each owner that passes.
+
+    Raises:
+        IndexError: a number names no owner.
+        ValueError: the columns differ in length.
+    """
+    cdef Py_ssize_t i, n = driver_ids.shape[0], bad = -1
+    cdef int32_t driver, bus
+    if bus_ids.shape[0] != n:
+        raise ValueError(f"both_pass: {n} drivers of devices, {bus_ids.shape[0]} buses")
+    result = np.empty(n, np.bool_)
+    cdef uint8_t[::1] passes = result.view(np.uint8)
+    with nogil:
+        for i in range(n):
+            driver, bus = driver_ids[i], bus_ids[i]
+            if driver >= drivers.shape[0] or bus >= buses.shape[0]:
+                bad = i
+                break
+            passes[i] = (driver < 0 or drivers[driver]) and (bus < 0 or buses[bus])
+    if bad >= 0:
+        raise IndexError(f"both_pass: device {bad} has no such driver or bus")
+    return result
+
+
 def add_counts(int32_t[::1] counts not None, const int32_t[::1] which not None, int32_t change):
     """Add *change* to a column of counts for the devices *which*.
 

@@ -614,6 +614,19 @@ cdef enum:  # why a block may not be preserved
     BLOCK_NOT_ALLOCATED
 
 
+cdef list memory_pieces(PhysicalMemory memory):
+    """Where blocks may be preserved: RAM without scratch, ``[(pfn, end), ...]`` in order."""
+    ends = {}  # where RAM begins (1) and ends (-1), and where scratch does the opposite
+    for start, nbytes, _ in memory.ranges:
+        ends[start] = ends.get(start, 0) + 1
+        ends[start + nbytes] = ends.get(start + nbytes, 0) - 1
+    for start, nbytes in memory.scratch:
+        ends[start] = ends.get(start, 0) - 1
+        ends[start + nbytes] = ends.get(start + nbytes, 0) + 1
+    borders = [at >> memory.page_shift for at in sorted(ends) if ends[at]]
+    return list(zip(borders[::2], borders[1::2], strict=True))
+
+
 cdef object as_orders(object orders, Py_ssize_t n, object what, int *order):
     """Orders of *n* blocks: an array of uint8; or None, and the one of all of them in *order*."""
     if not isinstance(orders, np.ndarray) and hasattr(orders, "__index__"):
@@ -644,17 +657,16 @@ cdef class PreservedMemory:
                split_by_node=True, split_unaligned=False):
         # The scratch of memory has been reserved by now. levels: see RadixTree. bitmap_bytes: the
         # map is a list of chunks with bitmaps of this size. split_*: how a range is cut.
-        cdef Py_ssize_t i
         if self.map is not None:
             raise TypeError("PreservedMemory: initialised twice")
         memory.check_writable("Kho")
         memory.use()
-        self.nr_scratch = len(memory.scratch)
-        self.scratch_areas = <memory_range *>xmalloc(self.nr_scratch * sizeof(memory_range))
-        for i in range(<Py_ssize_t>self.nr_scratch):
-            self.scratch_areas[i].start = memory.scratch[i][0] >> memory.page_shift
-            self.scratch_areas[i].end = (memory.scratch[i][0] + memory.scratch[i][1]) \
-                >> memory.page_shift
+        pieces = memory_pieces(memory)
+        self.pieces = <memory_range *>xmalloc(len(pieces) * sizeof(memory_range))
+        for start, end in pieces:
+            self.pieces[self.nr_pieces].start = start
+            self.pieces[self.nr_pieces].end = end
+            self.nr_pieces += 1
         self.debug = bool(debug)
         self.memory = memory
         self.split_by_node = bool(split_by_node)
@@ -665,7 +677,7 @@ cdef class PreservedMemory:
             self.map = RadixTree(memory, levels=levels)
 
     def __dealloc__(self):
-        free(self.scratch_areas)
+        free(self.pieces)
 
     @cython.final
     cdef int use(self) except -1:
@@ -677,6 +689,9 @@ cdef class PreservedMemory:
 
     @cython.final
     cdef int use_unfrozen(self) except -1:
+        if self.map is not None and not (self.closed or self.frozen or self.memory.detached) \
+                and self.memory.state != NULL:
+            return 0
         self.use()
         if self.frozen:
             raise from_errno(EBUSY, "KHO: finalized; nothing may be preserved or given up now")
@@ -746,15 +761,22 @@ cdef class PreservedMemory:
     @cython.final
     cdef int check_run(self, uint64_t phys, uint64_t pages) noexcept nogil:
         cdef uint64_t pfn = phys >> self.memory.page_shift
-        cdef size_t i
+        cdef memory_range *piece = self.pieces
+        cdef size_t left = self.nr_pieces, half
         if phys & (self.memory.page_size - 1):
             return BLOCK_MISALIGNED
-        if pages > self.memory.nr_pages or not self.memory.has(
-                phys, pages << self.memory.page_shift):
-            return BLOCK_OUTSIDE
-        for i in range(self.nr_scratch):
-            if pfn < self.scratch_areas[i].end and pfn + pages > self.scratch_areas[i].start:
-                return BLOCK_IN_SCRATCH
+        while left > 1:  # the last piece that starts at pfn or below
+            half = left >> 1
+            if piece[half].start <= pfn:
+                piece += half
+                left -= half
+            else:
+                left = half
+        if left == 0 or pfn < piece.start or pfn >= piece.end or pages > piece.end - pfn:
+            if pages > self.memory.nr_pages or not self.memory.has(
+                    phys, pages << self.memory.page_shift):
+                return BLOCK_OUTSIDE
+            return BLOCK_IN_SCRATCH
         if self.debug and not page_all_allocated(self.memory.state, pfn, pfn + pages):
             return BLOCK_NOT_ALLOCATED
         return BLOCK_OK
@@ -1142,19 +1164,54 @@ cdef int kho_walk_fail(kho_walk *walk, int why, uint64_t at, int order,
     return -1
 
 
+# A map lists the blocks of an order by ascending address, so the free pages behind a claimed block
+# are kept out of the free lists: the next block is most likely cut out of them, and what lies
+# between the two goes back once and for all, in the pieces that stay.
+
+cdef void kho_walk_open_gap(kho_walk *walk, uint64_t pfn) noexcept nogil:
+    """Take out the free blocks that adjoin from *pfn* on, outside scratch."""
+    cdef page_state *st = walk.state
+    cdef page_segment *seg = page_segment_of(st, pfn)
+    cdef int order
+    walk.gap_seg = seg
+    walk.gap_pfn = walk.gap_end = pfn
+    if seg == NULL or seg.scratch:
+        return
+    while walk.gap_end < seg.end:
+        order = min(ctz64(walk.gap_end), st.top)
+        while order >= 0 and not (st.nr_blocks[order] and bitmap_test(
+                &st.free[order], page_index(st, walk.gap_end, order))):
+            order -= 1
+        if order < 0:
+            return
+        page_remove(st, seg, walk.gap_end, order)
+        walk.gap_end += <uint64_t>1 << order
+
+
+cdef void kho_walk_close_gap(kho_walk *walk) noexcept nogil:
+    page_free_run(walk.state, walk.gap_seg, walk.gap_pfn, walk.gap_end)
+    walk.gap_pfn = walk.gap_end = 0
+
+
 cdef int kho_walk_flush(kho_walk *walk) noexcept nogil:
     """Claim the pending run of adjoining blocks."""
-    cdef uint64_t conflict = 0, pfn
+    cdef uint64_t conflict = 0, pfn = walk.run_pfn, end = pfn + (walk.run_count << walk.run_order)
     cdef int rc, why
     if walk.run_count == 0:
         return 0
-    rc = page_claim_run(walk.state, walk.run_pfn, walk.run_order, walk.run_count, True, False,
-                        &conflict)
-    if rc < 0:
-        why = WALK_BLOCK_TAKEN if rc == -EBUSY else \
-            WALK_BLOCK_SCRATCH if rc == -ERANGE else WALK_BLOCK_OUTSIDE
-        pfn = (conflict >> walk.run_order) << walk.run_order
-        return kho_walk_fail(walk, why, pfn << walk.page_shift, walk.run_order, conflict)
+    if walk.gap_pfn <= pfn and end <= walk.gap_end:
+        page_split_run(walk.state, walk.gap_seg, walk.gap_pfn, pfn)
+        page_set_heads(walk.state, pfn, walk.run_order, walk.run_count, True)
+        walk.gap_pfn = end
+    else:
+        kho_walk_close_gap(walk)
+        rc = page_claim_run(walk.state, pfn, walk.run_order, walk.run_count, True, False, &conflict)
+        if rc < 0:
+            why = WALK_BLOCK_TAKEN if rc == -EBUSY else \
+                WALK_BLOCK_SCRATCH if rc == -ERANGE else WALK_BLOCK_OUTSIDE
+            pfn = (conflict >> walk.run_order) << walk.run_order
+            return kho_walk_fail(walk, why, pfn << walk.page_shift, walk.run_order, conflict)
+        kho_walk_open_gap(walk, end)
     walk.nr_keys += walk.run_count
     walk.nr_pages += walk.run_count << walk.run_order
     walk.run_count = 0
@@ -1220,6 +1277,7 @@ cdef int kho_walk_take_page(kho_walk *walk, PhysicalMemory memory, uint64_t node
         return kho_walk_fail(walk, WALK_NODE_OUTSIDE, node, 0, 0)
     if node == walk.fdt:
         return kho_walk_fail(walk, WALK_NODE_FDT, node, 0, 0)
+    kho_walk_close_gap(walk)
     rc = page_claim_run(walk.state, node >> walk.page_shift, 0, 1, False, False, &conflict)
     if rc < 0:
         return kho_walk_fail(walk, WALK_NODE_SCRATCH if rc == -ERANGE else WALK_NODE_TAKEN, node, 0,
@@ -1312,6 +1370,7 @@ cdef class IncomingMemory:
                 rc = kho_walk_node(&walk, memory, at, depth - 1, 0)
             if rc == 0:
                 rc = kho_walk_flush(&walk)
+            kho_walk_close_gap(&walk)
         self.nodes = walk.nodes
         self.nr_nodes = walk.nr_nodes
         self.nr_preserved = walk.nr_keys
@@ -1508,13 +1567,20 @@ cdef class IncomingMemory:
         mask = self.memory.page_size - 1
         with nogil, self.memory.lock:
             st = self.memory.state
-            for i in range(n):
+            while i < n:
                 order = -EINVAL
                 if phys[i] & mask == 0:
                     order = page_restore(st, phys[i] >> self.memory.page_shift, self.order_cap)
                 if order < 0:
                     break
                 orders[i] = order
+                i += 1
+                # blocks that adjoin are mostly preserved as such
+                while i + RUN <= n and blocks_adjoin(&phys[i - 1], self.memory.page_size << order):
+                    if not page_restore_run(st, phys[i] >> self.memory.page_shift, order, RUN - 1):
+                        break
+                    memset(&orders[i], order, RUN - 1)
+                    i += RUN - 1
             if order < 0:
                 n = i
                 for i in range(n):
@@ -1621,7 +1687,22 @@ cdef int page_restore(page_state *st, uint64_t pfn, int order_cap) noexcept nogi
     return order
 
 
+cdef bint page_restore_run(page_state *st, uint64_t pfn, int order, uint64_t count) noexcept nogil:
+    """As page_restore() for *count* adjoining claims of one order; False: they are not all that."""
+    cdef uint64_t index = page_index(st, pfn, order)
+    if pfn < st.base_pfn or pfn + (count << order) > st.end_pfn:
+        return False
+    if flat_count(st.claims[order], index, count) != count:
+        return False
+    flat_fill(st.claims[order], index, count, False)
+    st.nr_claims[order] -= count
+    flat_fill(st.heads[order], index, count, True)
+    st.nr_heads[order] += count
+    return True
+
+
 cdef void page_unrestore(page_state *st, uint64_t pfn) noexcept nogil:
     cdef int order = page_head_order(st, pfn)
-    page_clear_heads(st, pfn, order, 1)
-    page_set_heads(st, pfn, order, 1, True)
+    if order >= 0:  # or somebody has written to the array meanwhile
+        page_clear_heads(st, pfn, order, 1)
+        page_set_heads(st, pfn, order, 1, True)

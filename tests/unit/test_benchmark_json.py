@@ -1,6 +1,7 @@
 """``luo run --benchmark-json``: pytest-benchmark's own figures, read by its own command."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -106,6 +107,7 @@ def test_document_has_the_keys_of_pytest_benchmark(saved, tmp_path):
     assert set(one["stats"]) == {*other["stats"], "data"}
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_commit_is_that_of_the_directory(host, tmp_path):  # noqa: F811
     """The user's own repository, with changes that are in no commit; outside one, no commit."""
     git = ["git", "-c", "user.name=A", "-c", "user.email=a@b"]

@@ -76,11 +76,15 @@ def test_gate_catches_a_planted_slowdown(gate, monkeypatch, tmp_path, capsys):
 def test_judge_allows_5_percent_either_way(gate, before, now, good):
     """What is faster is stored too; a path that is new or gone is not good; few are no change."""
     stored, counted = (
-        {} if count is None else {"path": {"core": count}} for count in (before, now)
+        {} if count is None else {"path": dict.fromkeys(gate.PARTS, count)}
+        for count in (before, now)
     )
+    core, interpreter, rest = gate.judge(stored, counted, ("core",))
 
-    assert list(gate.judge(stored, counted, ("core",))) == [(good, "path", "core", before, now)]
-    assert len(list(gate.table([(good, "path", "core", before, now)]))) == 2
+    assert core == (good, "path", "core", before, now)
+    assert interpreter == (True, "path", "interpreter", before, now)  # another build of it
+    assert rest == (True, "path", "rest", before, now)
+    assert len(list(gate.table([core, rest]))) == 3
 
 
 def test_read_dump_counts_what_each_object_did_itself(gate):
@@ -117,11 +121,11 @@ fn=two
         ("_kho.cpython-311-x86_64-linux-gnu.so", "core"),
         ("python3.11", "interpreter"),
         ("libpython3.11.so.1.0", "interpreter"),
-        ("_multiarray_umath.cpython-311-x86_64-linux-gnu.so", None),
-        ("libc.so.6", None),
+        ("_multiarray_umath.cpython-311-x86_64-linux-gnu.so", "rest"),
+        ("libc.so.6", "rest"),
     ],
 )
-def test_part_of_is_the_core_or_the_interpreter(gate, name, part):
+def test_part_of_is_the_core_the_interpreter_or_the_rest(gate, name, part):
     """numpy and libc choose their code by the machine."""
     assert gate.part_of(name, "_kho.cpython-311-x86_64-linux-gnu.so") == part
 

@@ -105,10 +105,11 @@ def test_check_unknown_name_is_value_error_that_has_the_known_ones(name):
         report((40, CALLBACKS)).check({name: "1s"})
 
 
-def test_check_limit_that_is_no_duration_is_value_error():
-    """A number has its unit."""
+@pytest.mark.parametrize("limit", ["fast", "40", "-1ms", -1])
+def test_check_limit_that_is_no_duration_is_value_error(limit):
+    """Text has its unit, and nothing takes less than no time."""
     with pytest.raises(ValueError, match="duration"):
-        report((40, CALLBACKS)).check({"blackout": "fast"})
+        report((40, CALLBACKS)).check({"boot": limit})
 
 
 def test_check_without_an_update_is_value_error():

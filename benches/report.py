@@ -158,7 +158,7 @@ def three(number: float) -> str:
 def said(ratio: float, limit: Limit) -> str:
     """Say a ratio in the way of its limit."""
     if limit.percent:
-        return f"{100 * ratio:.2g} %"
+        return f"{100 * ratio:.1f} %"
     if limit.most >= 1:
         return f"{three(ratio)} times its time"
     return f"{three(1 / ratio)} times faster" if ratio < 1 else f"{three(ratio)} times slower"

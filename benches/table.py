@@ -150,7 +150,7 @@ ROWS = {
             (Limit("luo batch", "PREPARE batch", 1), Limit("luo native", "PREPARE native", 1)),
             "device",
         ),
-        Row("liveupdate.processes", "the same between two processes", (), "device"),
+        Row("liveupdate.processes", "jump, boot and restore between two processes", (), "device"),
         Row("liveupdate.finish", "FINISH", (), "device"),
         Row(
             "liveupdate.memory",

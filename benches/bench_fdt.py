@@ -18,6 +18,7 @@ from race import Contender, Results
 from luo.fdt import Column, Fdt, FdtWriter
 
 SEED = 1
+ABI = "fdt-17"  # the version of the format that all of them write
 WIDTHS = {"id": 8, "phys": 8, "size": 8, "reg": 16, "state": 64}
 RAGGED = {"path": (20, 60), "bus": (4, 8), "driver": (4, 12), "state": (32, 32), "index": (8, 8)}
 ABSENT = {"bus": 0.2, "driver": 0.2}
@@ -112,6 +113,7 @@ def write(plan: Plan, size: tuple[int, str]) -> Results:
         items=nodes.n,
         bytes=len(made),
         shape=size[1],
+        abi=ABI,
         seed=SEED,
     )
 
@@ -189,6 +191,7 @@ def calls(plan: Plan, n: int) -> Results:
         items=n,
         bytes=len(by_call()),
         shape="fixed",
+        abi=ABI,
         seed=SEED,
     )
 
@@ -248,6 +251,7 @@ def read(plan: Plan, size: tuple[int, str]) -> Results:
         items=nodes.n,
         bytes=nbytes,
         shape=size[1],
+        abi=ABI,
         seed=SEED,
     )
 
@@ -304,6 +308,7 @@ def lookup(plan: Plan, n: int) -> dict[str, Results]:
         bytes=len(tree),
         among=n,
         less="bare loop",
+        abi=ABI,
         seed=SEED,
     )
     values = list(offsets.values())
@@ -318,6 +323,7 @@ def lookup(plan: Plan, n: int) -> dict[str, Results]:
         ],
         items=n,
         bytes=len(tree),
+        abi=ABI,
         seed=SEED,
     )
     return {"fdt.lookup": found, "fdt.index": index}

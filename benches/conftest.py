@@ -28,6 +28,24 @@ import luo
 SCALES = ("smoke", "quick", "full")
 
 
+#: Contenders that have another name than the peer whose code they run.
+OTHERWISE = {
+    "callback walk": "walk",
+    "chunk loop": "walk",
+    "clock reads": "native",
+    "luo native": "native",
+    "memcpy": "numpy",
+}
+
+
+def versions(contender: str) -> dict[str, str]:
+    """Return the versions of luo and Python, and of the peer that a contender is."""
+    found = {"luo": luo.__version__, "Python": platform.python_version()}
+    name = contender.split(",")[0]
+    peer = peers.PEERS.get(OTHERWISE.get(name, name))
+    return found if peer is None else found | {peer.name: peer.version()}
+
+
 class ReplayClock:
     """Seconds that go by only when a duration is replayed."""
 
@@ -114,14 +132,14 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 def pytest_benchmark_update_machine_info(
     config: pytest.Config, machine_info: dict[str, Any]
 ) -> None:
-    versions = {"luo": luo.__version__, "Python": platform.python_version()}
-    for peer in peers.PEERS.values():
-        if not peers.adapter(peer.name)[1]:
-            versions[peer.name] = peer.version()
+    told = versions("luo")
+    for name in peers.PEERS:
+        if not peers.adapter(name)[1]:
+            told |= versions(name)
     machine_info["luo"] = {
         "scale": config.getoption("--scale"),
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "versions": versions,
+        "versions": told,
     }
 
 
@@ -157,6 +175,7 @@ def replay(
             row=row.id,
             role=contender,
             unit=row.unit,
+            versions=versions(contender),
             targets={
                 f"{limit.luo} / {limit.peer}": limit.most
                 for limit in row.limits

@@ -218,6 +218,7 @@ def compiled(source: str, *libraries: str, include: str = "") -> ctypes.CDLL:
     return ctypes.CDLL(str(made))
 
 
+@cache
 def compiler() -> str:
     """Return the first line that the compiler says of itself."""
     said = subprocess.run([CC, "--version"], check=True, capture_output=True, text=True).stdout
@@ -462,6 +463,7 @@ def _distribution(name: str) -> Callable[[], str]:
 
 
 def _debian(package: str) -> Callable[[], str]:
+    @cache
     def version() -> str:
         query = ["dpkg-query", "-W", "-f=${Version}", package]
         try:

@@ -53,7 +53,7 @@ def condense(run: dict[str, Any], command: str) -> dict[str, Any]:
                 **{
                     name: value
                     for name, value in one["extra_info"].items()
-                    if name not in ("targets", "unit", "seed")
+                    if name not in ("targets", "unit", "seed", "versions")
                 },
             }
             for one in run["benchmarks"]

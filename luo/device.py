@@ -260,6 +260,28 @@ class Tree(Protocol):
     def preserve_order(self, requested: Mask, group: Index | None = None, /) -> Index: ...
 
 
+class _Row(Mapping[str, bytes]):
+    """The columns of one device; each is read when it is asked for."""
+
+    __slots__ = ("_index", "_tree")
+
+    def __init__(self, tree: Tree, index: int) -> None:
+        self._tree = tree
+        self._index = index
+
+    def __getitem__(self, name: str) -> bytes:
+        return self._tree.table.row(name, self._index)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tree.column_names)
+
+    def __len__(self) -> int:
+        return len(self._tree.column_names)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
 class Device(DeviceRef):
     """A kernel's view of one device: two fields, everything else is looked up.
 
@@ -299,8 +321,7 @@ class Device(DeviceRef):
     @property
     def columns(self) -> Mapping[str, bytes]:
         """What the hardware is, by column name, as bytes."""
-        tree, here = self.devices.tree, np.array([self.index], np.int32)
-        return {name: tree.gather(name, here)[0].tobytes() for name in tree.column_names}
+        return _Row(self.devices.tree, self.index)
 
     @property
     def kernel(self) -> Any:

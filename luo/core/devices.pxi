@@ -1501,6 +1501,24 @@ cdef class DeviceTable:
             raise IndexError(f"sizes: no device {rows[fault.row]}")
         return result
 
+    def row(self, name, row):
+        """Return what one device has in the column *name*, as bytes.
+
+        Raises:
+            KeyError: no such column.
+            IndexError: no such row.
+        """
+        cdef int column = self.column_id(name)
+        cdef uint64_t at, size
+        cdef const uint8_t *data
+        number = PyNumber_Index(row)
+        if not 0 <= number < self.t.nr:
+            raise IndexError(f"row {name!r}: no device {number}")
+        at = number
+        with self.lock:
+            size = devtab_row(&self.t.columns[column], at, &data)
+            return (<const char *>data)[:size] if size else b""
+
     def gather(self, name, const int32_t[::1] rows not None, out=None):
         """Copy the column *name* of *rows*, which all have k bytes there, into an array.
 

@@ -872,6 +872,18 @@ cdef class PhysicalMemory:
 
     def contains(self, phys, nbytes=1):
         """Whether [phys, phys + nbytes) is RAM."""
+        cdef int wide = 0, long_piece = 0
+        cdef int64_t start, size
+        if PyLong_CheckExact(phys) and PyLong_CheckExact(nbytes):  # mostly, and in 63 bits
+            start = PyLong_AsLongAndOverflow(phys, &wide)
+            size = PyLong_AsLongAndOverflow(nbytes, &long_piece)
+            if not wide and not long_piece:
+                return (
+                    size >= 0 and start >= 0 and <uint64_t>start >= self.base
+                    and <uint64_t>size <= self.size
+                    and <uint64_t>start - self.base <= self.size - <uint64_t>size
+                    and self.has(start, size)
+                )
         cdef object at = PyNumber_Index(phys), n = PyNumber_Index(nbytes)
         if at < self.base or n < 0 or at + n > self.base + self.size:
             return False

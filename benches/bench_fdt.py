@@ -291,12 +291,14 @@ def lookup(plan: Plan, n: int) -> dict[str, Results]:
             pass
 
     def ours() -> None:
+        find = children.get
         for name in asked:
-            _ = children[name]
+            find(name)
 
     def theirs() -> None:
+        get = offsets.get
         for name in asked:
-            _ = offsets[name]
+            get(name)
 
     found = plan.race(
         [

@@ -1186,10 +1186,11 @@ cdef class FdtWriter:
             PyBuffer_Release(&buffer)
 
     cdef int _property(self, object name, const void *value, uint64_t nbytes) except -1:
-        cdef fdt_known *known = &self._known[(<uint64_t><void *>name >> 4) % FDT_KNOWN]
+        cdef fdt_known *known = &self._known[(<size_t><void *>name >> 4) % FDT_KNOWN]
         cdef bytes key = None
         cdef int64_t dist = known.dist
         cdef unsigned char *to
+        cdef int rc
         if known.name != <PyObject *>name or known.tabsize != self._sw.tabsize:
             key = fdt_property_key(name)
         self._claim()
@@ -1197,7 +1198,9 @@ cdef class FdtWriter:
             raise ValueError(f"property {name!r}: no node is open")
         if self._ended:
             raise ValueError(f"property {name!r}: properties come before a node's children")
-        self._room(12 + fdt_align(nbytes), name)
+        rc = fdt_sw_reserve(&self._sw, 12 + fdt_align(nbytes))
+        if rc < 0:
+            self._fail(rc, f"property {name!r} of {nbytes} bytes")
         if key is not None:
             dist = fdt_sw_add_string(
                 &self._sw, <const unsigned char *>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key),

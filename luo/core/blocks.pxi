@@ -11,6 +11,14 @@
 # be writing to them: the count is a promise that sorting checks, and what is checked there is what
 # is marked.
 
+cdef enum:  # why a block may not be preserved
+    BLOCK_OK
+    BLOCK_MISALIGNED
+    BLOCK_OUTSIDE
+    BLOCK_IN_SCRATCH
+    BLOCK_NOT_ALLOCATED
+
+
 cdef extern from *:
     """
     #include <sys/mman.h>

@@ -18,7 +18,7 @@ cdef object as_orders(object orders, Py_ssize_t n, object what, int *order):
     if not isinstance(orders, np.ndarray) and hasattr(orders, "__index__"):
         order[0] = as_order(orders)
         return None
-    array = np.asarray(orders)
+    array = np.array(orders)  # a copy: what is checked here cannot change
     if array.size and (array.dtype.kind not in "iu" or not 0 <= array.min() <= array.max() < 64):
         raise ValueError(f"{what}: orders are integers in 0..63")
     each = np.ascontiguousarray(array, np.uint8)
@@ -268,6 +268,10 @@ cdef class PreservedMemory:
 
     def preserve_folios(self, const uint64_t[::1] phys not None, order):
         """Preserve many blocks, all or none.
+
+        The map takes its pages from the lowest free ones: ``memory.prefault_free(nbytes)``, a
+        little more than a bit for each block in the memory that they lie in, spares the call their
+        first touch.
 
         Args:
             phys: shape (n,), uint64, byte addresses.

@@ -150,7 +150,7 @@ ROWS = {
             (Limit("luo batch", "PREPARE batch", 1), Limit("luo native", "PREPARE native", 1)),
             "device",
         ),
-        Row("liveupdate.processes", "the same between two processes", (), "device"),
+        Row("liveupdate.processes", "jump, boot and restore between two processes", (), "device"),
         Row("liveupdate.finish", "FINISH", (), "device"),
         Row(
             "liveupdate.memory",
@@ -168,7 +168,7 @@ PEERS = {
     "walk": "a radix walk a page in C",
     "callback walk": "a walk in C that calls back",
     "croaring": "CRoaring (pyroaring)",
-    "dict": "dict.get()",
+    "dict": "a dict",
     "empty call": "an empty Cython method",
     "empty map": "that of an empty map",
     "chunk loop": "a loop in C",

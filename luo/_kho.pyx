@@ -6,11 +6,7 @@ defined, so the order of the includes is the layer diagram of the core.
 
 cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
-from cpython.long cimport (
-    PyLong_AsLongAndOverflow,
-    PyLong_AsLongLong,
-    PyLong_CheckExact,
-)
+from cpython.long cimport PyLong_AsLongAndOverflow, PyLong_AsLongLong, PyLong_CheckExact
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.number cimport PyNumber_Index
 from cpython.pycapsule cimport PyCapsule_GetContext, PyCapsule_GetPointer, PyCapsule_IsValid

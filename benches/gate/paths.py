@@ -75,7 +75,15 @@ def fdt(counter: Counter) -> None:
     assert columns["name"].strings()[-1] == f"dev{NODES - 1}"
     assert (columns["state"].fixed() == rows[:, 16:80]).all()
 
+    children = tree.root.children
+    with counter.counting("fdt: index children by name"):
+        last = children[f"dev{NODES - 1}"]
     names = [f"dev{number}" for number in range(CALLS)]
+    with counter.counting("fdt: look children up by name"):
+        found = [children[name] for name in names]
+    assert last == children[-1]
+    assert [node.name for node in found] == names
+
     values = [row.tobytes() for row in rows[:CALLS]]
     writer = luo.FdtWriter()
     writer.begin_node("")

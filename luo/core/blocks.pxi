@@ -18,20 +18,9 @@ cdef enum:  # why a block may not be preserved
     BLOCK_IN_SCRATCH
     BLOCK_NOT_ALLOCATED
 
-
-cdef extern from *:
-    """
-    #include <sys/mman.h>
-    #ifndef MADV_HUGEPAGE
-    #define MADV_HUGEPAGE 14
-    #endif
-    """
-    int ADVICE_HUGE "MADV_HUGEPAGE"
-
 cdef enum:
     RUN = 16  # addresses that are looked at together
     BIN_BITS = 16
-    HUGE_PAGE = 1 << 21
 
 cdef extern from *:
     """
@@ -347,7 +336,6 @@ cdef uint64_t batch_mark(const block_batch *batch, PreservedMap map) noexcept no
 cdef int batch_preserve(block_batch *batch, PreservedMemory kho, uint64_t *fresh) noexcept nogil:
     """All steps; the lock is held. -EINVAL: not worth it, or a block is not allowed."""
     cdef uint64_t nbytes
-    cdef char *start
     cdef int rc = kho.map.begin()
     if rc < 0:
         return rc
@@ -361,9 +349,7 @@ cdef int batch_preserve(block_batch *batch, PreservedMemory kho, uint64_t *fresh
     batch.low = <uint16_t *>malloc(nbytes)
     if batch.words == NULL or batch.ends == NULL or batch.next == NULL or batch.low == NULL:
         return -ENOMEM
-    if nbytes >= 2 * HUGE_PAGE:  # its first touch costs more than its use
-        start = <char *>(<uint64_t>batch.low + HUGE_PAGE - 1 & ~<uint64_t>(HUGE_PAGE - 1))
-        madvise(start, nbytes - (start - <char *>batch.low), ADVICE_HUGE)
+    advise_huge(batch.low, nbytes)  # its first touch costs more than its use
     rc = batch_count(batch)
     if rc == 0:
         rc = batch_check_runs(batch, kho)

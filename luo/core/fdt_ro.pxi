@@ -1715,6 +1715,9 @@ cdef class Node:
 @cython.final
 @cython.auto_pickle(False)
 @cython.no_gc
+@cython.binding(False)
+@cython.embedsignature(True)
+@cython.embedsignature.format("clinic")
 cdef class Children:
     """Nodes directly below a node of a flattened device tree.
 

@@ -816,6 +816,9 @@ cdef class _FdtNodeContext:
 @cython.final
 @cython.auto_pickle(False)
 @cython.no_gc  # it holds an export: the collector would clear the memoryview under it
+@cython.binding(False)  # the interpreter has shorter ways to call builtin methods
+@cython.embedsignature(True)
+@cython.embedsignature.format("clinic")
 cdef class FdtWriter:
     """Write a flattened device tree from its first byte to its last.
 
@@ -966,7 +969,12 @@ cdef class FdtWriter:
 
     def property_string(self, name, value) -> None:
         """Add a property of one NUL-terminated string."""
-        self.property_strings(name, (value,))
+        cdef const unsigned char *text
+        cdef uint64_t length
+        cdef object owner = fdt_text(value, &text, &length)
+        if memchr(text, 0, length) != NULL:
+            raise ValueError(f"{name}: NUL inside the string {value!r}")
+        self._property(name, text, length + 1)  # both str and bytes end in a NUL
 
     def property_strings(self, name, values) -> None:
         """Add a property of NUL-terminated strings, one after the other."""

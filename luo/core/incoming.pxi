@@ -1,4 +1,4 @@
-# L3: what the previous kernel preserved: its map is walked, checked and claimed, then restored from.
+# L3: what the previous kernel preserved: its map is walked, checked, claimed, then restored from.
 
 cdef enum:  # what a map can be wrong in
     WALK_NODE_OUTSIDE = 1

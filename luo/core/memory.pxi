@@ -29,6 +29,9 @@ cdef extern from * nogil:
     #ifndef MREMAP_DONTUNMAP
     #define MREMAP_DONTUNMAP 4
     #endif
+    #ifndef MADV_HUGEPAGE
+    #define MADV_HUGEPAGE 14
+    #endif
     #ifndef MADV_POPULATE_WRITE
     #define MADV_POPULATE_WRITE 23
     #endif
@@ -37,6 +40,7 @@ cdef extern from * nogil:
     int MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE, MAP_FIXED
     int MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP
     int MADV_POPULATE_WRITE
+    int ADVICE_HUGE "MADV_HUGEPAGE"
     void *MAP_FAILED
     int SEEK_DATA, SEEK_HOLE
     int MFD_CLOEXEC, MFD_ALLOW_SEALING
@@ -52,6 +56,10 @@ cdef extern from * nogil:
     int mincore(void *address, size_t nbytes, unsigned char *pages)
     void *mremap(void *address, size_t old_bytes, size_t new_bytes, int flags, ...)
     off_t lseek(int fd, off_t offset, int whence)
+
+
+cdef enum:
+    HUGE_PAGE = 1 << 21
 
 
 # ---- page state: workers ----
@@ -1040,6 +1048,9 @@ cdef class PhysicalMemory:
                 nr_runs += 1
             for i in range(nr_runs):
                 if rc == 0:
+                    # These are whole blocks: elsewhere memory is sparse, and stays so.
+                    advise_huge(<void *>(self.zero + (runs[2 * i] << self.page_shift)),
+                                runs[2 * i + 1] * block)
                     rc = touch_pages(<char *>(self.zero + (runs[2 * i] << self.page_shift)),
                                      runs[2 * i + 1] * block)
                     done += runs[2 * i + 1] * block
@@ -1455,6 +1466,14 @@ cdef class PhysicalMemory:
             c_errno.errno = -rc
             os_error("clone")
         return copy
+
+
+cdef void advise_huge(void *start, uint64_t nbytes) noexcept nogil:
+    """Ask for huge pages where [start, start + nbytes) has whole ones; the host may refuse."""
+    cdef uint64_t first = (<uint64_t>start + HUGE_PAGE - 1) & ~<uint64_t>(HUGE_PAGE - 1)
+    cdef uint64_t end = (<uint64_t>start + nbytes) & ~<uint64_t>(HUGE_PAGE - 1)
+    if first < end:
+        madvise(<void *>first, end - first, ADVICE_HUGE)
 
 
 cdef int touch_pages(char *start, uint64_t nbytes) noexcept nogil:

@@ -320,37 +320,33 @@ cdef dict RECORD_RULES = {
 
 
 cdef int record_property_of(
-    const fdt_blob *blob, uint64_t offset, const fdt_token *token, uint64_t *nameoffs,
-    fdt_fault *fault
+    const fdt_blob *blob, uint64_t offset, uint64_t nameoff, fdt_fault *fault
 ) noexcept nogil:
     """Which property it is, NR_RECORD_PROPERTIES for none of ours, -1 for a fault."""
     cdef int which
-    cdef int64_t length
-    cdef const unsigned char *name
-    for which in range(NR_RECORD_PROPERTIES):
-        if token.nameoff == nameoffs[which]:  # met before
-            return which
-    length = fdt_property_name(blob, offset, token.nameoff, fault)
+    cdef int64_t length = fdt_property_name(blob, offset, nameoff, fault)
+    cdef const unsigned char *name = blob.base + blob.off_dt_strings + nameoff
     if length < 0:
         return -1
-    name = blob.base + blob.off_dt_strings + token.nameoff
     for which in range(NR_RECORD_PROPERTIES):
-        if length == RECORD_NAMES[which].nbytes and memcmp(
+        if <uint64_t>length == RECORD_NAMES[which].nbytes and memcmp(
             name, RECORD_NAMES[which].data, length
         ) == 0:
-            nameoffs[which] = token.nameoff
             return which
     return NR_RECORD_PROPERTIES
 
 
 cdef record_outcome record_next(
-    const fdt_blob *blob, uint64_t *at, uint64_t *nameoffs, record *found, fdt_fault *fault
+    const fdt_blob *blob, uint64_t *at, fdt_seen *seen, record *found, fdt_fault *fault
 ) noexcept nogil:
     """Read the record at or behind the token at *at*, and go behind it."""
     cdef fdt_token token
-    cdef uint64_t offset, depth = 0
-    cdef int which, seen = 0
-    cdef bint nested = False
+    cdef fdt_seen *here
+    cdef const unsigned char *value
+    cdef uint64_t offset, end = blob.end_dt_struct, depth = 0, place = 0
+    cdef int64_t nameoff
+    cdef int which, given = 0
+    cdef bint properties = True  # whether one may stand here
     while True:
         offset = at[0]
         if fdt_next_tag(blob, offset, &token, fault) < 0:
@@ -366,32 +362,39 @@ cdef record_outcome record_next(
     memset(found, 0, sizeof(record))
     while True:
         offset = at[0]
+        if properties and end - offset >= 4 and fdt_ld32(blob.base + offset) == FDT_PROP:
+            here = &seen[place % FDT_SEEN]
+            place += 1
+            if not fdt_seen_before(here, blob.base + offset, end - offset):
+                nameoff = fdt_see(blob, offset, here, fault)
+                if nameoff < 0:
+                    return RECORD_BAD_TREE
+                here.number = record_property_of(blob, offset, nameoff, fault)
+                if here.number < 0:
+                    here.nbytes = 0
+                    return RECORD_BAD_TREE
+            at[0] = offset + here.nbytes
+            which = <int>here.number
+            if which == NR_RECORD_PROPERTIES or given >> which & 1:
+                continue  # of a name that occurs twice the first counts, as for libfdt
+            given |= 1 << which
+            value = blob.base + offset + 12
+            if which <= RECORD_DRIVER:
+                found.text[which].data, found.text[which].nbytes = value, here.length
+            elif which == RECORD_STATE:
+                if here.length != 32:
+                    return RECORD_BAD_STATE
+                memcpy(found.state, value, 32)
+            else:
+                if here.length != 8:
+                    return RECORD_BAD_INDEX
+                memcpy(&found.hint, value, 8)
+            continue
         if fdt_next_tag(blob, offset, &token, fault) < 0:
             return RECORD_BAD_TREE
         at[0] = token.next
-        if token.tag == FDT_PROP and depth == 0:
-            if nested:
-                fdt_fault_set(fault, FDT_ERR_BADSTRUCTURE, offset, "property after a child node")
-                return RECORD_BAD_TREE
-            which = record_property_of(blob, offset, &token, nameoffs, fault)
-            if which < 0:
-                return RECORD_BAD_TREE
-            if which == NR_RECORD_PROPERTIES or seen >> which & 1:
-                continue  # of a name that occurs twice the first counts, as for libfdt
-            seen |= 1 << which
-            if which <= RECORD_DRIVER:
-                found.text[which].data = blob.base + token.data
-                found.text[which].nbytes = token.length
-            elif which == RECORD_STATE:
-                if token.length != 32:
-                    return RECORD_BAD_STATE
-                memcpy(found.state, blob.base + token.data, 32)
-            else:
-                if token.length != 8:
-                    return RECORD_BAD_INDEX
-                memcpy(&found.hint, blob.base + token.data, 8)
-        elif token.tag == FDT_BEGIN_NODE:
-            nested = True
+        if token.tag == FDT_BEGIN_NODE:
+            properties = False
             depth += 1
         elif token.tag == FDT_END_NODE:
             if depth == 0:
@@ -400,9 +403,12 @@ cdef record_outcome record_next(
         elif token.tag == FDT_END:
             fdt_fault_set(fault, FDT_ERR_BADSTRUCTURE, offset, "FDT_END inside a node")
             return RECORD_BAD_TREE
-    if not seen >> RECORD_STATE & 1:
+        elif token.tag == FDT_PROP and depth == 0:
+            fdt_fault_set(fault, FDT_ERR_BADSTRUCTURE, offset, "property after a child node")
+            return RECORD_BAD_TREE
+    if not given >> RECORD_STATE & 1:
         return RECORD_BAD_STATE
-    if not seen >> RECORD_INDEX & 1:
+    if not given >> RECORD_INDEX & 1:
         return RECORD_BAD_INDEX
     if found.text[RECORD_PATH].nbytes == 0 or found.text[RECORD_PATH].data[
         found.text[RECORD_PATH].nbytes - 1
@@ -478,7 +484,7 @@ cdef class RecordReader:
         cdef fdt_blob blob = node._fdt._blob
         cdef fdt_fault fault
         cdef fdt_token token
-        cdef uint64_t[NR_RECORD_PROPERTIES] nameoffs
+        cdef fdt_seen[FDT_SEEN] seen
         cdef uint64_t at
         cdef Py_ssize_t stop = self.nr_read + count
         cdef record_outcome outcome
@@ -486,7 +492,7 @@ cdef class RecordReader:
         if not 0 <= count <= self.numbers.shape[0] - self.nr_read:
             raise ValueError(f"{count} records behind {self.nr_read} of {self.numbers.shape[0]}")
         memset(&fault, 0, sizeof(fault))
-        memset(nameoffs, 0xFF, sizeof(nameoffs))
+        memset(seen, 0, sizeof(seen))
         memset(&self.near, 0, sizeof(self.near))  # what it points to may be gone
         memset(self.known, 0, sizeof(self.known))
         if fdt_begin_tag(&blob, node._offset, &token, &fault) < 0:
@@ -495,7 +501,7 @@ cdef class RecordReader:
         while True:
             with nogil:
                 with self.table.lock:
-                    outcome = self.read_some(&blob, &at, stop, nameoffs, &fault)
+                    outcome = self.read_some(&blob, &at, stop, seen, &fault)
             if outcome == RECORD_UNKNOWN_BUS or outcome == RECORD_UNKNOWN_DRIVER:
                 which = RECORD_BUS if outcome == RECORD_UNKNOWN_BUS else RECORD_DRIVER
                 self.known[which] = self.found.text[which]
@@ -521,7 +527,7 @@ cdef class RecordReader:
             raise ValueError(f"{count - (stop - self.nr_read)} records instead of {count}")
 
     cdef record_outcome read_some(
-        self, const fdt_blob *blob, uint64_t *at, Py_ssize_t stop, uint64_t *nameoffs,
+        self, const fdt_blob *blob, uint64_t *at, Py_ssize_t stop, fdt_seen *seen,
         fdt_fault *fault
     ) noexcept nogil:
         """Read on until something needs Python, or the end."""
@@ -533,7 +539,7 @@ cdef class RecordReader:
         cdef int which
         while True:
             if not self.pending:
-                outcome = record_next(blob, at, nameoffs, found, fault)
+                outcome = record_next(blob, at, seen, found, fault)
                 if outcome != RECORD_FOUND:
                     return outcome
                 if self.nr_read == stop:

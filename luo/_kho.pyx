@@ -33,12 +33,16 @@ include "core/errno.pxi"
 include "core/bits.pxi"
 # L2 physical memory and its pages
 include "core/memory.pxi"
-# L3 the preserved map, outgoing and incoming
+# L3 the preserved map
 include "core/radix.pxi"
-# L3 many blocks at once
-include "core/blocks.pxi"
 # L3 the preserved map in its older shape
 include "core/chunks.pxi"
+# L3 many blocks at once
+include "core/blocks.pxi"
+# L3 what this kernel preserves
+include "core/outgoing.pxi"
+# L3 what the previous kernel preserved
+include "core/incoming.pxi"
 # L1' flattened tree, read
 include "core/fdt_ro.pxi"
 # L1' flattened tree, sequential write

@@ -11,6 +11,13 @@
 # be writing to them: the count is a promise that sorting checks, and what is checked there is what
 # is marked.
 
+cdef enum:  # why a block may not be preserved
+    BLOCK_OK
+    BLOCK_MISALIGNED
+    BLOCK_OUTSIDE
+    BLOCK_IN_SCRATCH
+    BLOCK_NOT_ALLOCATED
+
 cdef enum:
     RUN = 16  # addresses that are looked at together
     BIN_BITS = 16
@@ -220,7 +227,7 @@ cdef int batch_find(block_batch *batch, PreservedMemory kho) noexcept nogil:
 
 cdef int batch_sort(block_batch *batch, PreservedMemory kho) noexcept nogil:
     """Put the low bits of each block's number into its bin; -EINVAL: one is not allowed."""
-    cdef uint64_t i = 0, j, stop, at, n = batch.n, block, odd = 0
+    cdef uint64_t i = 0, j, stop, part, at, n = batch.n, block, odd = 0
     cdef uint64_t bin_mask = low_mask(batch.bin_bits)
     cdef int order = batch.order, bin_bits = batch.bin_bits, shift = batch.page_shift + order
     cdef const uint64_t *phys = batch.phys
@@ -233,32 +240,40 @@ cdef int batch_sort(block_batch *batch, PreservedMemory kho) noexcept nogil:
     for run in range(batch.nr_runs + 1):
         stop = batch.runs[run].at if run < batch.nr_runs else n
         while i < stop:
+            part = min(i + RUN, stop)
             if orders != NULL:
                 order = orders[i]
                 shift = batch.page_shift + order
             lane = &batch.lanes[order]
-            block = phys[i] >> shift
-            at = (block >> bin_bits) - lane.first
-            if at >= lane.nr:
-                return -EINVAL
-            at += lane.at
-            place = next_place[at]
-            if stop - i >= RUN and place + RUN <= n and (
+            if part == i + RUN and lane.nr and (
                     orders == NULL or blocks_same_order(orders + i)) and blocks_share(
                     phys + i, shift + bin_bits):
-                for j in range(<uint64_t>RUN):
-                    odd |= phys[i + j] & low_mask(shift)
-                    low[place + j] = phys[i + j] >> shift & bin_mask
-                next_place[at] = place + RUN
-                i += RUN
-                continue
-            next_place[at] = place + 1
-            if place >= n and ((place & ~CAREFUL) >= n
-                               or kho.check_block(phys[i], order) != BLOCK_OK):
-                return -EINVAL
-            odd |= phys[i] & low_mask(shift)
-            low[place & ~CAREFUL] = block & bin_mask
-            i += 1
+                at = (phys[i] >> shift >> bin_bits) - lane.first
+                place = next_place[lane.at + at] if at < lane.nr else CAREFUL
+                if place + RUN <= n:  # not a bin in which each is looked at
+                    for j in range(<uint64_t>RUN):
+                        odd |= phys[i + j] & low_mask(shift)
+                        low[place + j] = phys[i + j] >> shift & bin_mask
+                    next_place[lane.at + at] = place + RUN
+                    i = part
+                    continue
+            while i < part:
+                if orders != NULL:
+                    order = orders[i]
+                    shift = batch.page_shift + order
+                lane = &batch.lanes[order]
+                block = phys[i] >> shift
+                at = (block >> bin_bits) - lane.first
+                if at >= lane.nr:
+                    return -EINVAL
+                place = next_place[lane.at + at]
+                next_place[lane.at + at] = place + 1
+                if place >= n and ((place & ~CAREFUL) >= n
+                                   or kho.check_block(phys[i], order) != BLOCK_OK):
+                    return -EINVAL
+                odd |= phys[i] & low_mask(shift)
+                low[place & ~CAREFUL] = block & bin_mask
+                i += 1
         if run < batch.nr_runs:
             i += batch.runs[run].nr
     for at in range(batch.nr_bins):

@@ -218,17 +218,21 @@ def test_preserve_folios_of_an_array_that_changes_meanwhile_is_safe():
     bad[::7] = np.uint64(150 * MIB)
     bad[3::11] = np.uint64((1 << 64) - 4096)
     bad[5::13] += np.uint64(8)
+    orders = np.zeros(len(phys), np.uint8)
     stop = threading.Event()
 
     def scribble() -> None:
         while not stop.is_set():
-            phys[:] = bad
-            phys[:] = good
+            phys[:], orders[::5] = bad, 200
+            phys[:], orders[:] = good, 0
 
     thread = threading.Thread(target=scribble)
     thread.start()
     try:
         outcomes = {preserve(kho, phys, 0) for _ in range(100)}
+        for _ in range(20):
+            with contextlib.suppress(ValueError):  # it was 200 when it was looked at
+                outcomes.add(preserve(kho, phys, orders))
     finally:
         stop.set()
         thread.join()

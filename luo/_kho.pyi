@@ -128,7 +128,9 @@ def radix_key(
 def radix_decode(key: SupportsIndex, *, page_size: SupportsIndex = 4096) -> tuple[int, int]: ...
 
 @disjoint_base
-class PreservedMap: ...
+class PreservedMap:
+    @property
+    def nr_keys(self) -> int: ...
 
 @final
 class RadixTree(PreservedMap):

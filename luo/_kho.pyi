@@ -467,8 +467,9 @@ class DeviceTable:
     def paths(
         self, rows: NDArray[np.int32], terminated: bool = False
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint64]]: ...
-    def preserve_order(
-        self, requested: NDArray[np.uint8], group: NDArray[np.int32] | None = None
+    def preserve_order(self, requested: NDArray[np.uint8]) -> NDArray[np.int32]: ...
+    def group_order(
+        self, order: NDArray[np.int32], group: NDArray[np.int32]
     ) -> NDArray[np.int32]: ...
     def eligible(
         self, driver_ok: NDArray[np.uint8], bus_ok: NDArray[np.uint8]
@@ -552,6 +553,13 @@ class DeviceList:
         drivers: NDArray[np.int8],
         buses: NDArray[np.int8],
     ) -> DeviceList: ...
+    def places_without(
+        self,
+        driver_ids: NDArray[np.int32],
+        bus_ids: NDArray[np.int32],
+        drivers: NDArray[np.int8],
+        buses: NDArray[np.int8],
+    ) -> NDArray[np.int32]: ...
     def cut_runs(
         self,
         depths: NDArray[np.int32],

@@ -531,8 +531,8 @@ class DeviceParticipant:
         group = listed.groups(
             devices.driver_ids, devices.bus_ids, drivers, buses, devices.slot_bytes
         )
-        if group is not None:
-            listed = DeviceList(self._order(requested, group))
+        if group is not None and not self._has("depth-from-garbage"):
+            listed = DeviceList(tree.table.group_order(order, group))
         self._saved.allocate_slots(listed)
         self._saved.write_records(listed)
         self._done = np.zeros(len(devices.requested), np.uint8)
@@ -546,7 +546,7 @@ class DeviceParticipant:
     def _has(self, quirk: str) -> bool:
         return quirk in self.devices.kernel.quirks
 
-    def _order(self, requested: NDArray[np.bool_], group: Index | None = None) -> Index:
+    def _order(self, requested: NDArray[np.bool_]) -> Index:
         """Return the devices of an update, children first; who does not support it is left out."""
         tree = self.devices.tree
         if self._has("depth-from-garbage"):
@@ -561,7 +561,7 @@ class DeviceParticipant:
             depths = np.concatenate(([0], tree.depths[order]))[:-1]
             order = order[np.argsort(-depths, kind="stable")]
         else:
-            order = tree.preserve_order(requested, group)
+            order = tree.preserve_order(requested)
         if self._has("all-ancestors"):
             return order
         supported = self.devices.supported()[order]
@@ -883,14 +883,15 @@ class DeviceParticipant:
         assert self.records is not None
         if walk.chosen[RESTORE] is walk.devices:
             return  # everybody has one
-        order = walk.order
-        had_driver = self.records.owners[0][self.records.numbers] != -1
-        silent = ~(had_driver & (self.devices.driver_ids[order] < 0))
-        for side in SIDES:
-            silent &= np.append(self._kinds(side, RESTORE), 0)[self.devices.ids(side)[order]] == 0
-        silent &= ~self.devices.reclaimed[order]
-        if silent.any():
-            self.devices.reclaim(order[silent])
+        devices, records = self.devices, self.records
+        kinds = (self._kinds(side, RESTORE) for side in SIDES)
+        places = walk.devices.places_without(devices.driver_ids, devices.bus_ids, *kinds)
+        silent = walk.order[places]
+        had_driver = records.owners[0][records.numbers[places] if records.lost else places] != -1
+        waits = had_driver & (devices.driver_ids[silent] < 0)
+        silent = silent[~(waits | devices.reclaimed[silent])]
+        if silent.size:
+            devices.reclaim(silent)
 
 
 def _name(owner: Device | Driver | Bus) -> str:

@@ -517,6 +517,8 @@ class Kernel:
         """Return the devices, not preserved, whose driver has *callback*."""
         self.devices.rescan()
         wanted = [getattr(driver, callback) is not None for driver in self.devices.drivers]
+        if not any(wanted):
+            return []
         mask = np.array([*wanted, False], np.bool_)[self.devices.driver_ids]
         mask &= ~self.devices.preserved & self.devices.tree.alive
         return [Device(self.devices, int(index)) for index in np.flatnonzero(mask)]

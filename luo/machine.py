@@ -330,9 +330,8 @@ class DeviceTree:
         Source:
             RFC v1, ``dev_liveupdate``: the preserve list.
         """
-        return self._table.preserve_order(
-            _mask(requested, "requested"), None if group is None else _int32(group, "group")
-        )
+        order = self._table.preserve_order(_mask(requested, "requested"))
+        return order if group is None else self._table.group_order(order, _int32(group, "group"))
 
     def eligible(self, driver_ok: npt.ArrayLike, bus_ok: npt.ArrayLike) -> npt.NDArray[np.bool_]:
         """Return which devices may be requested.

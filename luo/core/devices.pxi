@@ -1305,6 +1305,16 @@ cdef object DEVTAB_UINT8 = np.dtype(np.uint8)
 cdef object DEVTAB_BOOL = np.dtype(np.bool_)
 
 
+cdef object devtab_listed(const devtab_order *order):
+    """The sorted list as an array."""
+    cdef int32_t[::1] target
+    result = np.empty(order.nr, np.int32)
+    if order.nr:
+        target = result
+        memcpy(&target[0], order.sorted, order.nr * sizeof(int32_t))
+    return result
+
+
 @cython.final
 @cython.auto_pickle(False)
 cdef class DeviceTable:
@@ -1981,57 +1991,81 @@ cdef class DeviceTable:
 
     # ---- what a live update asks ---------------------------------------------------------------
 
-    def preserve_order(self, const uint8_t[::1] requested not None,
-                       const int32_t[::1] group=None):
+    def preserve_order(self, const uint8_t[::1] requested not None):
         """Return the devices to preserve, children first: int32; see RFC v1, 1.10.
 
         Args:
             requested: shape (n,): not 0 for a device that user space asked for.
-            group: shape (n,), int32, or None: devices of one depth and one value >= 0 are
-                brought together at the place of the first of them.
 
         Raises:
-            ValueError: an array has another length; a group is below -1.
+            ValueError: it has another length.
         """
         cdef uint64_t nr = self.t.nr
         cdef devtab_order order
-        cdef int32_t nr_groups = 0
         cdef int rc
-        cdef int32_t[::1] target
-        cdef const int32_t[::1] groups = group
         if <uint64_t>requested.shape[0] != nr:
             raise ValueError(f"preserve_order: {requested.shape[0]} flags for {nr} rows")
-        if group is not None and <uint64_t>group.shape[0] != nr:
-            raise ValueError(f"preserve_order: {group.shape[0]} groups for {nr} rows")
         if nr == 0:
             return np.empty(0, dtype=np.int32)
-        if group is not None:
-            values = np.asarray(group)
-            if int(values.min()) < -1:
-                raise ValueError(f"preserve_order: group {values.min()}: below -1")
-            if int(values.max()) > 2 * nr + 1024:
-                # Sparse numbers are made dense: memory goes by how many, not by how large.
-                ungrouped = values < 0
-                values = np.unique(values, return_inverse=True)[1].astype(np.int32)
-                values[ungrouped] = -1
-                groups = values
-            nr_groups = int(values.max()) + 1
         memset(&order, 0, sizeof(order))
         try:
             with nogil:
                 with self.lock:
                     rc = devtab_preserve_order(&self.t, &requested[0], nr, &order)
-                    if rc == 0 and groups is not None and order.nr:
-                        rc = devtab_group_order(&self.t, &groups[0], nr_groups, &order)
             check(rc, "preserve_order")
-            result = np.empty(order.nr, dtype=np.int32)
-            if order.nr:
-                target = result
-                memcpy(&target[0], order.sorted, order.nr * sizeof(int32_t))
-            return result
+            return devtab_listed(&order)
         finally:
             free(order.list)
             free(order.sorted)
+
+    def group_order(self, const int32_t[::1] order not None, const int32_t[::1] group not None):
+        """Bring the groups of a list together: int32.
+
+        Args:
+            order: what :meth:`preserve_order` returned.
+            group: shape (n,), int32: devices of one depth and one value >= 0 are brought together
+                at the place of the first of them; -1 for none.
+
+        Raises:
+            IndexError: no such device.
+            ValueError: *group* has another length, or a value below -1.
+        """
+        cdef uint64_t nr = self.t.nr
+        cdef devtab_order made
+        cdef devtab_fault fault
+        cdef int32_t nr_groups
+        cdef int rc
+        cdef const int32_t[::1] groups = group
+        if <uint64_t>group.shape[0] != nr:
+            raise ValueError(f"group_order: {group.shape[0]} groups for {nr} rows")
+        if order.shape[0] == 0:
+            return np.empty(0, np.int32)
+        if not devtab_rows_exist(&self.t, &order[0], order.shape[0], &fault):
+            raise IndexError(f"group_order: no device {order[fault.row]}")
+        values = np.asarray(group)
+        if int(values.min()) < -1:
+            raise ValueError(f"group_order: group {values.min()}: below -1")
+        if int(values.max()) > 2 * nr + 1024:
+            # Sparse numbers are made dense: memory goes by how many, not by how large.
+            ungrouped = values < 0
+            values = np.unique(values, return_inverse=True)[1].astype(np.int32)
+            values[ungrouped] = -1
+            groups = values
+        nr_groups = int(values.max()) + 1
+        memset(&made, 0, sizeof(made))
+        try:
+            made.nr = order.shape[0]
+            made.list = <int32_t *>xmalloc(made.nr * sizeof(int32_t))
+            made.sorted = <int32_t *>xmalloc(made.nr * sizeof(int32_t))
+            memcpy(made.sorted, &order[0], made.nr * sizeof(int32_t))
+            with nogil:
+                with self.lock:
+                    rc = devtab_group_order(&self.t, &groups[0], nr_groups, &made)
+            check(rc, "group_order")
+            return devtab_listed(&made)
+        finally:
+            free(made.list)
+            free(made.sorted)
 
     def eligible(self, const uint8_t[::1] driver_ok not None, const uint8_t[::1] bus_ok not None):
         """Return which devices may be requested: bool, shape (n,); see RFC v1, 1.9.

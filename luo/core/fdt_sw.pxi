@@ -877,6 +877,7 @@ cdef class FdtWriter:
             hint = min(max(hint, <uint64_t>1024), <uint64_t>FDT_MAX_BYTES)
             self._sw.buf = <unsigned char *>xmalloc(hint)
             self._sw.cap = hint
+            advise_huge(self._sw.buf, hint)
         else:
             PyObject_GetBuffer(into, &self._buffer, PyBUF_WRITABLE)
             self._held = True

@@ -297,7 +297,8 @@ cdef class DeviceList:
         """
         cdef Py_ssize_t i, nr = 0
         cdef int32_t device, driver, bus, bad = -1
-        cdef int32_t[::1] out
+        chosen = np.empty(self.n, np.int32)
+        cdef int32_t[::1] out = chosen
         self.covered(min(driver_ids.shape[0], bus_ids.shape[0]), "choose")
         with nogil:
             for i in range(self.n):
@@ -307,24 +308,34 @@ cdef class DeviceList:
                     bad = device
                     break
                 if driver >= 0 and drivers[driver] or bus >= 0 and buses[bus]:
+                    out[nr] = device
                     nr += 1
         if bad >= 0:
             raise IndexError(f"choose: device {bad} has no such driver or bus")
-        if nr == self.n:
-            return self
-        chosen = np.empty(nr, np.int32)
-        out = chosen
-        nr = 0
+        return self if nr == self.n else DeviceList(chosen[:nr])
+
+    def places_without(self, const int32_t[::1] driver_ids not None,
+                       const int32_t[::1] bus_ids not None, const int8_t[::1] drivers not None,
+                       const int8_t[::1] buses not None):
+        """Return the places in the list of those whom :meth:`choose` leaves out; ``int32``."""
+        cdef Py_ssize_t i, nr = 0
+        cdef int32_t device, driver, bus, bad = -1
+        places = np.empty(self.n, np.int32)
+        cdef int32_t[::1] out = places
+        self.covered(min(driver_ids.shape[0], bus_ids.shape[0]), "places_without")
         with nogil:
             for i in range(self.n):
                 device = self.order[i]
                 driver, bus = driver_ids[device], bus_ids[device]
-                if nr < out.shape[0] and (
-                    driver >= 0 and drivers[driver] or bus >= 0 and buses[bus]
-                ):
-                    out[nr] = device
+                if driver >= drivers.shape[0] or bus >= buses.shape[0]:
+                    bad = device
+                    break
+                if not (driver >= 0 and drivers[driver] or bus >= 0 and buses[bus]):
+                    out[nr] = <int32_t>i
                     nr += 1
-        return DeviceList(chosen[:nr])
+        if bad >= 0:
+            raise IndexError(f"places_without: device {bad} has no such driver or bus")
+        return places[:nr].copy()
 
     def cut_runs(self, const int32_t[::1] depths not None, const int32_t[::1] driver_ids not None,
                  const int32_t[::1] bus_ids not None, const int8_t[::1] drivers not None,

@@ -359,7 +359,8 @@ cdef record_outcome record_next(
         if token.tag == FDT_END:
             fdt_fault_set(fault, FDT_ERR_BADSTRUCTURE, offset, "FDT_END inside a node")
             return RECORD_BAD_TREE
-    memset(found, 0, sizeof(record))
+    for which in range(3):
+        found.text[which].nbytes = 0
     while True:
         offset = at[0]
         if properties and end - offset >= 4 and fdt_ld32(blob.base + offset) == FDT_PROP:
@@ -445,12 +446,17 @@ cdef class RecordReader:
     cdef record_text[3] known  # by property: what was looked up last, and its number
     cdef int32_t[3] number
     cdef const uint64_t[:, ::1] slabs
-    cdef Py_ssize_t slab
+    cdef Py_ssize_t next_slab
+    cdef uint64_t[4] slab  # as in slabs, but that the last is the record behind it
     cdef int32_t[::1] numbers
-    cdef int32_t[:, ::1] owners
-    cdef uint64_t[:, ::1] phys
-    cdef uint64_t[:, ::1] nbytes
-    cdef uint8_t[::1] taken
+    cdef int32_t *devices_of  # by record
+    cdef int32_t *drivers_of
+    cdef int32_t *buses_of
+    cdef uint64_t *phys[2]  # by device
+    cdef uint64_t *nbytes[2]
+    cdef uint8_t *taken
+    cdef Py_ssize_t nr_rows
+    cdef list kept
     cdef devtab_near near
     cdef record found
     cdef bint pending  # it was read, and waits for what only Python can look up
@@ -460,6 +466,7 @@ cdef class RecordReader:
                   int32_t[:, ::1] owners not None, uint64_t[:, ::1] slot_phys not None,
                   uint64_t[:, ::1] slot_bytes not None):
         cdef Py_ssize_t nr_rows = table.t.nr
+        cdef int side
         if (
             slabs.shape[0] and slabs.shape[1] != 4
             or owners.shape[0] != 2 or owners.shape[1] != numbers.shape[0]
@@ -467,11 +474,19 @@ cdef class RecordReader:
             or slot_bytes.shape[0] != 2 or slot_bytes.shape[1] < nr_rows
         ):
             raise ValueError("records: arrays differ in shape")
-        self.table, self.slabs, self.numbers, self.owners = table, slabs, numbers, owners
-        self.phys, self.nbytes = slot_phys, slot_bytes
+        flags = np.zeros(nr_rows, np.uint8)
+        cdef uint8_t[::1] taken = flags
+        self.table, self.slabs, self.numbers, self.nr_rows = table, slabs, numbers, nr_rows
+        self.kept = [numbers, owners, slot_phys, slot_bytes, taken]
+        if numbers.shape[0]:
+            self.devices_of = &numbers[0]
+            self.drivers_of, self.buses_of = &owners[0, 0], &owners[1, 0]
+        if nr_rows:
+            self.taken = &taken[0]
+            for side in range(2):
+                self.phys[side], self.nbytes[side] = &slot_phys[side, 0], &slot_bytes[side, 0]
         self.drivers = {name + b"\0": i for i, name in enumerate(drivers)}
         self.buses = {name + b"\0": i for i, name in enumerate(buses)}
-        self.taken = np.zeros(min(slot_phys.shape[1], slot_bytes.shape[1]), np.uint8)
         self.lost = []
 
     def read(self, Node node not None, Py_ssize_t count):
@@ -535,8 +550,8 @@ cdef class RecordReader:
         cdef record_outcome outcome
         cdef record_text *text
         cdef Py_ssize_t nr
-        cdef int32_t device
-        cdef int which
+        cdef int32_t device, bus
+        cdef int which, side
         while True:
             if not self.pending:
                 outcome = record_next(blob, at, seen, found, fault)
@@ -557,18 +572,20 @@ cdef class RecordReader:
             nr = self.nr_read
             if not self.in_slab(nr):
                 return RECORD_BAD_SLOT
-            self.owners[0, nr] = (
+            self.drivers_of[nr] = (
                 self.number[RECORD_DRIVER] if found.text[RECORD_DRIVER].nbytes else -1)
-            self.owners[1, nr] = self.number[RECORD_BUS] if found.text[RECORD_BUS].nbytes else -1
+            bus = self.number[RECORD_BUS] if found.text[RECORD_BUS].nbytes else -1
+            self.buses_of[nr] = bus
             device = self.find(&found.text[RECORD_PATH])
             if device < -1:
                 return RECORD_NO_MEMORY
-            # A device of that path on another bus is another device.
-            if device >= 0 and devtab_i32(self.table.t.bus_ids)[device] != self.owners[1, nr]:
+            # A device of that path on another bus is another device, and one that came a moment
+            # ago has no columns yet.
+            if device >= self.nr_rows or (
+                device >= 0 and devtab_i32(self.table.t.bus_ids)[device] != bus
+            ):
                 device = -1
-            if device >= self.taken.shape[0]:  # it came a moment ago
-                device = -1
-            self.numbers[nr] = device
+            self.devices_of[nr] = device
             if device < 0:
                 self.nr_read += 1
                 return RECORD_LOST
@@ -576,23 +593,25 @@ cdef class RecordReader:
                 return RECORD_TWICE
             self.taken[device] = 1
             self.nr_read += 1
-            self.phys[0, device], self.nbytes[0, device] = found.state[0], found.state[1]
-            self.phys[1, device], self.nbytes[1, device] = found.state[2], found.state[3]
+            for side in range(2):
+                self.phys[side][device] = found.state[2 * side]
+                self.nbytes[side][device] = found.state[2 * side + 1]
 
-    cdef bint in_slab(self, Py_ssize_t nr) noexcept nogil:
+    cdef bint in_slab(self, uint64_t nr) noexcept nogil:
         """Whether both slots of record *nr* lie in the slab that lists it."""
         cdef const uint64_t *state = self.found.state
         cdef uint64_t start, end
         cdef int side
         if state[1] == 0 and state[3] == 0:
             return True
-        while self.slab < self.slabs.shape[0] and (
-            <uint64_t>nr >= self.slabs[self.slab, 2] + self.slabs[self.slab, 3]
-        ):
-            self.slab += 1
-        if self.slab == self.slabs.shape[0] or <uint64_t>nr < self.slabs[self.slab, 2]:
+        while nr >= self.slab[3] and self.next_slab < self.slabs.shape[0]:
+            for side in range(4):
+                self.slab[side] = self.slabs[self.next_slab, side]
+            self.slab[3] += self.slab[2]
+            self.next_slab += 1
+        if not self.slab[2] <= nr < self.slab[3]:
             return False
-        start, end = self.slabs[self.slab, 0], self.slabs[self.slab, 0] + self.slabs[self.slab, 1]
+        start, end = self.slab[0], self.slab[0] + self.slab[1]
         for side in range(2):
             if state[2 * side + 1] and not (
                 start <= state[2 * side] <= end and state[2 * side + 1] <= end - state[2 * side]

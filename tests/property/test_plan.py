@@ -82,6 +82,7 @@ def test_device_outside_a_column_is_index_error(wrong):
         lambda: listed.place_slots(words[:0].reshape(0, 4), words, words),
         lambda: listed.groups(ids, ids, flags, flags, words),
         lambda: listed.choose(ids, ids, kinds, kinds),
+        lambda: listed.places_without(ids, ids, kinds, kinds),
         lambda: listed.cut_runs(ids, ids, ids, kinds, kinds, words, words, 2, 1, 4),
     ):
         with pytest.raises(IndexError):
@@ -96,6 +97,7 @@ def test_owner_outside_a_table_is_index_error():
         lambda: listed.size_slots(ids, words[0], words[0]),
         lambda: listed.groups(ids, ids, kinds.view(np.uint8), kinds.view(np.uint8), words),
         lambda: listed.choose(ids, ids, kinds, kinds),
+        lambda: listed.places_without(ids, ids, kinds, kinds),
         lambda: listed.cut_runs(ids, ids, ids, kinds, kinds, words, words, 2, 1, 4),
     ):
         with pytest.raises(IndexError):
@@ -178,6 +180,8 @@ def test_choose_leaves_out_who_has_no_callback(data):
 
     assert chosen.numbers.tolist() == expected
     assert (chosen is listed) == (expected == host.order)
+    left = listed.places_without(*host.ids, *host.kinds).tolist()
+    assert left == [place for place, i in enumerate(host.order) if i not in expected]
 
 
 @given(st.data())

@@ -644,6 +644,13 @@ def test_preserve_order_bad_arrays_are_value_error(requested, group):
         sample().preserve_order(requested, group)
 
 
+def test_group_order_of_no_device_is_index_error():
+    """Numbers are checked, not followed."""
+    for wrong in (-1, 5):
+        with pytest.raises(IndexError, match="no device"):
+            sample().table.group_order(np.array([wrong], np.int32), np.zeros(5, np.int32))
+
+
 def test_preserve_order_of_indices_is_type_error():
     """Requested is a mask; a list of indices is a mistake."""
     with pytest.raises(TypeError):

@@ -29,7 +29,6 @@ __all__ = [
     "LUO_EXTENT_BYTES",
     "LUO_NODE",
     "LUO_NODES_COMPATIBLE",
-    "LUO_RECORD_BYTES",
     "LUO_SHARD_OVERHEAD",
     "LUO_VERSION",
     "MAX_PAGE_ORDER",
@@ -402,6 +401,3 @@ In kho-v5-series this tree is the child ``nodes`` of LUO's node.
 
 LUO_SHARD_OVERHEAD: Final = 256
 """Room in a shard for what is not records: header, root, names of properties."""
-
-LUO_RECORD_BYTES: Final = 256
-"""What a record takes, about; for making room, not for reading."""

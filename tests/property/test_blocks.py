@@ -226,7 +226,7 @@ def test_preserve_folios_of_an_array_that_changes_meanwhile_is_safe():
             phys[:], orders[::5] = bad, 200
             phys[:], orders[:] = good, 0
 
-    thread = threading.Thread(target=scribble)
+    thread = threading.Thread(target=scribble, daemon=True)
     thread.start()
     try:
         outcomes = {preserve(kho, phys, 0) for _ in range(100)}

@@ -191,7 +191,7 @@ def killed(what):
             caught.append(error)
 
     def prepare(context):
-        thread = threading.Thread(target=second, args=[context.kernel])
+        thread = threading.Thread(target=second, args=[context.kernel], daemon=True)
         thread.start()
         while thread.is_alive():
             context.kernel.luo.kill(thread.ident)

@@ -700,7 +700,7 @@ def test_remote_kernel_interrupted_rolls_back(event, kernel, tmp_path):
         remote.devices.request("*")
         remote.kexec_load(PLAIN)
         began = time.monotonic()
-        thread = threading.Thread(target=interrupt)
+        thread = threading.Thread(target=interrupt, daemon=True)
         thread.start()
         with pytest.raises(KeyboardInterrupt):
             prepare_and_kexec(remote)

@@ -890,7 +890,7 @@ def test_table_used_by_several_threads_stays_whole():
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=read) for _ in range(3)]
+    threads = [threading.Thread(target=read, daemon=True) for _ in range(3)]
     for thread in threads:
         thread.start()
     for i in range(60):

@@ -653,7 +653,7 @@ def test_calls_from_many_threads_keep_the_books():
                 failures.append(seed)
             memory.free(single)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    threads = [threading.Thread(target=work, args=(seed,), daemon=True) for seed in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -68,7 +68,7 @@ def at_work(work):
         except BaseException as error:
             raised.append(error)
 
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
         yield raised
@@ -453,7 +453,7 @@ def test_read_of_a_kernel_that_says_it_is_gone_waits_for_the_jump(cleared, monke
             except OSError as error:
                 read.append(error)
 
-        reader = threading.Thread(target=ask)
+        reader = threading.Thread(target=ask, daemon=True)
         monkeypatch.setattr(type(old.devices), "_flags", gone)
         monkeypatch.setattr(type(old), "depart", leave)
         tree.write(KEXEC, "1")

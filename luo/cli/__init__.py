@@ -18,6 +18,7 @@ try:  # this takes as long as a person needs for ^C
     from luo.cli.image import image
     from luo.cli.mount import mount
     from luo.cli.quirks import quirks
+    from luo.cli.report import report
     from luo.cli.run import run
     from luo.report import version
 except KeyboardInterrupt:
@@ -56,5 +57,5 @@ def main() -> None:
     """Live updates of a Linux host: what survives the reboot, what it costs, and what fails."""
 
 
-for command in (run, image, faults, quirks, graph, mount):
+for command in (run, report, image, faults, quirks, graph, mount):
     main.add_command(command)

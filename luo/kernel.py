@@ -565,6 +565,7 @@ class Kernel:
             "phases": {name: self.phases.get(name, 0) for name in ("boot", "restore")},
             "digest_ns": self._digest_ns,
             "last_reclaim_ns": self.luo.last_reclaim_ns,
+            "restored_late": self.luo.restored_late if self.luo.last_reclaim_ns else [],
             "reclaimed": int(self.devices.reclaimed.sum()),
             "digests": [[*key, *value] for key, value in self._digests.items()],
             "records_without_device": [] if records is None else records.without_device,

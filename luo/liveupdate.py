@@ -248,6 +248,7 @@ class Orchestrator(Mortal):
         self.incoming: LuoIncoming | None = None
         self.reboot_began_ns = 0
         self.last_reclaim_ns = 0
+        self.restored_late: list[str] = []  # whose RESTORE began when no device was to be reclaimed
 
     # ---- what anybody may ask ----
 
@@ -300,6 +301,7 @@ class Orchestrator(Mortal):
     def note_reclaim(self) -> None:
         """Note the time: a device has been reclaimed."""
         self.last_reclaim_ns = self._recorder.read_clock()
+        self.restored_late.clear()
 
     # ---- who takes part ----
 
@@ -800,6 +802,7 @@ class Orchestrator(Mortal):
             failures: list[CallbackError] = []
             problems: list[BaseException] = []
             for participant in self._chain.order(RESTORE):
+                self.restored_late.append(participant.name)
                 problems += self._finish_steps(participant.steps(RESTORE, True))
                 failures += participant.collect()
             if problems:  # an interrupt: there is no way back, so everybody had a turn first

@@ -178,6 +178,7 @@ class Report:
         self._calls = CallRecorder()
         self._tree: Any = None
         self._costs = np.zeros((2, 0))
+        self._late: set[str] = set()  # subsystems that were restored after the blackout
         self._counted = np.zeros((2, 0), np.float32)  # what the running kernel had before
         self._abi = ""
         self._behaviour = "intended"
@@ -263,6 +264,7 @@ class Report:
         ):
             calls.merge(dump, events)
         self._calls.merge(calls.dump())
+        self._late = set(result["restored_late"])
         self._count(arrival.before)
         self._counted = np.zeros((2, 0), np.float32)
         self._count(profile)
@@ -328,25 +330,25 @@ class Report:
         recorder.load((), np.zeros(0, SPAN), self._costs.astype(np.float32), 0)
         recorder.merge(self._calls.dump())
         blackout = sum(run["phases_ns"].get("blackout", 0) for run in self.runs)
-        return Profile(recorder, self._tree, blackout)
+        return Profile(recorder, self._tree, blackout, self._late)
 
     @property
     def callbacks(self) -> list[dict[str, Any]]:
         """What callbacks cost: one row a subsystem, event, kind and name; all runs together.
 
         Beside the figures there are the buckets of the histogram as ``[low_ns, high_ns, calls]``,
-        the path of the device that took longest, and of REBOOT and RESTORE the share of blackout.
+        the path of the device that took longest, and the share of blackout of what is in it.
         """
         profile = self.profile
         rows = profile.rows()
         for row in rows:
-            in_blackout = row["event"] in BLACKOUT_EVENTS
+            label = (row["subsystem"], row["event"], row["kind"], row["name"])
+            if not profile.in_blackout(label):
+                row["blackout_share"] = None
             del row["blackout_ns"]
-            row["blackout_share"] = row["blackout_share"] if in_blackout else None
             slowest = row["max_device"]
             known = self._tree is not None and slowest >= 0
             row["max_device"] = self._tree.path(slowest) if known else None
-            label = (row["subsystem"], row["event"], row["kind"], row["name"])
             row["histogram"] = profile.histogram(label)
         return rows
 
@@ -394,6 +396,9 @@ class Report:
     def _worst(self, name: str, spent: Mapping[str, int]) -> list[dict[str, Any]]:
         """Return the dearest callbacks of the budget *name*, each with its dearest devices."""
         parts = [part for part in spent if _is_part(part, name)] or [name]
+        if name == "blackout":
+            late = {f"{subsystem}/{subsystem}/RESTORE" for subsystem in self._late}
+            parts = [part for part in parts if part not in late]
         parts.sort(key=lambda part: -spent[part])
         return [
             {"name": part, "p95_ns": spent[part], "devices": self._worst_devices(part)}

@@ -22,6 +22,8 @@ _EVENTS: Final = ("PREPARE", "REBOOT", "RESTORE", "FINISH", "CANCEL")
 _IN_BLACKOUT: Final = ("REBOOT", "RESTORE")
 _WORDS: Final = ("subsystem", "event", "kind", "name")
 _UNDO_SHOWN: Final = 3  # failures while rolling back; the document has them all
+_DEVICES_SHOWN: Final = 3
+_STANDS_OUT: Final = 0.1  # of what all devices cost
 _DIFFERING_SHOWN: Final = 20  # callbacks
 _VERDICTS: Final = {"slower": "bold red", "faster": "bold green", "no difference": "dim"}
 _NAME_WIDTH: Final = 20  # a longer name may be cut before a column is left out
@@ -60,8 +62,11 @@ def show(console: Console, document: Mapping[str, Any], kernel_boot_ns: int = 0)
         parts += [Text(), Text("dry reboot, no jump: " + ", ".join(spent))]
     if document["callbacks"]:
         parts += [Text(), _callbacks(document, console.width)]
+    parts += _dearest_devices(document)
     if document["runs"]:
         parts += [Text(), _image(document)]
+    if document["budgets"]:
+        parts += [Text(), _verdict(document["budgets"])]
     if document["error"]:
         parts += [Text(), _error(document["error"])]
     console.print(Group(*parts))
@@ -276,6 +281,18 @@ def _cells(row: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict[str
     }
 
 
+def _dearest_devices(document: Mapping[str, Any]) -> list[RenderableType]:
+    """Name the devices that stand out, if any do."""
+    everything = document["subtrees"][0]["total_ns"] if document["subtrees"] else 0
+    rows = [
+        row
+        for row in document["worst_devices"][:_DEVICES_SHOWN]
+        if row["total_ns"] > _STANDS_OUT * everything
+    ]
+    lines = (f"{row['path']} ({row['driver']}): {duration(row['total_ns'])}" for row in rows)
+    return [Text("\n".join(["", "dearest devices, all updates together", *lines]))] if rows else []
+
+
 def _image(document: Mapping[str, Any]) -> Text:
     image, devices = document["image"], document["devices"]
     pages = image["preserved_pages"]
@@ -290,6 +307,22 @@ def _image(document: Mapping[str, Any]) -> Text:
         if devices.get(name):
             lines.append(f"{name.replace('_', ' ')}: {devices[name]:,}")
     return Text("\n".join(lines))
+
+
+def _verdict(verdict: Mapping[str, Any]) -> Text:
+    """Say which budgets were met, and who is to blame for those that were not."""
+    text = Text(f"budgets, by the 95th percentile of {verdict['runs']:,} updates:", "bold")
+    for one in verdict["budgets"]:
+        word, style = ("met", "green") if one["met"] else ("over", "bold red")
+        spent, limit = duration(one["p95_ns"]), duration(one["limit_ns"])
+        text.append(f"\n  {word:<4} ", style)
+        text.append(f"{one['name']}: {spent} of {limit}", "" if one["met"] else "red")
+        for part in one["worst"]:
+            if part["name"] != one["name"]:
+                text.append(f"\n         {part['name']}: {duration(part['p95_ns'])}")
+            for device in part["devices"]:
+                text.append(f"\n           {device['path']}: {duration(device['ns'])}")
+    return text
 
 
 def _error(error: Mapping[str, Any]) -> Text:

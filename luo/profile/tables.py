@@ -6,7 +6,7 @@ import csv
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias
 
@@ -44,11 +44,14 @@ class Profile:
         recorder: who recorded it.
         tree: its devices, whose ``path(number)`` names one; None if they are not known.
         blackout_ns: the blackout of all updates in it together, 0 if it is not known.
+        late: subsystems whose RESTORE is no part of blackout: it ran when all devices were
+            reclaimed.
     """
 
     recorder: CallRecorder
     tree: Any = None
     blackout_ns: int = 0
+    late: Collection[str] = ()
 
     @classmethod
     def merged(cls, profiles: Iterable[Profile]) -> Profile:
@@ -75,7 +78,13 @@ class Profile:
         for one in profiles:
             recorder.merge(one.dump())
         tree = next((one.tree for one in profiles if one.tree is not None), None)
-        return cls(recorder, tree, sum(one.blackout_ns for one in profiles))
+        late = {name for one in profiles for name in one.late}
+        return cls(recorder, tree, sum(one.blackout_ns for one in profiles), late)
+
+    def in_blackout(self, label: Sequence[str]) -> bool:
+        """Return whether callbacks with this *label* run in blackout."""
+        subsystem, event = label[:2]
+        return event in BLACKOUT_EVENTS and not (event == "RESTORE" and subsystem in self.late)
 
     # ---- what the recorder has ----
 
@@ -125,9 +134,9 @@ class Profile:
     ) -> NDArray[np.void]:
         """Return a table as a structured array.
 
-        All times are nanoseconds. ``blackout_ns`` is what was spent in REBOOT and RESTORE, and
-        ``blackout_share`` that part of the blackout: NaN if the blackout is not known, more than 1
-        if several workers spent it side by side.
+        All times are nanoseconds. ``blackout_ns`` is what was spent in blackout, that is in REBOOT
+        and RESTORE, and ``blackout_share`` which part of it that was: NaN if the blackout is not
+        known, more than 1 if several workers spent it side by side.
 
         Args:
             by: what a row is: a ``"callback"`` in the order of first calls; a ``"subsystem"``,
@@ -204,7 +213,7 @@ class Profile:
                 word if of in words else "" for of, word in zip(_LABEL, label, strict=True)
             )
             groups.merge([[group, *figures]])
-            in_blackout[group] += figures[2] if label[1] in BLACKOUT_EVENTS else 0
+            in_blackout[group] += figures[2] if self.in_blackout(label) else 0
         rows = groups.rows()
         share = 1 / self.blackout_ns if self.blackout_ns else math.nan
         found = []

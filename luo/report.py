@@ -66,8 +66,9 @@ def parse_budgets(text: str) -> dict[str, int]:
     """Return the nanoseconds by name of *text*, as ``"blackout=50ms,devices/nvme/REBOOT=2ms"``."""
     budgets: dict[str, int] = {}
     for part in text.split(","):
-        name, given, limit = part.strip().rpartition("=")
-        if not given:
+        name, _, limit = part.rpartition("=")
+        name = name.strip()
+        if not name:
             raise ValueError(f"budget {part.strip()!r}: NAME=TIME is expected, as blackout=50ms")
         if name in budgets:
             raise ValueError(f"budget {name!r} is there twice")
@@ -89,6 +90,7 @@ def budget_names(kernel: Any) -> list[str]:
         above = np.unique(devices.tree.parents[above])
         above = above[above >= 0]
         kept = np.union1d(kept, above)
+    kept = kept[devices.supported()[kept]]
     callbacks = [(subsystem.name, subsystem.name, subsystem) for subsystem in kernel.luo.subsystems]
     for side in ("driver", "bus"):
         owners = devices.parties(side)

@@ -195,11 +195,14 @@ class Profile:
             raise ImportError(message) from error
         arrays = {}
         for name, (values, words) in self._columns(self.table(by)).items():
-            arrays[name] = pyarrow.array(values, from_pandas=True)  # NaN is null
-            if words is not None:
-                known = [word and word.encode(errors="backslashreplace").decode() for word in words]
-                dictionary = pyarrow.array(known, pyarrow.string())
-                arrays[name] = pyarrow.DictionaryArray.from_arrays(arrays[name], dictionary)
+            if words is None:
+                arrays[name] = pyarrow.array(values, from_pandas=True)  # NaN is null
+                continue
+            unknown = np.array([word is None for word in words], np.bool_)[values]
+            text = [(word or "").encode(errors="backslashreplace").decode() for word in words]
+            arrays[name] = pyarrow.DictionaryArray.from_arrays(
+                pyarrow.array(values, mask=unknown), pyarrow.array(text, pyarrow.string())
+            )
         parquet.write_table(pyarrow.table(arrays), os.fspath(path))
 
     def _grouped(self, by: str, quantiles: Sequence[float]) -> NDArray[np.void]:
@@ -215,7 +218,7 @@ class Profile:
             groups.merge([[group, *figures]])
             in_blackout[group] += figures[2] if self.in_blackout(label) else 0
         rows = groups.rows()
-        share = 1 / self.blackout_ns if self.blackout_ns else math.nan
+        blackout = self.blackout_ns or math.nan
         found = []
         for key, (group, row) in enumerate(zip(groups.labels, rows, strict=True)):
             percentiles = groups.quantiles(key, quantiles).tolist()
@@ -225,7 +228,7 @@ class Profile:
                 (
                     *(row[word] for word in words),
                     *(*figures, row["max_device"], *percentiles),
-                    *(blackout_ns, blackout_ns * share),
+                    *(blackout_ns, blackout_ns / blackout),
                 )
             )
         columns = {word: _text(row[word] for row in rows) for word in words} | dict.fromkeys(

@@ -258,6 +258,7 @@ class Orchestrator(Mortal):
         self.incoming: LuoIncoming | None = None
         self.reboot_began_ns = 0
         self.last_reclaim_ns = 0
+        self.reclaiming = False  # a callback has reclaimed since this was last cleared
 
     # ---- what anybody may ask ----
 
@@ -310,6 +311,7 @@ class Orchestrator(Mortal):
     def note_reclaim(self) -> None:
         """Note the time: a device has been reclaimed."""
         self.last_reclaim_ns = self._recorder.read_clock()
+        self.reclaiming = True
 
     # ---- who takes part ----
 

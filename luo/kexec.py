@@ -225,9 +225,8 @@ def jump(
 ) -> Generator[Step, None, Kernel | RemoteKernel]:
     """Change the kernel of a machine: see :meth:`luo.kernel.Kernel.kexec`.
 
-    Args:
-        rebooting: REBOOT by steps, into a :class:`LocalSuccessor` that restores by steps: they are
-            what is yielded. None: both in bulk.
+    With *rebooting*, which is REBOOT by steps, it yields these and those of restore, into a
+    :class:`LocalSuccessor`; without, both run in bulk.
     """
     machine = old.machine
     try:

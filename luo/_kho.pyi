@@ -39,7 +39,9 @@ class PhysicalMemory:
         fd: int | None = None,
         offset: SupportsIndex = 0,
         page_size: SupportsIndex | str = 4096,
+        host: Buffer | None = None,
     ) -> PhysicalMemory: ...
+    def file(self, what: str) -> int: ...
     @staticmethod
     def attach(
         fd: int,

@@ -396,12 +396,19 @@ class Kernel:
         if name == "prepare":
             self.recorder.clear_spans()  # those are of the update before
         start = self.recorder.read_clock()
+        if name == "restore":  # what comes over is adopted before the first callback
+            self._charge(name)
         try:
             yield
         finally:
-            if self.recorder.cost is not None:
-                self.recorder.cost(("engine", name.upper(), "phase", name), -1, 0)
+            if name != "restore":
+                self._charge(name)
             self.marks[name] = start, self.recorder.read_clock()
+
+    def _charge(self, phase: str) -> None:
+        """Let the time pass that a phase takes beside its callbacks."""
+        if self.recorder.cost is not None:
+            self.recorder.cost(("engine", phase.upper(), "phase", phase), -1, 0)
 
     def _charging(self, cost: CostHook) -> CostHook:
         """Return *cost* so that what a callback reclaims runs when its time is over."""

@@ -943,6 +943,7 @@ class DeviceParticipant:
         silent = silent[~(waits | devices.reclaimed[silent])]
         if silent.size:
             devices.reclaim(silent)
+            devices.kernel.luo.reclaiming = False  # that was no callback
 
 
 def _name(owner: Device | Driver | Bus) -> str:

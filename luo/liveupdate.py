@@ -259,6 +259,7 @@ class Orchestrator(Mortal):
         self.reboot_began_ns = 0
         self.last_reclaim_ns = 0
         self.restored_late: list[str] = []  # whose RESTORE began when no device was to be reclaimed
+        self.reclaiming = False  # a callback has reclaimed since this was last cleared
 
     # ---- what anybody may ask ----
 
@@ -312,6 +313,7 @@ class Orchestrator(Mortal):
         """Note the time: a device has been reclaimed."""
         self.last_reclaim_ns = self._recorder.read_clock()
         self.restored_late.clear()
+        self.reclaiming = True
 
     # ---- who takes part ----
 

@@ -13,6 +13,7 @@ import click
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from luo.cli.clock import ClockSettings, arguments, clock_options, show_missed
 from luo.cli.errors import (
     FAILED,
     INTERRUPTED,
@@ -72,6 +73,7 @@ class Budgets(click.ParamType["dict[str, int]"]):
     help="Keep the devices whose path matches. [default: all with a driver and a bus]",
 )
 @kernel_options
+@clock_options
 @click.option("--in-process", is_flag=True, help="The next kernel runs in this process.")
 @click.option(
     "--dry-reboot",
@@ -138,6 +140,7 @@ class Budgets(click.ParamType["dict[str, int]"]):
 def run(
     source: HostSource,
     kernels: KernelSettings,
+    clocks: ClockSettings,
     requests: tuple[str, ...],
     in_process: bool,
     dry_reboot: bool,
@@ -173,12 +176,13 @@ def run(
     # The document has standard output for itself.
     console = Console(stderr="-" in (json_file, benchmark_file), highlight=False)
     with _progress() as doing, wrong_input():
+        costs = clocks.model(source.seed)
         doing("reading the devices")
         host = source.read()
         doing("booting the first kernel")
         report = Report(settings=settings, source=host.source)
         limit = None if callback_limit is None else callback_limit / 1e9
-        kernel, image = boot(host, kernels, callback_limit=limit)
+        kernel, image = boot(host, kernels, callback_limit=limit, **arguments(costs))
         request(kernel, requests, host)
         known = budget_names(kernel) if budget else []
         for name in budget or ():
@@ -199,7 +203,7 @@ def run(
                     kernel,
                     image,
                     repeat=repeat,
-                    in_process=in_process,
+                    in_process=in_process or clocks.virtual,
                     timeout=timeout / 1e9,
                     report=report,
                 )
@@ -232,6 +236,7 @@ def run(
     if status == WRONG:
         raise Wrong(wrong)
     screen.show(console, document, kernel_boot)
+    show_missed(console, costs)
     if host.skipped:
         console.print(f"{host.skipped:,} attributes were unreadable and skipped", style="dim")
     sys.exit(status)

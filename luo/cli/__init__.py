@@ -13,6 +13,7 @@ try:  # this takes as long as a person needs for ^C
     import click
 
     from luo.cli.errors import INTERRUPTED
+    from luo.cli.export import export
     from luo.cli.faults import faults
     from luo.cli.graph import graph
     from luo.cli.image import image
@@ -56,5 +57,5 @@ def main() -> None:
     """Live updates of a Linux host: what survives the reboot, what it costs, and what fails."""
 
 
-for command in (run, image, faults, quirks, graph, mount):
+for command in (run, export, image, faults, quirks, graph, mount):
     main.add_command(command)

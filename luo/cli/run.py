@@ -21,6 +21,7 @@ from luo.cli.errors import (
     write_json,
     wrong_input,
 )
+from luo.cli.export import Exports, export_options
 from luo.cli.host import (
     Duration,
     HostSource,
@@ -106,6 +107,7 @@ __all__ = ["run"]
     metavar="FILE",
     help="Write the phases of all updates as pytest-benchmark does; '-' is standard output.",
 )
+@export_options
 def run(
     source: HostSource,
     kernels: KernelSettings,
@@ -119,6 +121,7 @@ def run(
     timeout: int,
     json_file: str | None,
     benchmark_file: str | None,
+    exports: Exports,
 ) -> None:
     """Run a live update of a host, of this machine unless another is named."""
     settings = {
@@ -128,8 +131,10 @@ def run(
     }
     if dry_reboot and (repeat > 1 or save_file is not None or benchmark_file is not None):
         raise click.UsageError("--dry-reboot: there is no jump, so nothing to repeat, save or time")
-    if json_file == benchmark_file == "-":
-        raise click.UsageError("--json, --benchmark-json: standard output holds one document")
+    on_stdout = [*exports.files.values(), json_file, benchmark_file].count("-")
+    if on_stdout > 1:
+        raise click.UsageError("standard output holds one document, not more")
+    exports.check()
     for option, file in (
         ("--json", json_file),
         ("--benchmark-json", benchmark_file),
@@ -138,14 +143,14 @@ def run(
         if file not in (None, "-"):
             check_writable(str(file), option)
     # The document has standard output for itself.
-    console = Console(stderr="-" in (json_file, benchmark_file), highlight=False)
+    console = Console(stderr=bool(on_stdout), highlight=False)
     with _progress() as doing, wrong_input():
         doing("reading the devices")
         host = source.read()
         doing("booting the first kernel")
         report = Report(settings=settings, source=host.source)
         limit = None if callback_limit is None else callback_limit / 1e9
-        kernel, image = boot(host, kernels, callback_limit=limit)
+        kernel, image = boot(host, kernels, callback_limit=limit, spans=exports.trace is not None)
         request(kernel, requests, host)
     status = 0
     try:
@@ -184,6 +189,7 @@ def run(
         write_json(json_file, document)
     if benchmark_file is not None:
         write_json(benchmark_file, benchmark.document(document), "--benchmark-json")
+    exports.write(document, report)
     if status == WRONG:
         raise Wrong(document["error"]["message"])
     screen.show(console, document, kernel_boot)

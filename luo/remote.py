@@ -121,6 +121,8 @@ class RemoteKernel:
             SuccessorError: ENOEXEC if the image cannot be built, ECHILD if the process dies,
                 ETIMEDOUT if it is not ready in *timeout* seconds.
         """
+        memory = machine.memory
+        fd = memory.file(f"load {image.name}")  # before there is anything to take back
         self.machine = machine
         self.image = image
         self.luo = RemoteOrchestrator(self)
@@ -152,7 +154,7 @@ class RemoteKernel:
             self._process = subprocess.Popen(
                 # -P: the path is ours, and the directory that we happen to be in is no part of it.
                 [sys.executable, "-P", "-c", _START, str(theirs.fileno())],
-                pass_fds=(theirs.fileno(), machine.memory.fd, tree, self._bulk),
+                pass_fds=(theirs.fileno(), fd, tree, self._bulk),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # ^C is for the kernel that runs, which rolls back
                 env={
@@ -162,14 +164,13 @@ class RemoteKernel:
             )
             self.pid = self._process.pid
             theirs.close()
-            memory = machine.memory
             told = self._ask(
                 "load",
                 timeout,
                 step="load",
                 image={"name": image.name, "cmdline": image.cmdline, "args": dict(image.args)},
                 memory={
-                    "fd": memory.fd,
+                    "fd": fd,
                     "offset": memory.offset,
                     "ranges": [list(map(int, part)) for part in memory.ranges],
                     "page_size": memory.page_size,

@@ -100,6 +100,9 @@ class Exports:
         ):
             if file is not None:
                 text = "".join(lines(document))
+                if file == "-":
+                    click.echo(text, nl=False)
+                    continue
                 with _output(option, file) as stream:
                     stream.write(text)
 
@@ -126,9 +129,6 @@ def _output(option: str, file: str, binary: bool = False) -> Iterator[IO[Any]]:
     """Open *file*, which *option* names; a regular one takes its place when it is whole."""
     path = Path(file)
     try:
-        if file == "-":
-            yield click.get_text_stream("stdout", encoding="utf-8")
-            return
         whole = not path.exists() or stat.S_ISREG(path.stat().st_mode)
         part = path.with_name(f".{path.name}.{os.getpid()}") if whole else path
         try:

@@ -31,7 +31,9 @@ def callbacks(document: Mapping[str, Any]) -> Iterator[str]:
     for row in document["callbacks"]:
         event, rest, path = row["event"], row["total_ns"], row.get("max_device")
         stack = (kernel_of(event), event, row["subsystem"], row["kind"], row["name"])
-        if path:
+        if (
+            isinstance(path, str) and row["devices"] == row["calls"]
+        ):  # of a batch it is but the first
             rest -= row["max_ns"]
             yield from _line((*stack, path), row["max_ns"])
         yield from _line(stack, rest)
@@ -64,4 +66,4 @@ def _line(frames: Iterable[str], ns: float) -> Iterator[str]:
 
 
 def _frame(name: str) -> str:
-    return re.sub(r"\s", "_", printable(name).translate(_UNDIVIDED)) or "(no name)"
+    return re.sub(r"\s", "_", printable(name).translate(_UNDIVIDED)) or "(unnamed)"

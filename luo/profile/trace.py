@@ -11,13 +11,13 @@ import heapq
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
-from typing import Any, Final
+from itertools import chain, zip_longest
+from typing import Any, Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from luo.report import Report, version
+from luo.report import Report, Track, version
 
 __all__ = [
     "NR_SPANS",
@@ -37,9 +37,10 @@ NR_SPANS: Final = 100_000
 _EVENT_OF: Final = {
     name: name.upper() for name in ("prepare", "reboot", "cancel", "restore", "finish")
 }
+_OLD: Final = "old kernel"
+_NEW: Final = "new kernel"
 _OLD_PHASES: Final = ("prepare", "reboot", "cancel")
 _NEW_PHASES: Final = ("jump", "boot", "restore", "finish")
-_BLACKOUT_PHASES: Final = ("reboot", "jump", "boot", "restore")
 _STATE_AFTER: Final = {"prepare": "prepared", "restore": "updated"}
 _FIGURES: Final = ("calls", "devices", "total_ns", "min_ns", "p50_ns", "p99_ns", "max_ns")
 _NR_ROWS: Final = 50  # sums that a phase carries, the dearest
@@ -140,7 +141,7 @@ def printable(text: str) -> str:
 
 def kernel_of(event: str) -> str:
     """Return which kernel calls the callbacks of *event*."""
-    return "new kernel" if event.lower() in _NEW_PHASES else "old kernel"
+    return _NEW if event.lower() in _NEW_PHASES else _OLD
 
 
 # ---- from a report ----
@@ -156,17 +157,13 @@ def from_report(report: Report, spans: int = NR_SPANS) -> Trace:
     """
     tracks = report.tracks
     windows = [_phases_of(track) for track in tracks]
-    chosen, recorded = _longest(
-        [partial(_spans_of, track, window) for track, window in zip(tracks, windows, strict=True)],
-        spans,
-    )
+    chosen, recorded = _longest([_spans_of(track) for track in tracks], spans)
     pids = [track.pid for track in tracks]
     if len(set(pids)) < len(pids) or not all(pids):
         pids = list(range(1, len(tracks) + 1))  # a kernel is a process here even if it had none
     kernels = []
     for track, phases, mine, seen, pid in zip(tracks, windows, chosen, recorded, pids, strict=True):
-        events = {_EVENT_OF.get(name) for name, _, _ in phases}
-        rows = [row for row in track.profile.rows() if row["event"] in events]
+        rows = [row for row in track.profile.rows() if _is_of(track, row["event"])]
         dropped = int(track.profile.dropped)
         remarks, counters = [], []
         if not seen:
@@ -176,11 +173,11 @@ def from_report(report: Report, spans: int = NR_SPANS) -> Trace:
         if dropped:
             remarks.append(f"{dropped:,} callbacks not recorded: no room")
         if seen:
-            counters.append(_running(_spans_of(track, phases), phases))
+            counters.append(_running(_spans_of(track), phases))
         if remarks:
             counters += _costs(phases, rows)
         lanes = [Lane("phases", partial(_phase_slices, phases, rows))]
-        lanes += _callback_lanes(mine, track.profile.labels, track.tree.path)
+        lanes += _callback_lanes(mine, track.profile.labels, _path_of(track))
         kernels.append(Process(track.name, pid, tuple(remarks), tuple(lanes), tuple(counters)))
     about = {
         "host": str(report.source.get("path") or report.source.get("kind", "")),
@@ -190,25 +187,31 @@ def from_report(report: Report, spans: int = NR_SPANS) -> Trace:
         "not_recorded": sum(int(track.profile.dropped) for track in tracks),
         "luo_version": version(),
     }
-    return _trace(kernels, list(chain(*windows)), report.blackout, about)
+    return _trace(kernels, list(chain(*windows)), report.blackout, report.runs, about)
 
 
-def _phases_of(track: Any) -> list[tuple[str, int, int]]:
+def _path_of(track: Track) -> Callable[[int], str]:
+    tree = track.profile.tree
+    return str if tree is None else cast("Callable[[int], str]", tree.path)
+
+
+def _phases_of(track: Track) -> list[tuple[str, int, int]]:
     """Return name, begin and end of the phases of *track* that are of this update."""
-    wanted = _NEW_PHASES if track.name == "new kernel" else _OLD_PHASES
+    wanted = _NEW_PHASES if track.name == _NEW else _OLD_PHASES
     return sorted(
         ((name, *mark) for name, mark in track.marks.items() if name in wanted),
         key=lambda phase: (phase[1], -phase[2]),
     )
 
 
-def _spans_of(track: Any, phases: Sequence[tuple[str, int, int]]) -> Iterator[NDArray[np.void]]:
-    """Yield the spans of the callbacks in *phases*, some at a time.
+def _is_of(track: Track, event: str) -> bool:
+    """Whether *track* called *event* in this update; its profile has other updates' as well."""
+    return (kernel_of(event) == _NEW) == (track.name == _NEW)
 
-    A kernel that arrived by a live update itself still has the spans of that one.
-    """
-    events = {_EVENT_OF.get(name) for name, _, _ in phases}
-    wanted = np.array([label[1] in events for label in track.profile.labels], np.bool_)
+
+def _spans_of(track: Track) -> Iterator[NDArray[np.void]]:
+    """Yield the spans of *track*, some at a time."""
+    wanted = np.array([_is_of(track, label[1]) for label in track.profile.labels], np.bool_)
     spans = track.profile.spans
     for at in range(0, len(spans), _CHUNK):
         chunk = spans[at : at + _CHUNK]
@@ -216,14 +219,14 @@ def _spans_of(track: Any, phases: Sequence[tuple[str, int, int]]) -> Iterator[ND
 
 
 def _longest(
-    sources: Sequence[Callable[[], Iterable[NDArray[np.void]]]], most: int
+    sources: Iterable[Iterable[NDArray[np.void]]], most: int
 ) -> tuple[list[NDArray[np.void]], list[int]]:
     """Return the *most* longest spans of all *sources*, by source, and how many each has."""
     chosen, seen = [], []
     for source in sources:
         kept: list[NDArray[np.void]] = []
         count = 0
-        for chunk in source():
+        for chunk in source:
             count += len(chunk)
             kept.append(chunk)
             if sum(map(len, kept)) > most + _CHUNK:
@@ -304,8 +307,8 @@ def _slices(
         for begin, ns, key, device, devices, _ in spans[at : at + _CHUNK].tolist():
             args: dict[str, Any] = {}
             if device >= 0:
-                args["device"] = path(device)
-            elif devices:
+                args["device" if devices <= 1 else "first device"] = path(device)
+            if devices > 1:
                 args["devices"] = devices
             name, categories = named[key]
             yield Slice(name, categories, begin, begin + ns, args)
@@ -344,7 +347,7 @@ def from_document(document: Mapping[str, Any]) -> Trace:
     Raises:
         LookupError, TypeError, ValueError: it is none.
     """
-    runs = max(1, len(document["runs"]))
+    runs = document["runs"]
     timeline = document.get("timeline")
     blackout = None
     remarks = ["no callback has a slice: sums alone"]
@@ -365,18 +368,20 @@ def from_document(document: Mapping[str, Any]) -> Trace:
             blackout = (origin + int(begin), origin + int(end))
     else:
         remarks.append("medians of the phases, laid end to end")
+        spent = document.get("dry_reboot_ns") or document["phases_ns"]
         at = 0
         kernels = []
-        for name, names in (("old kernel", _OLD_PHASES), ("new kernel", _NEW_PHASES)):
+        for name, names in ((_OLD, _OLD_PHASES), (_NEW, _NEW_PHASES)):
             phases = []
             for phase in names:
-                ns = int(document["phases_ns"].get(phase, 0))
+                ns = int(spent.get(phase, 0))
                 if ns:
                     phases.append((phase, at, at + ns))
                     at += ns
             kernels.append((name, phases))
-        black = [phase for _, phases in kernels for phase in phases if phase[0] in _BLACKOUT_PHASES]
-        blackout = _bounds(black) if black else None
+        if spent.get("blackout"):
+            begin = int(spent["prepare"])
+            blackout = (begin, begin + int(spent["blackout"]))
     processes = []
     for pid, (name, phases) in enumerate(kernels, 1):
         events = {_EVENT_OF.get(phase) for phase, _, _ in phases}
@@ -387,16 +392,17 @@ def from_document(document: Mapping[str, Any]) -> Trace:
                 pid,
                 tuple(remarks),
                 (Lane("phases", partial(_phase_slices, phases, rows)),),
-                tuple(_costs(phases, rows, runs)),
+                tuple(_costs(phases, rows, max(1, len(runs)))),
             )
         )
     source = document["source"]
     about = {
         "host": str(source.get("path") or source.get("kind", "")),
-        "updates": len(document["runs"]),
+        "updates": len(runs),
         "luo_version": str(document["luo_version"]),
     }
-    return _trace(processes, [phase for _, phases in kernels for phase in phases], blackout, about)
+    every = [phase for _, phases in kernels for phase in phases]
+    return _trace(processes, every, blackout, runs if timeline else (), about)
 
 
 # ---- both ----
@@ -406,6 +412,7 @@ def _trace(
     kernels: Sequence[Process],
     phases: Sequence[tuple[str, int, int]],
     blackout: tuple[int, int] | None,
+    runs: Sequence[Mapping[str, Any]],
     about: Mapping[str, Any],
 ) -> Trace:
     """Put blackout and the remarks above the *kernels*."""
@@ -418,9 +425,18 @@ def _trace(
     notes.append(Slice("about", ("remark",), first, None, about))
     lanes = [Lane("about this trace", lambda: notes)]
     if blackout is not None:
-        shade = Slice("LUO blackout (kernel boot not included)", ("blackout",), *blackout)
+        name = "LUO blackout (kernel boot not included)"
+        shade = Slice(name, ("blackout",), *blackout, _of_blackout(blackout, runs))
         lanes.insert(0, Lane("blackout", lambda: [shade]))
     return Trace((Process("live update", 0, (), tuple(lanes)), *kernels), first, about)
+
+
+def _of_blackout(blackout: tuple[int, int], runs: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Return the figure of the last update, which leaves out what two digests took in between."""
+    figure = runs[-1].get("phases_ns", {}).get("blackout") if runs else None
+    if figure is None:
+        return {}
+    return {"blackout_ns": figure, "digests_ns": max(0, blackout[1] - blackout[0] - figure)}
 
 
 def _bounds(phases: Sequence[tuple[str, int, int]]) -> tuple[int, int]:
@@ -435,7 +451,8 @@ def _phase_slices(
     phases: Sequence[tuple[str, int, int]], rows: Sequence[Mapping[str, Any]]
 ) -> Iterator[Slice]:
     """Yield the phases, with the sums of their callbacks, and the states between them."""
-    for (name, begin, end), following in zip(phases, [*phases[1:], None], strict=True):
+    begins = [begin for _, begin, _ in phases[1:]]
+    for (name, begin, end), following in zip_longest(phases, begins):
         mine = [row for row in rows if row["event"] == _EVENT_OF.get(name)]
         mine.sort(key=lambda row: -row["total_ns"])
         args: dict[str, Any] = {
@@ -451,8 +468,8 @@ def _phase_slices(
             }
         yield Slice(name, ("phase",), begin, end, args)
         state = _STATE_AFTER.get(name)
-        if state is not None and following is not None and following[1] > end:
-            yield Slice(f"state {state}", ("state",), end, following[1])
+        if state is not None and following is not None and following > end:
+            yield Slice(f"state {state}", ("state",), end, following)
 
 
 def _costs(
@@ -469,8 +486,10 @@ def _costs(
         points: list[tuple[int, float]] = []
         for phase, begin, end in phases:
             value = costs[name].get(_EVENT_OF.get(phase, ""), 0)
-            if points and points[-1][0] == begin:
-                points.pop()
-            points += [(begin, value), (end, 0.0)]
+            for point in ((begin, value), (end, 0.0)):
+                if points and points[-1][0] == point[0]:
+                    points.pop()
+                if not points or points[-1][1] != point[1]:
+                    points.append(point)
         counters.append(Counter(f"{name}: all callbacks", "ns", points))
     return counters

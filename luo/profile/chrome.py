@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any, TextIO
+from typing import Any, Final, TextIO
 
 from luo.profile.trace import Process, Trace, printable
 
 __all__ = ["write"]
+
+# An end is written as the time that it is. With a duration, readers add two fractions, and the
+# sum may lie a hair behind the begin of the next.
+_BEGIN: Final = '"B"'
+_INSTANT: Final = '"i","s":"t"'
 
 
 def write(trace: Trace, stream: TextIO) -> None:
@@ -48,16 +53,14 @@ def _of_process(process: Process, origin: int) -> Iterator[str]:
         yield _metadata("thread_sort_index", process.pid, tid, sort_index=tid)
         where = f'"pid":{process.pid},"tid":{tid}'
         for one in lane.slices():
-            what = (
-                '"ph":"i","s":"t"'
-                if one.end_ns is None
-                else f'"ph":"X","dur":{_microseconds(one.end_ns - one.begin_ns)}'
-            )
             args = f',"args":{_json(one.args)}' if one.args else ""
             yield (
-                f'{{{what},"ts":{_microseconds(one.begin_ns - origin)},{where},'
+                f'{{"ph":{_BEGIN if one.end_ns is not None else _INSTANT},'
+                f'"ts":{_microseconds(one.begin_ns - origin)},{where},'
                 f'"name":{_json(one.name)},"cat":{_json(",".join(one.categories))}{args}}}'
             )
+            if one.end_ns is not None:
+                yield f'{{"ph":"E","ts":{_microseconds(one.end_ns - origin)},{where},"name":{_json(one.name)}}}'
     for counter in process.counters:
         for ns, value in counter.points:
             yield (

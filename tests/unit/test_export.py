@@ -85,19 +85,19 @@ def of(found, sample, /, **labels):
 
 
 def test_stacks_sum_to_what_callbacks_took():
-    """The dearest call to one device is a frame of its own, and not counted twice."""
+    """In order of time; the dearest call to one device is a frame of its own, not counted twice."""
     document = a_document(
         a_row("PREPARE", 100),
         a_row("RESTORE", 50, max_device="pci0000:00/0000:00:01.0", max_ns=30),
         a_row("FINISH", 0),
-        a_row("REBOOT", 9, max_device="pci0000:00", devices=512),
+        a_row("PREPARE", 9, name="vfio", max_device="pci0000:00", devices=512),
     )
 
     assert list(folded.callbacks(document)) == [
         "old_kernel;PREPARE;devices;driver;nvme 100\n",
+        "old_kernel;PREPARE;devices;driver;vfio 9\n",
         "new_kernel;RESTORE;devices;driver;nvme;pci0000:00/0000:00:01.0 30\n",
         "new_kernel;RESTORE;devices;driver;nvme 20\n",
-        "old_kernel;REBOOT;devices;driver;nvme 9\n",
     ]
 
 

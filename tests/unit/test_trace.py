@@ -103,16 +103,22 @@ def as_chrome(drawn):
         if one["ph"] == "M" and "name" in one["args"]
     }
     origin = document["otherData"]["begin_ns"]
-    lanes = defaultdict(list)
+    lanes, open_slices = defaultdict(list), defaultdict(list)
     for one in events:
-        if one["ph"] in "Xi":
+        if one["ph"] in "BEi":
             where = tuple(
                 names[what, one["pid"], tid]
                 for what, tid in (("process_name", 0), ("thread_name", one["tid"]))
             )
-            begin = origin + round(one["ts"] * 1000)
-            end = begin + round(one["dur"] * 1000) if one["ph"] == "X" else None
-            lanes[where].append((one["name"], begin, end, one.get("args", {})))
+            at = origin + round(one["ts"] * 1000)
+            if one["ph"] == "B":
+                open_slices[where].append((one["name"], at, one.get("args", {})))
+            elif one["ph"] == "E":
+                name, begin, args = open_slices[where].pop()
+                lanes[where].append((name, begin, at, args))
+            else:
+                lanes[where].append((one["name"], at, None, one.get("args", {})))
+    assert not any(open_slices.values())
     return lanes, document
 
 
@@ -480,4 +486,5 @@ def test_chrome_s_times_are_exact():
     chrome.write(trace.from_report(a_report(track, blackout=None)), stream)
 
     assert f'"begin_ns":{2**60 + 1}' in stream.getvalue()
-    assert re.search(r'"dur":0\.004,"ts":0\.000,.*"name":"prepare"', stream.getvalue())
+    assert re.search(r'"ph":"B","ts":0\.000,.*"name":"prepare"', stream.getvalue())
+    assert '"ph":"E","ts":0.004,' in stream.getvalue()

@@ -53,14 +53,16 @@ def _of_process(process: Process, origin: int) -> Iterator[str]:
         yield _metadata("thread_sort_index", process.pid, tid, sort_index=tid)
         where = f'"pid":{process.pid},"tid":{tid}'
         for one in lane.slices():
+            name = _json(one.name)
             args = f',"args":{_json(one.args)}' if one.args else ""
             yield (
                 f'{{"ph":{_BEGIN if one.end_ns is not None else _INSTANT},'
                 f'"ts":{_microseconds(one.begin_ns - origin)},{where},'
-                f'"name":{_json(one.name)},"cat":{_json(",".join(one.categories))}{args}}}'
+                f'"name":{name},"cat":{_json(",".join(one.categories))}{args}}}'
             )
             if one.end_ns is not None:
-                yield f'{{"ph":"E","ts":{_microseconds(one.end_ns - origin)},{where},"name":{_json(one.name)}}}'
+                end = _microseconds(one.end_ns - origin)
+                yield f'{{"ph":"E","ts":{end},{where},"name":{name}}}'
     for counter in process.counters:
         for ns, value in counter.points:
             yield (

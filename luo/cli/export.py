@@ -148,7 +148,9 @@ def _file(option: str, text: str) -> Callable[[_Command], _Command]:
 
 
 _FILES: Final = (
-    _file("--folded", "Write what callbacks cost as stacks for flame graphs; '-' is stdout."),
+    _file(
+        "--folded", "Write what callbacks cost as stacks for flame graphs; '-' is standard output."
+    ),
     _file("--folded-tree", "Write what devices cost as such stacks, along their paths."),
     _file("--prometheus", "Write metrics as Prometheus reads them; '-' is standard output."),
 )

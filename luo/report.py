@@ -136,6 +136,10 @@ class Track:
     profile: Profile
 
 
+def _track(name: str, kernel: Any) -> Track:
+    return Track(name, getattr(kernel, "pid", os.getpid()), dict(kernel.marks), kernel.profile)
+
+
 class Report:
     """A live update, or several in a row, in figures.
 
@@ -221,6 +225,8 @@ class Report:
                 with contextlib.suppress(LuoError):
                     self.note_state(running)
                     self._count(running.profile)
+                    who = "old kernel" if running is kernel else "new kernel"
+                    self.tracks, self.blackout = [_track(who, running)], None
                     self._calls.merge(running.profile.dump())
                     if isinstance(error, KeyboardInterrupt):
                         self.error["message"] = "interrupted"
@@ -236,17 +242,11 @@ class Report:
         departure, result = arrival.departure, arrival.result
         phases = {"prepare": departure.phases.get("prepare", 0), **arrival.phases}
         phases["finish"] = kernel.phases.get("finish", 0)
-        profile = kernel.profile
         departed = {name: (begin, end) for name, (begin, end) in departure.marks.items()}
-        self.tracks = [
-            Track("old kernel", departure.pid, departed, arrival.before),
-            Track(
-                "new kernel",
-                getattr(kernel, "pid", os.getpid()),
-                {"jump": arrival.jump, **kernel.marks},
-                profile,
-            ),
-        ]
+        new = _track("new kernel", kernel)
+        new.marks["jump"] = arrival.jump
+        self.tracks = [Track("old kernel", departure.pid, departed, arrival.before), new]
+        profile = new.profile
         self.blackout = arrival.blackout
         self.successor = "process" if hasattr(kernel, "pid") else "in-process"
         self.image = departure.image
@@ -301,6 +301,7 @@ class Report:
         """Add one update of *kernel* that was cancelled instead of the jump."""
         self.note_state(kernel)
         self.devices["requested"] = int(kernel.devices.requested.sum())
+        self.tracks = [_track("old kernel", kernel)]
         self.dry = {name: kernel.phases.get(name, 0) for name in ("prepare", "reboot", "cancel")}
         self._calls.merge(kernel.profile.dump())
         self._count(kernel.profile)

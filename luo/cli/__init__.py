@@ -15,6 +15,7 @@ try:  # this takes as long as a person needs for ^C
 
     from luo.cli.compare import compare
     from luo.cli.errors import INTERRUPTED
+    from luo.cli.export import export
     from luo.cli.faults import faults
     from luo.cli.graph import graph
     from luo.cli.image import image
@@ -59,4 +60,5 @@ def main() -> None:
 
 
 for command in (run, compare, image, faults, quirks, graph, mount):
+for command in (run, export, image, faults, quirks, graph, mount):
     main.add_command(command)

@@ -24,6 +24,7 @@ from luo.cli.errors import (
     write_json,
     wrong_input,
 )
+from luo.cli.export import Exports, export_options
 from luo.cli.host import (
     Duration,
     HostSource,
@@ -137,6 +138,7 @@ class Budgets(click.ParamType["dict[str, int]"]):
     metavar="FILE",
     help="Write the phases of all updates as pytest-benchmark does; '-' is standard output.",
 )
+@export_options
 def run(
     source: HostSource,
     kernels: KernelSettings,
@@ -152,6 +154,7 @@ def run(
     timeout: int,
     json_file: str | None,
     benchmark_file: str | None,
+    exports: Exports,
 ) -> None:
     """Run a live update of a host, of this machine unless another is named."""
     if dry_reboot and budget:
@@ -164,8 +167,10 @@ def run(
     } | {"repeat": repeat}
     if dry_reboot and (repeat > 1 or save_file is not None or benchmark_file is not None):
         raise click.UsageError("--dry-reboot: there is no jump, so nothing to repeat, save or time")
-    if json_file == benchmark_file == "-":
-        raise click.UsageError("--json, --benchmark-json: standard output holds one document")
+    on_stdout = [*exports.files.values(), json_file, benchmark_file].count("-")
+    if on_stdout > 1:
+        raise click.UsageError("standard output holds one document, not more")
+    exports.check()
     for option, file in (
         ("--json", json_file),
         ("--benchmark-json", benchmark_file),
@@ -174,7 +179,7 @@ def run(
         if file not in (None, "-"):
             check_writable(str(file), option)
     # The document has standard output for itself.
-    console = Console(stderr="-" in (json_file, benchmark_file), highlight=False)
+    console = Console(stderr=bool(on_stdout), highlight=False)
     with _progress() as doing, wrong_input():
         costs = clocks.model(source.seed)
         doing("reading the devices")
@@ -183,6 +188,7 @@ def run(
         report = Report(settings=settings, source=host.source)
         limit = None if callback_limit is None else callback_limit / 1e9
         kernel, image = boot(host, kernels, callback_limit=limit, **arguments(costs))
+        kernel, image = boot(host, kernels, callback_limit=limit, spans=exports.trace is not None)
         request(kernel, requests, host)
         known = budget_names(kernel) if budget else []
         for name in budget or ():
@@ -233,6 +239,7 @@ def run(
         write_json(json_file, document)
     if benchmark_file is not None:
         write_json(benchmark_file, benchmark.document(document), "--benchmark-json")
+    exports.write(document, report)
     if status == WRONG:
         raise Wrong(wrong)
     screen.show(console, document, kernel_boot)

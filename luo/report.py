@@ -68,6 +68,8 @@ class Report:
         failures: restore, finish and cancel callbacks that failed.
         dma: where devices may have written that the next kernel was not told to keep.
         error: why the update failed, None if it did not.
+        thread_safe: (event, kind, name) of the native callbacks that several threads may call, as
+            far as the kernels ran in this process.
         dry: nanoseconds of prepare, reboot and cancel, if there was no jump; else empty.
     """
 
@@ -89,6 +91,7 @@ class Report:
         self.image: dict[str, int] = {}
         self.devices: dict[str, Any] = {}
         self.successor = ""
+        self.thread_safe: frozenset[tuple[str, str, str]] = frozenset()
         self._calls = CallRecorder()
         self._abi = ""
         self._behaviour = "intended"
@@ -102,6 +105,7 @@ class Report:
         self._abi = getattr(kernel, "kho_abi", self._abi)
         self._behaviour = getattr(kernel, "behaviour", self._behaviour)
         self._quirks = sorted(getattr(kernel, "quirks", self._quirks))
+        self.thread_safe |= getattr(kernel.devices, "thread_safe", frozenset())
         self.devices = {"total": len(kernel.machine.devices)}
         self.note_state(kernel)
 

@@ -439,7 +439,10 @@ class DeviceParticipant:
         """
         if backwards:
             stretches.reverse()
-        forks = [self._recorder.fork() for _ in stretches]
+        forks = [
+            self._recorder.fork(len(SIDES) * (stop - start), worker)
+            for worker, (start, stop) in enumerate(stretches)
+        ]
         found: list[list[Any] | None] = [None if collect is None else [] for _ in stretches]
         with ThreadPoolExecutor(len(stretches)) as pool:  # leaving waits for all of them
             calls = [
@@ -496,14 +499,13 @@ class DeviceParticipant:
         key = self._key(event, side, self._owner(side, first))
         if event == Event.CANCEL.name:
             self._done[index] &= ~bit
-        start = self._recorder.read_clock()
+        begin = self._recorder.begin()
         outcome: Any
         try:
             outcome = callback(devices)
         except Exception as error:
             outcome = error
-        elapsed = self._recorder.read_clock() - start
-        self._recorder.add(key, elapsed, len(index))
+        elapsed = self._recorder.lap(key, begin, len(index), index)
         wrong = self._wrong(outcome, len(index))
         if event == Event.PREPARE.name:
             ran = np.ones(len(index), np.bool_)

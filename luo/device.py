@@ -585,6 +585,7 @@ class Devices(Mortal):
         # Written now, so that PREPARE does not touch them first.
         self.slot_phys = _longer(self.slot_phys, zeros)
         self.slot_bytes = _longer(self.slot_bytes, zeros)
+        self.kernel.recorder.cover(len(self.requested))
         if not self.kernel.booted:
             self._nr_early = len(self.requested)
 
@@ -886,6 +887,7 @@ class Devices(Mortal):
     def expect_records(self) -> None:
         """Make room, now, for the records of the previous kernel."""
         self._room = np.full(3 * len(self.requested), -1, np.int32)
+        self.kernel.recorder.touch()
 
     def room_for_records(self, count: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Return two columns by record, to be filled: ``int32 (count,)`` and ``(2, count)``."""

@@ -42,6 +42,7 @@ from luo.liveupdate import LuoIncoming, Orchestrator
 from luo.machine import Machine
 from luo.memory import PhysicalMemory
 from luo.notifier import Subsystem
+from luo.profile.tables import Profile
 from luo.remote import RemoteKernel
 from luo.report import Report, describe
 from luo.reserve_mem import ReservedMemory, ReserveMem
@@ -51,6 +52,11 @@ __all__ = ["Kernel", "KernelImage", "RemoteKernel", "Report", "dry_run", "live_u
 _log = logging.getLogger(__name__)
 
 _RELEASE: Final = "7.3.0"
+#: Room for the spans of one update: PREPARE, REBOOT, RESTORE and FINISH of driver and bus are
+#: eight a device at most, in two kernels.
+_SPANS_PER_DEVICE: Final = 4
+_SPANS_BESIDES: Final = 4096
+CostHook: TypeAlias = Callable[[tuple[str, str, str, str], int, int], int]
 Digests: TypeAlias = dict[tuple[str, str], tuple[int, int]]
 
 
@@ -196,6 +202,11 @@ class Kernel:
         callback_limit: seconds that a callback may take, None for as long as it likes. A later one
             is ETIMEDOUT when it returns, and in PREPARE and REBOOT everything is rolled back.
         clock: returns nanoseconds; None is the system's monotonic clock.
+        cost: what callbacks and phases shall have taken, as of
+            :attr:`luo._kho.CallRecorder.cost`; a phase is ("engine", "JUMP", "phase", "jump").
+            None: what they took.
+        spans: keep every single call, in a buffer for so many; True has room for one update.
+        timing: False times no callback and records nothing of it; phases are timed still.
         observer: called as ``observer(what, name)``, ``what`` being ``"phase"`` when a phase
             begins or ``"state"`` when a state has been reached; also ``"scan"`` when PREPARE
             begins to look for requested devices, and ``"write"`` before the path of a device whose
@@ -208,8 +219,8 @@ class Kernel:
         sysfs: directories in ``/sys/kernel`` that somebody else has made.
         luo: its :class:`~luo.liveupdate.Orchestrator`.
         devices: its :class:`~luo.device.Devices`.
-        profile: what callbacks cost; stays readable after the kernel is gone.
-        phases: nanoseconds of each phase that it has passed.
+        recorder: what callbacks cost; :attr:`profile` reads it.
+        marks: when each phase that it has passed began and ended, on the recorder's clock.
         reserved: the named regions of ``reserve_mem=``.
         arrival: how it came to run, if by :meth:`kexec`.
         strays: where devices may write that it was not told to keep, as of :mod:`luo.dma`.
@@ -236,12 +247,17 @@ class Kernel:
         workers: int = 1,
         callback_limit: float | None = None,
         clock: Callable[[], int] | None = None,
+        cost: CostHook | None = None,
+        spans: bool | int = False,
+        timing: bool = True,
         observer: Callable[[str, str], None] | None = None,
     ) -> None:
         if not 1 <= workers <= 1024:
             raise ValueError(f"workers {workers!r}: 1 to 1024 threads")
         if callback_limit is not None and not 0 < callback_limit < 1e9:
             raise ValueError(f"callback_limit {callback_limit!r}: seconds, more than 0")
+        if callback_limit is not None and not timing:
+            raise ValueError("callback_limit: nobody knows what a callback takes without timing")
         if not isinstance(machine, Machine):
             raise TypeError(f"Kernel: {machine!r} is no Machine")
         kho_abi = rfc1.generation_of(behaviour, kho_abi)
@@ -256,10 +272,15 @@ class Kernel:
         self.kho_bugs = abi.generation(kho_abi).check_bugs(kho_bugs)
         self.release = release
         self.arch = arch
-        self.profile = CallRecorder(clock)
+        nr_devices = len(machine.devices.parents)
+        if spans is True:
+            spans = _SPANS_PER_DEVICE * nr_devices + _SPANS_BESIDES
+        self.recorder = CallRecorder(clock, devices=nr_devices, spans=int(spans))
+        self.recorder.cost, self.recorder.timing = cost, timing
+        self._keeps_spans = bool(spans)
         if callback_limit is not None and "no-callback-limit" not in self.quirks:
-            self.profile.limit_ns = max(1, round(callback_limit * 1e9))
-        self.phases: dict[str, int] = {}
+            self.recorder.limit_ns = max(1, round(callback_limit * 1e9))
+        self.marks: dict[str, tuple[int, int]] = {}
         self.sysfs: set[str] = set()
         self._status = "built"  # then "running", then "gone"
         self.devices = Devices(
@@ -267,7 +288,7 @@ class Kernel:
         )
         self.luo = Orchestrator(
             self,
-            self.profile,
+            self.recorder,
             quirks=self.quirks,
             phase=self._phase,
             observer=self.observe,
@@ -275,7 +296,7 @@ class Kernel:
         )
         for subsystem in subsystems:
             self.luo.register(subsystem)
-        self._layer = DeviceParticipant(self.devices, self.profile, workers)
+        self._layer = DeviceParticipant(self.devices, self.recorder, workers)
         self.luo.join_devices(self._layer)
         self.observer = observer
         self.on_handover: Callable[[Handover], None] | None = None
@@ -338,6 +359,16 @@ class Kernel:
         return self._kho
 
     @property
+    def profile(self) -> Profile:
+        """What its callbacks cost; stays readable after the kernel is gone."""
+        return Profile(self.recorder, self.machine.devices)
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Nanoseconds of each phase that it has passed."""
+        return {name: end - begin for name, (begin, end) in self.marks.items()}
+
+    @property
     def restore_failures(self) -> tuple[CallbackError, ...]:
         """Every restore callback that failed at boot."""
         return self._restore_failures
@@ -361,11 +392,15 @@ class Kernel:
     def _phase(self, name: str) -> Iterator[None]:
         """Time a phase, and tell the observer that it begins."""
         self.observe("phase", name)
-        start = self.profile.read_clock()
+        if name == "prepare":
+            self.recorder.clear_spans()  # those are of the update before
+        start = self.recorder.read_clock()
         try:
             yield
         finally:
-            self.phases[name] = self.profile.read_clock() - start
+            if self.recorder.cost is not None:
+                self.recorder.cost(("engine", name.upper(), "phase", name), -1, 0)
+            self.marks[name] = start, self.recorder.read_clock()
 
     # ---- boot ----
 
@@ -433,7 +468,7 @@ class Kernel:
 
     def take_over(self, plan: _Plan, verify: bool = False) -> Kernel:
         """Run from a handover that :meth:`validate` found good; the first write is in here."""
-        self.boot_began_ns = self.profile.read_clock()
+        self.boot_began_ns = self.recorder.read_clock()
         with self._phase("boot"):
             self._plan = plan
             self._status = "running"
@@ -456,9 +491,9 @@ class Kernel:
         escaped = dma.escaping(self.machine, plan.incoming)  # before anybody restores
         if plan.luo is not None and plan.records is not None:
             if verify:  # outside both phases: an instrument, not a part of the update
-                began = self.profile.read_clock()
+                began = self.recorder.read_clock()
                 self._digests = plan.records.digests(self.machine.memory, self.devices)
-                self._digest_ns = self.profile.read_clock() - began
+                self._digest_ns = self.recorder.read_clock() - began
             with self._phase("restore"):
                 if "flags-not-restored" not in self.quirks:
                     self._layer.adopt(plan.records)
@@ -607,6 +642,7 @@ class Kernel:
 
     def prefault(self) -> None:
         """Touch the memory that PREPARE will allocate for slots and records."""
+        self.recorder.touch()
         if self._kho is not None and self.luo.enabled:
             self._kho.place_segments()
             self._layer.prefault()
@@ -642,7 +678,8 @@ class Kernel:
         return jump(
             self,
             successor,
-            clock=self.profile.read_clock,
+            clock=self.recorder.read_clock,
+            cost=self.recorder.cost,
             preflight=preflight,
             timeout=timeout,
             verify=verify,
@@ -652,21 +689,21 @@ class Kernel:
         """Run REBOOT and say what is handed over: the first part of :func:`luo.kexec.jump`."""
         live = self.luo.reboot()
         handover = self._hand_over(live)
-        ended = self.profile.read_clock()
+        ended = self.recorder.read_clock()
         if handover is not None and self.on_handover is not None:
             self.on_handover(handover)
         digests = self._layer.digests() if live and verify else {}
         return Departure(
             live=live,
+            pid=os.getpid(),
             handover=None if handover is None else record_of(self.arch, handover),
             reboot_began_ns=self.luo.reboot_began_ns if live else ended,
             reboot_ended_ns=ended,
             digests=[[*key, *value] for key, value in digests.items()],
-            image=self.image_sizes(),
+            image={**self.image_sizes(), **self._folios()},
             preserved=int(self.devices.preserved.sum()),
             requested=int(self.devices.requested.sum()),
-            phases=dict(self.phases),
-            calls=self.profile.dump(),
+            marks={name: list(mark) for name, mark in self.marks.items()},
         )
 
     def _hand_over(self, live: bool) -> Handover | None:
@@ -697,6 +734,15 @@ class Kernel:
             "map_bytes": self._kho.tree_pages * self.machine.memory.page_size,
             "preserved_pages": self._kho.preserved_pages,
         }
+
+    def _folios(self) -> dict[str, dict[int, int]]:
+        """Return how many folios of each order are handed over, if spans are kept: it is a walk."""
+        if self._kho is None or not self._keeps_spans:
+            return {}
+        counts = np.zeros(256, np.int64)
+        for _, orders in self._kho.preserved_chunks(1 << 16):
+            counts += np.bincount(orders, minlength=256)
+        return {"folios": {int(order): int(counts[order]) for order in np.flatnonzero(counts)}}
 
     def depart(self) -> None:
         """Be gone: the commit point is passed."""

@@ -370,14 +370,13 @@ class SubsystemParticipant:
     def _call(self, event: str, callback: SubsystemCallback) -> None:
         key = self._recorder.key(self.name, event, "subsystem", self.name)
         self.context.event = event
-        start = self._recorder.read_clock()
+        begin = self._recorder.begin()
         outcome: object
         try:
             outcome = callback(self.context)
         except Exception as raised:
             outcome = raised
-        elapsed = self._recorder.read_clock() - start
-        self._recorder.add(key, elapsed, 0)
+        elapsed = self._recorder.lap(key, begin)
         if not failed(outcome):
             # Here and not only in steps(): who is interrupted now must get its CANCEL, and so must
             # who was done too late.

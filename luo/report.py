@@ -10,6 +10,7 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,8 +18,9 @@ from luo._kho import CallRecorder
 from luo.dma import Stray
 from luo.errors import BudgetError, LuoError, errno_name
 from luo.liveupdate import CancelResult, FinishResult, State
+from luo.profile.tables import Profile
 
-__all__ = ["Report", "describe", "parse_duration", "version"]
+__all__ = ["Report", "Track", "describe", "parse_duration", "version"]
 
 PHASES: Final = ("prepare", "reboot", "jump", "boot", "restore", "finish", "blackout")
 _UNITS: Final = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
@@ -56,6 +58,24 @@ def describe(error: BaseException) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Track:
+    """One kernel's part in an update.
+
+    Attributes:
+        name: ``"old kernel"`` or ``"new kernel"``.
+        pid: its process.
+        marks: when each of its phases began and ended, nanoseconds on the one clock of both. The
+            new kernel has the jump too.
+        profile: what its callbacks cost, with spans if it kept any; also of other updates.
+    """
+
+    name: str
+    pid: int
+    marks: dict[str, tuple[int, int]]
+    profile: Profile
+
+
 class Report:
     """A live update, or several in a row, in figures.
 
@@ -70,6 +90,8 @@ class Report:
         error: why the update failed, None if it did not.
         thread_safe: (event, kind, name) of the native callbacks that several threads may call, as
             far as the kernels ran in this process.
+        tracks: the two kernels of the last update, old and new.
+        blackout: when that one's blackout began and ended, nanoseconds on the clock of the tracks.
         dry: nanoseconds of prepare, reboot and cancel, if there was no jump; else empty.
     """
 
@@ -87,8 +109,10 @@ class Report:
         self.failures: list[dict[str, Any]] = []
         self.dma: list[dict[str, Any]] = []
         self.error: dict[str, Any] | None = None
+        self.tracks: list[Track] = []
+        self.blackout: tuple[int, int] | None = None
         self.dry: dict[str, int] = {}
-        self.image: dict[str, int] = {}
+        self.image: dict[str, Any] = {}
         self.devices: dict[str, Any] = {}
         self.successor = ""
         self.thread_safe: frozenset[tuple[str, str, str]] = frozenset()
@@ -140,6 +164,18 @@ class Report:
         departure, result = arrival.departure, arrival.result
         phases = {"prepare": departure.phases.get("prepare", 0), **arrival.phases}
         phases["finish"] = kernel.phases.get("finish", 0)
+        profile = kernel.profile
+        departed = {name: (begin, end) for name, (begin, end) in departure.marks.items()}
+        self.tracks = [
+            Track("old kernel", departure.pid, departed, arrival.before),
+            Track(
+                "new kernel",
+                getattr(kernel, "pid", os.getpid()),
+                {"jump": arrival.jump, **kernel.marks},
+                profile,
+            ),
+        ]
+        self.blackout = arrival.blackout
         self.successor = "process" if hasattr(kernel, "pid") else "in-process"
         self.image = departure.image
         self.devices |= {
@@ -153,8 +189,8 @@ class Report:
         }
         calls = CallRecorder()
         for dump, events in (
-            (departure.calls, ("PREPARE", "REBOOT")),
-            (kernel.profile.dump(), ("RESTORE", "FINISH")),
+            (arrival.before.dump(), ("PREPARE", "REBOOT")),
+            (profile.dump(), ("RESTORE", "FINISH")),
         ):
             calls.merge(dump, events)
         self._calls.merge(calls.dump())

@@ -204,9 +204,7 @@ class Recorded:
         wanted = np.array([label[1] == self.event for label in own])[profile.spans["key"]]
         began = profile.spans["begin_ns"]
         object.__setattr__(self, "_own", own)
-        object.__setattr__(
-            self, "spans", profile.spans[wanted & (began >= begin) & (began < end)]
-        )
+        object.__setattr__(self, "spans", profile.spans[wanted & (began >= begin) & (began < end)])
 
     @property
     def labels(self) -> list[Label]:
@@ -216,7 +214,7 @@ class Recorded:
     @property
     def whole(self) -> list[Label]:
         """What is not called device by device: subsystems and batches."""
-        return [self._own[key] for key in np.unique(self.spans["key"][self.spans["device"] < 0])]
+        return [self._own[key] for key in np.unique(self.spans["key"][self.spans["devices"] != 1])]
 
     @property
     def workers(self) -> int:
@@ -236,46 +234,41 @@ class Recorded:
     def _served(self) -> tuple[_Index, _Index]:
         """Return pairs: which call served which device."""
         spans = self.spans
-        one = np.flatnonzero(spans["device"] >= 0)
-        calls, devices = [one], [spans["device"][one].astype(np.int64)]
-        many = (spans["device"] < 0) & (spans["devices"] > 0)
-        for key in np.unique(spans["key"][many]):
-            places = np.flatnonzero(many & (spans["key"] == key))
-            calls.append(np.repeat(places, spans["devices"][places]))
-            devices.append(self._of_batches(spans[places], self._own[key]))
-        call, device = np.concatenate(calls), np.concatenate(devices)
-        order = np.argsort(call, kind="stable")
-        return call[order], device[order]
+        call = np.repeat(np.arange(len(spans)), spans["devices"])
+        device = np.repeat(spans["device"], spans["devices"]).astype(np.int64)
+        batched = spans["devices"] > 1
+        for key in np.unique(spans["key"][batched]):
+            which = batched & (spans["key"] == key)
+            device[which[call]] = self._of_batches(spans[which], self._own[key])
+        return call, device
 
     def _of_batches(self, batches: Any, label: Label) -> _Index:
         """Return the devices that *batches*, calls of one callback, served, one after the other.
 
-        A span says how many there were. Their depth is known by the order of calling. In one depth
-        each has its share of a batch's time, by which it is known; or, where other callbacks add
-        to that, the order of the tree stands for it.
+        A span says how many there were and which was the first, which tells their depth. At one
+        depth a device is known by its share of a batch's time; where other callbacks add to that,
+        the order of the tree stands for it; and where drivers were bound by hand, the first device
+        stands for all.
         """
         _, _, kind, name = label
-        tree, count = self.track.tree, batches["devices"]
-        nr = int(count.sum())
+        profile, count = self.track.profile, batches["devices"]
+        tree = profile.tree
         names, ids = (
             (tree.driver_names, tree.driver_ids)
             if kind == "driver"
             else (tree.bus_names, tree.bus_ids)
         )
-        mine = ids == names.index(name) if name in names else np.zeros(len(ids), np.bool_)
-        costs = self.track.profile.recorder.costs[1]
-        spent = np.zeros(len(ids))
-        spent[: len(costs)] = costs[: len(ids)]
-        found = np.flatnonzero(mine & (spent > 0))
-        if len(found) < nr:  # some were bound by hand
-            found = np.flatnonzero(mine | (spent > 0))
-        if len(found) < nr:
-            raise ValueError(f"{'/'.join(label)}: nobody knows which devices it served")
-        level = tree.depths[found].astype(np.int64) * (-1 if self.event == REBOOT else 1)
-        order = np.argsort(level, kind="stable")[:nr]
-        found, level = found[order], level[order]
-        share = np.repeat(batches["ns"] / count, count)
-        by_cost, by_share = np.lexsort((spent[found], level)), np.lexsort((share, level))
-        if np.allclose(spent[found][by_cost], share[by_share], rtol=1e-5):
-            found[by_share] = found[by_cost]
-        return found
+        first = np.repeat(batches["device"], count).astype(np.int64)
+        if name not in names:
+            return first
+        share, spent = np.repeat(batches["ns"] / count, count), profile.costs[1]
+        found = np.flatnonzero(ids[: len(spent)] == names.index(name))
+        found = found[spent[found] > 0]
+        depth, level = tree.depths[found], tree.depths[first]
+        if not np.array_equal(np.sort(depth), np.sort(level)):
+            return first
+        ours, theirs = np.lexsort((spent[found], depth)), np.lexsort((share, level))
+        if not np.allclose(spent[found[ours]], share[theirs], rtol=1e-5):
+            ours, theirs = (np.argsort(of, kind="stable") for of in (depth, level))
+        first[theirs] = found[ours]
+        return first

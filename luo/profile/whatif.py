@@ -51,7 +51,7 @@ class Link:
     Attributes:
         name: ``"subsystem/name/EVENT"`` of a callback, or the part of the engine.
         kind: ``"subsystem"``, ``"driver"``, ``"bus"`` or ``"engine"``.
-        device: path of the device; None for subsystems, the engine and calls of many devices.
+        device: path of the device; None for a subsystem, the engine, and a call of many devices.
         devices: how many devices the call served.
         ns: what it cost.
     """
@@ -156,8 +156,10 @@ class WhatIf:
             _WHOLE if label in whole else _THREADS if label[1:] in report.thread_safe else _SINGLE
             for label in labels
         ]
-        columns = (np.array(column, np.int64) for column in (old.tree.parents, old.tree.depths))
-        forest = Forest(*columns, old.tree.path)
+        tree = old.profile.tree
+        forest = Forest(
+            np.array(tree.parents, np.int64), np.array(tree.depths, np.int64), tree.path
+        )
         reboot, restore = (phase.phase(labels, forest) for phase in recorded)
         model = cls(
             prepare_ns=spent["prepare"],
@@ -244,9 +246,7 @@ class WhatIf:
 
     def chain(self) -> list[Link]:
         """Return the chain that bounds blackout, in order, with the engine's part of it."""
-        engine = (
-            Link(f"engine/{name}", "engine", None, 0, ns) for name, ns in self.engine.items()
-        )
+        engine = (Link(f"engine/{name}", "engine", None, 0, ns) for name, ns in self.engine.items())
         reboot, restore = map(self._links, self._phases)
         return [*reboot, *engine, *restore]
 
@@ -254,8 +254,7 @@ class WhatIf:
         for place in phase.chain():
             key = phase.key[place]
             devices = phase.served(place)
-            single = self._ways[key] != _WHOLE
-            path = phase.forest.path(int(devices[0])) if single else None
+            path = phase.forest.path(int(devices[0])) if len(devices) == 1 else None
             _, _, kind, _ = self._labels[key]
             yield Link(self._name(key), kind, path, len(devices), float(phase.ns[place]))
 
@@ -279,7 +278,7 @@ class WhatIf:
                     float(on_chain[key]),
                     float(slack[key]),
                 )
-                for key in np.flatnonzero(calls)
+                for key in np.flatnonzero(calls).tolist()
             ]
         return sorted(parts, key=lambda part: -part.ns)
 
@@ -331,9 +330,7 @@ class WhatIf:
         if not 0 < factor < math.inf:
             raise ValueError(f"faster {name!r}: {factor!r} times, not a number above 0")
         times = np.where(self._matching(name), factor, 1.0)
-        reboot, restore = (
-            replace(phase, ns=phase.ns / times[phase.key]) for phase in self._phases
-        )
+        reboot, restore = (replace(phase, ns=phase.ns / times[phase.key]) for phase in self._phases)
         return replace(self, _phases=(reboot, restore))
 
     def with_pages(self, nbytes: int | str) -> WhatIf:
@@ -354,14 +351,18 @@ class WhatIf:
             raise ValueError(f"pages of {nbytes!r}: no power of two of 4 KiB pages")
         if not self.folios:
             raise ValueError("pages: the report does not say what was handed over")
-        whole, rest = divmod(sum(n << own for own, n in self.folios.items() if own < order), 1 << order)
+        whole, rest = divmod(
+            sum(n << own for own, n in self.folios.items() if own < order), 1 << order
+        )
         if not whole:
             return self
         folios = {own: n for own, n in self.folios.items() if own >= order}
         folios[order] = folios.get(order, 0) + whole
         if rest:
             folios[0] = rest
-        spent = zip(_map_ns(self.folios, self._kho_abi), _map_ns(folios, self._kho_abi), strict=True)
+        spent = zip(
+            _map_ns(self.folios, self._kho_abi), _map_ns(folios, self._kho_abi), strict=True
+        )
         jump, boot, taking = (was - would_be for was, would_be in spent)
         reboot, restore = self._phases
         kvm = np.array([label[:2] == ("kvm", RESTORE) for label in self._labels], np.bool_)
@@ -418,7 +419,7 @@ class WhatIf:
             np.bool_,
         )
         if not (which & used).any():
-            known = ", ".join(map(self._name, np.flatnonzero(used))) or "nothing"
+            known = ", ".join(map(self._name, np.flatnonzero(used).tolist())) or "nothing"
             raise ValueError(f"no callback {name!r} in blackout, which has {known}")
         return which
 

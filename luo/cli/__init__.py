@@ -19,6 +19,7 @@ try:  # this takes as long as a person needs for ^C
     from luo.cli.mount import mount
     from luo.cli.quirks import quirks
     from luo.cli.run import run
+    from luo.cli.whatif import what_if
     from luo.report import version
 except KeyboardInterrupt:
     sys.exit(130)
@@ -56,5 +57,5 @@ def main() -> None:
     """Live updates of a Linux host: what survives the reboot, what it costs, and what fails."""
 
 
-for command in (run, image, faults, quirks, graph, mount):
+for command in (run, image, faults, quirks, graph, mount, what_if):
     main.add_command(command)

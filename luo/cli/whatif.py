@@ -194,7 +194,9 @@ def _asked(
     pages: str | None,
 ) -> list[Answer]:
     """Answer what the user asked, one by one and, if it was more than one thing, together."""
-    questions = [(f"{name} in PREPARE", "moved", (name,)) for name in moves]
+    questions: list[tuple[str, str, tuple[Any, ...]]] = [
+        (f"{name} in PREPARE", "moved", (name,)) for name in moves
+    ]
     questions += [(f"{name} {n:g} times as fast", "faster", (name, n)) for name, n in faster]
     if pages is not None:
         questions.append((f"{pages} pages", "with_pages", (pages,)))

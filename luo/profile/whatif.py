@@ -27,6 +27,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from luo import abi
 from luo._kho import CallRecorder
 from luo.dev_liveupdate import shares
 from luo.kho import Kho
@@ -40,8 +41,9 @@ __all__ = ["Answer", "Link", "Part", "WhatIf"]
 _WHOLE, _SINGLE, _THREADS = 0, 1, 2
 
 #: Folios that are laid out to measure what the map costs; more are reckoned from so many.
-_MAX_FOLIOS: Final = 1 << 22
+_MAX_FOLIOS: Final = 1 << 24
 _NR_MEASURED: Final = 5
+_MAX_ORDER: Final = 10  # the largest that a kernel with 4 KiB pages allocates
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,6 +353,8 @@ class WhatIf:
             raise ValueError(f"pages of {nbytes!r}: no power of two of 4 KiB pages")
         if not self.folios:
             raise ValueError("pages: the report does not say what was handed over")
+        if abi.generation(self._kho_abi).restore_order_cap:  # larger ones go over in pieces
+            order = min(order, _MAX_ORDER)
         whole, rest = divmod(
             sum(n << own for own, n in self.folios.items() if own < order), 1 << order
         )
@@ -360,10 +364,7 @@ class WhatIf:
         folios[order] = folios.get(order, 0) + whole
         if rest:
             folios[0] = rest
-        spent = zip(
-            _map_ns(self.folios, self._kho_abi), _map_ns(folios, self._kho_abi), strict=True
-        )
-        jump, boot, taking = (was - would_be for was, would_be in spent)
+        jump, boot, taking = _saved_by(self.folios, folios, self._kho_abi)
         reboot, restore = self._phases
         kvm = np.array([label[:2] == ("kvm", RESTORE) for label in self._labels], np.bool_)
         ns = np.where(kvm[restore.key], np.maximum(0, restore.ns - taking), restore.ns)
@@ -473,24 +474,29 @@ def _threads_ns(count: int) -> float:
     return float(statistics.median(spent))
 
 
-def _map_ns(folios: Mapping[int, int], kho_abi: str) -> tuple[float, float, float]:
-    """Return what a map of *folios* takes: to be checked, to boot from, and to give all back."""
-    share = max(1.0, sum(folios.values()) / _MAX_FOLIOS)
-    laid = {order: round(n / share) for order, n in folios.items()}
-    pages = sum(n << order for order, n in laid.items())
-    spent = [_lay_out(laid, pages, kho_abi) for _ in range(_NR_MEASURED)]
-    check, boot, restore = (statistics.median(times) * share for times in zip(*spent, strict=True))
-    return check, boot, restore
-
-
-def _lay_out(folios: Mapping[int, int], pages: int, kho_abi: str) -> tuple[int, int, int]:
-    """Preserve *folios*, hand them over and take them back; returns as :func:`_map_ns`."""
-    largest = 1 << max(folios)
-    # Room for the map, and for the blocks to be where their order wants them.
-    memory = PhysicalMemory(
-        ((pages + pages // 64 + 4 * largest + (1 << 14)) // largest + 1) * largest * 4096
+def _saved_by(
+    now: Mapping[int, int], then: Mapping[int, int], kho_abi: str
+) -> tuple[float, float, float]:
+    """Return what a map of *then* saves in the jump, at boot, and when folios are taken back."""
+    share = max(1.0, sum(now.values()) / _MAX_FOLIOS)
+    smaller = [{order: round(n / share) for order, n in folios.items()} for folios in (now, then)]
+    spent = np.array(
+        [[_lay_out(folios, kho_abi) for folios in smaller] for _ in range(_NR_MEASURED)]
     )
-    kho = Kho(memory, abi=kho_abi, scratch=[])
+    was, would_be = np.median(spent, axis=0)
+    jump, boot, taking = ((was - would_be) * share).tolist()
+    return jump, boot, taking
+
+
+def _lay_out(folios: Mapping[int, int], kho_abi: str) -> tuple[int, int, int]:
+    """Hand *folios* over; returns what it took to jump, to boot, and to take them back."""
+    largest = 1 << max(folios)
+    pages = sum(n << order for order, n in folios.items())
+    # Room for the map, and for the blocks to be where their order wants them.
+    room = pages + pages // 64 + 4 * largest + (1 << 15)
+    memory = PhysicalMemory(-(-room // largest) * largest * 4096)
+    kho = Kho(memory, abi=kho_abi, scratch="16M,16M,16M")
+    # All of an order at once: what is allocated in between tears the map's runs apart.
     blocks = [(order, memory.alloc_folios(n, order)) for order, n in folios.items() if n]
     for order, phys in blocks:
         kho.preserve_folios(phys, order)
@@ -499,12 +505,13 @@ def _lay_out(folios: Mapping[int, int], pages: int, kho_abi: str) -> tuple[int, 
     handover = kho.handover()
     times = [time.monotonic_ns()]
     incoming = Kho.validate(memory, handover, abi=kho_abi)
+    kho.close()
+    memory.forget()
     times.append(time.monotonic_ns())
-    booted = Kho.boot(memory, incoming)
+    Kho.boot(memory, incoming)
     times.append(time.monotonic_ns())
-    assert booted.incoming is not None
     for _, phys in blocks:
-        booted.incoming.restore_folios(phys)
+        incoming.restore_folios(phys)
     times.append(time.monotonic_ns())
-    check, boot, restore = np.diff(times).tolist()
-    return check, boot, restore
+    jump, boot, taking = np.diff(times).tolist()
+    return jump, boot, taking

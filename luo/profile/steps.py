@@ -198,13 +198,18 @@ class Recorded:
         profile, (begin, end) = self.track.profile, self.blackout
         if profile.dropped:
             raise ValueError(f"{self.track.name}: no room for {profile.dropped:,} of its spans")
-        if not len(profile.spans):
+        called = any(row["event"] == self.event for row in profile.rows())
+        if called and not len(profile.spans):
             raise ValueError(f"{self.track.name}: no spans; its kernel needs spans=True")
         own = [tuple(label) for label in profile.labels]
-        wanted = np.array([label[1] == self.event for label in own])[profile.spans["key"]]
+        wanted = np.array([label[1] == self.event for label in own], np.bool_)
         began = profile.spans["begin_ns"]
         object.__setattr__(self, "_own", own)
-        object.__setattr__(self, "spans", profile.spans[wanted & (began >= begin) & (began < end)])
+        object.__setattr__(
+            self,
+            "spans",
+            profile.spans[wanted[profile.spans["key"]] & (began >= begin) & (began < end)],
+        )
 
     @property
     def labels(self) -> list[Label]:
@@ -238,12 +243,17 @@ class Recorded:
         device = np.repeat(spans["device"], spans["devices"]).astype(np.int64)
         batched = spans["devices"] > 1
         for key in np.unique(spans["key"][batched]):
-            which = batched & (spans["key"] == key)
-            device[which[call]] = self._of_batches(spans[which], self._own[key])
+            of_key = spans["key"] == key
+            alone = spans["device"][of_key & ~batched]
+            device[(of_key & batched)[call]] = self._of_batches(
+                spans[of_key & batched], self._own[key], alone
+            )
         return call, device
 
-    def _of_batches(self, batches: Any, label: Label) -> _Index:
+    def _of_batches(self, batches: Any, label: Label, alone: Any) -> _Index:
         """Return the devices that *batches*, calls of one callback, served, one after the other.
+
+        Those that the callback served *alone* are not among them.
 
         A span says how many there were and which was the first, which tells their depth. At one
         depth a device is known by its share of a batch's time; where other callbacks add to that,
@@ -263,7 +273,7 @@ class Recorded:
             return first
         share, spent = np.repeat(batches["ns"] / count, count), profile.costs[1]
         found = np.flatnonzero(ids[: len(spent)] == names.index(name))
-        found = found[spent[found] > 0]
+        found = np.setdiff1d(found[spent[found] > 0], alone)
         depth, level = tree.depths[found], tree.depths[first]
         if not np.array_equal(np.sort(depth), np.sort(level)):
             return first

@@ -152,6 +152,8 @@ class Report:
         failures: restore, finish and cancel callbacks that failed.
         dma: where devices may have written that the next kernel was not told to keep.
         error: why the update failed, None if it did not.
+        thread_safe: (event, kind, name) of the native callbacks that several threads may call, as
+            far as the kernels ran in this process.
         tracks: the two kernels of the last update, old and new.
         blackout: when that one's blackout began and ended, nanoseconds on the clock of the tracks.
         clock: ``"wall"``; ``"virtual"`` if the kernel was given a clock or a cost.
@@ -176,11 +178,12 @@ class Report:
         self.tracks: list[Track] = []
         self.blackout: tuple[int, int] | None = None
         self.dry: dict[str, int] = {}
-        self.image: dict[str, int] = {}
+        self.image: dict[str, Any] = {}
         self.devices: dict[str, Any] = {}
         self.successor = ""
         self.clock = "wall"
         self.verdict: dict[str, Any] | None = None
+        self.thread_safe: frozenset[tuple[str, str, str]] = frozenset()
         self._calls = CallRecorder()
         self._tree: Any = None
         self._costs = np.zeros((2, 0))
@@ -203,6 +206,7 @@ class Report:
         recorder = getattr(kernel, "recorder", None)
         if recorder is not None and (recorder.clock is not None or recorder.cost is not None):
             self.clock = "virtual"
+        self.thread_safe |= getattr(kernel.devices, "thread_safe", frozenset())
         self.devices = {"total": len(kernel.machine.devices)}
         self.note_state(kernel)
 

@@ -22,6 +22,7 @@ try:  # this takes as long as a person needs for ^C
     from luo.cli.mount import mount
     from luo.cli.quirks import quirks
     from luo.cli.run import run
+    from luo.cli.whatif import what_if
     from luo.report import version
 except KeyboardInterrupt:
     sys.exit(130)
@@ -61,4 +62,5 @@ def main() -> None:
 
 for command in (run, compare, image, faults, quirks, graph, mount):
 for command in (run, export, image, faults, quirks, graph, mount):
+for command in (run, image, faults, quirks, graph, mount, what_if):
     main.add_command(command)

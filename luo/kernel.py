@@ -685,8 +685,11 @@ class Kernel:
         )
 
     def reboot(self, verify: bool) -> Departure:
-        """Run REBOOT and say what is handed over: the first part of :func:`luo.kexec.jump`."""
-        live = self.luo.reboot()
+        """Run REBOOT and say what is handed over: the first part of :func:`luo.kexec.jump`.
+
+        It may have run, one callback at a time.
+        """
+        live = self.luo.published or self.luo.reboot()
         handover = self._hand_over(live)
         ended = self.recorder.read_clock()
         if handover is not None and self.on_handover is not None:

@@ -297,6 +297,11 @@ class Orchestrator(Mortal):
         """Raise ``StateError(EDEADLK)`` if *what* is called from a callback of a running event."""
         self._lock.refuse_deadlock(what)
 
+    @property
+    def published(self) -> bool:
+        """Whether REBOOT has run, and neither jump nor cancel has followed."""
+        return self._published
+
     def note_reclaim(self) -> None:
         """Note the time: a device has been reclaimed."""
         self.last_reclaim_ns = self._recorder.read_clock()
@@ -374,7 +379,6 @@ class Orchestrator(Mortal):
         self.refuse_callback(Event.REBOOT.name)
         if self._state is not State.PREPARED:
             return False
-        self.reboot_began_ns = self._recorder.read_clock()
         try:
             self._run(Event.REBOOT)
         except StateError as error:
@@ -443,6 +447,8 @@ class Orchestrator(Mortal):
         with self._lock.writing(event.name):
             self._require(event)
             self._collected = []
+            if event is Event.REBOOT:
+                self.reboot_began_ns = self._recorder.read_clock()
             if event is Event.FINISH and self._layer is not None:
                 self._lost = self._layer.unreclaimed()
             steps = self._steps(event, bulk)

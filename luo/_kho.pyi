@@ -489,8 +489,7 @@ def bucket_edges() -> NDArray[np.int64]: ...
 
 @final
 class CallRecorder:
-    @property
-    def clock(self) -> Callable[[], int] | None: ...
+    clock: Callable[[], int] | None
     cost: Callable[[tuple[str, str, str, str], int, int], int] | None
     limit_ns: int
     timing: bool

@@ -756,6 +756,11 @@ class Kernel:
         return self._departure(live, verify)
 
     def _departure(self, live: bool, verify: bool) -> Departure:
+        """Run REBOOT and say what is handed over: the first part of :func:`luo.kexec.jump`.
+
+        It may have run, one callback at a time.
+        """
+        live = self.luo.published or self.luo.reboot()
         handover = self._hand_over(live)
         ended = self.recorder.read_clock()
         if handover is not None and self.on_handover is not None:

@@ -309,6 +309,11 @@ class Orchestrator(Mortal):
         """Raise ``StateError(EDEADLK)`` if *what* is called from a callback of a running event."""
         self._lock.refuse_deadlock(what)
 
+    @property
+    def published(self) -> bool:
+        """Whether REBOOT has run, and neither jump nor cancel has followed."""
+        return self._published
+
     def note_reclaim(self) -> None:
         """Note the time: a device has been reclaimed."""
         self.last_reclaim_ns = self._recorder.read_clock()

@@ -65,6 +65,7 @@ cdef class MemoryMapping:  # exports the bytes; unmaps them when the last view h
     cdef char *address
     cdef size_t nbytes
     cdef bint readonly
+    cdef object owner  # of bytes that are not ours to unmap, or None
 
 
 @cython.final
@@ -91,7 +92,8 @@ cdef class PhysicalMemory:
 
     cdef int use(self) except -1
     cdef int setup(self, list ranges, object fd, object offset, object page_size,
-                   bint readonly) except -1
+                   bint readonly, object host) except -1
+    cdef MemoryMapping map_host(self, object host)
     cdef MemoryMapping map_bytes(self)
     cdef int adopt(self, MemoryMapping mapping) except -1
     cdef bint has(self, uint64_t phys, uint64_t nbytes) noexcept nogil
@@ -534,7 +536,7 @@ cdef struct native_device:  # what struct luo_device is
     const native_scope *scope
     int32_t index
 
-# ---- core/dispatch.pxi ----
+# ---- core/recorder.pxi ----
 
 from libc.stdint cimport int64_t, uint64_t
 
@@ -543,6 +545,26 @@ cdef enum:
     HISTOGRAM_SUB = 64  # buckets an octave
     HISTOGRAM_OCTAVES = 34  # up to 2^39 ns, nine minutes
     HISTOGRAM_BUCKETS = 2176  # HISTOGRAM_OCTAVES * HISTOGRAM_SUB
+
+cdef struct call_stats:
+    uint64_t calls
+    uint64_t devices
+    int64_t total_ns
+    int64_t min_ns
+    int64_t max_ns
+    int32_t max_device
+    int32_t blackout  # row of the sums by device
+    uint64_t histogram[2176]
+
+cdef struct call_span:  # as SPAN
+    int64_t begin_ns
+    int64_t ns
+    int32_t key
+    int32_t device
+    int32_t devices
+    int32_t worker
+
+# ---- core/dispatch.pxi ----
 
 cdef enum:
     CALL_PLAIN = 0
@@ -563,11 +585,3 @@ cdef struct call_failure:
     int32_t device
     int32_t side
     int32_t rc  # as returned, or -ETIMEDOUT
-
-cdef struct call_stats:
-    uint64_t calls
-    uint64_t devices
-    int64_t total_ns
-    int64_t min_ns
-    int64_t max_ns
-    uint64_t histogram[2176]

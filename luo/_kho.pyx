@@ -13,7 +13,7 @@ from cpython.pycapsule cimport PyCapsule_GetContext, PyCapsule_GetPointer, PyCap
 from libc cimport errno as c_errno
 from libc.stdint cimport INT64_MAX, int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport qsort
-from libc.string cimport memcmp, memcpy, memset, strcmp, strerror
+from libc.string cimport memcmp, memcpy, memmove, memset, strcmp, strerror
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 import errno
@@ -57,5 +57,7 @@ include "core/plan.pxi"
 include "core/records.pxi"
 # L4 what a native callback sees
 include "core/native.pxi"
-# L4 timed callback loop, recorder, slots
+# L4 what callbacks cost
+include "core/recorder.pxi"
+# L5 timed callback loop, slots
 include "core/dispatch.pxi"

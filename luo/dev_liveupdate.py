@@ -56,7 +56,7 @@ from luo.saved_devices import SavedDevices
 if TYPE_CHECKING:
     from luo._kho import CallRecorder
 
-__all__ = ["DeviceParticipant"]
+__all__ = ["DeviceParticipant", "shares"]
 
 _BIT: Final = {"driver": 1, "bus": 2}
 _MODE: Final = {"PREPARE": "set", "REBOOT": "need", "CANCEL": "clear"}
@@ -68,6 +68,19 @@ _BATCH, _PYTHON, _NATIVE, _THREADS = 1, 2, 3, 4
 
 #: Devices below which a thread is not worth its start.
 _SHARE: Final = 256
+
+
+def shares(start: int, stop: int, workers: int) -> list[tuple[int, int]]:
+    """Return the stretches of *start* to *stop*, places of devices, for each thread; or just one.
+
+    Args:
+        start: first place of devices of one depth, all of whose callbacks are thread-safe.
+        stop: the place behind the last.
+        workers: how many threads there may be; fewer are used if they are not worth it.
+    """
+    count = max(1, min(workers, (stop - start) // _SHARE))
+    cuts = np.linspace(start, stop, count + 1).astype(int).tolist()
+    return list(itertools.pairwise(cuts))
 
 
 @dataclass(slots=True)
@@ -161,16 +174,18 @@ class DeviceParticipant:
         # Drivers may have come and gone in PREPARED, where RFC v1's code does not refuse it.
         if event not in walk.runs or self._has("eligibility-checked-once"):
             self._arrange(walk, event)
-        runs = walk.runs[event]
-        for run in reversed(runs) if self._backwards(event) else runs:
-            if run.way == _BATCH:
-                for side in self._sides(event):
-                    yield from self._batch_steps(walk, event, run, side, bulk)
-            elif bulk:
-                yield self._bulk_step(walk, event, run, self._sides(event))
-            else:
-                yield from self._single_steps(walk, event, run, self._sides(event))
-            self._mark(event, walk.called(event, run))
+        for runs in self._levels(walk, event, bulk):
+            for run in runs:
+                if run.way == _BATCH:
+                    yield from self._batch_steps(walk, event, run, bulk)
+                elif bulk:
+                    yield self._bulk_step(walk, event, run, self._sides(event))
+                else:
+                    yield from self._single_steps(walk, event, run, self._sides(event))
+            if not bulk:
+                yield Step.barrier()
+            for run in runs:
+                self._mark(event, walk.called(event, run))
         if walk.chosen[event] is not walk.devices:  # else that was everybody
             self._mark(event, walk.order)
         if event == Event.PREPARE.name:
@@ -190,47 +205,94 @@ class DeviceParticipant:
         elif event == RESTORE:
             self._reclaim_the_rest(walk)
 
+    def _levels(self, walk: _Walk, event: str, bulk: bool) -> Iterator[list[_Run]]:
+        """Yield the runs of one depth together, whose steps may overlap; if *bulk*, each alone."""
+        runs = walk.runs[event]
+        ordered = runs[::-1] if self._backwards(event) else runs
+        if bulk:
+            yield from ([run] for run in ordered)
+            return
+        depths, numbers = self.devices.tree.depths, walk.chosen[event].numbers
+        for _, level in itertools.groupby(ordered, lambda run: int(depths[numbers[run.start]])):
+            yield list(level)
+
     def _bulk_step(self, walk: _Walk, event: str, run: _Run, sides: tuple[str, ...]) -> Step:
         count = run.stop - run.start
         return Step("devices", self.name, lambda: self._call(walk, event, run, sides), None, count)
 
-    def _batch_steps(
-        self, walk: _Walk, event: str, run: _Run, side: str, bulk: bool
-    ) -> Iterator[Step]:
-        """Yield the steps of one side of a batch run; the other side may be no batch."""
+    def _batch_steps(self, walk: _Walk, event: str, run: _Run, bulk: bool) -> Iterator[Step]:
+        """Yield the steps of a batch run, one side after the other; one may be no batch."""
+        sides = self._sides(event)
         first = int(walk.called(event, run)[0])
-        callback = self._callback(side, first, event)
-        if isinstance(callback, Batch):
-            parts = self._parts(walk, event, run, side)
-            for part in reversed(parts) if self._backwards(event) else parts:
-                call = partial(self._call_batch, walk, event, part, side)
-                yield Step(side, self._owner(side, first), call, None, part.stop - part.start)
-        elif callback is None:
-            self._call(walk, event, run, (side,))  # nothing to call, but the done mask
-        elif bulk:
-            yield self._bulk_step(walk, event, run, (side,))
-        else:
-            yield from self._single_steps(walk, event, run, (side,))
+        callbacks = [self._callback(side, first, event) for side in sides]
+        for place, (side, callback) in enumerate(zip(sides, callbacks, strict=True)):
+            # Nothing to call, but the done mask: at once, or when the side before has been called.
+            if callback is None and place == 0:
+                self._call(walk, event, run, (side,))
+            if callback is None:
+                continue
+            silent = sides[place + 1 :] if None in callbacks[place + 1 :] else ()
+            if isinstance(callback, Batch):
+                parts = self._parts(walk, event, run, side)
+                ordered = parts[::-1] if self._backwards(event) else parts
+                for part in ordered:
+                    then = silent if part is ordered[-1] else ()
+                    call = partial(self._call_part, walk, event, part, side, run, then)
+                    yield Step(side, self._owner(side, first), call, None, part.stop - part.start)
+                if not parts and silent:
+                    self._call(walk, event, run, silent)
+            elif bulk:
+                yield self._bulk_step(walk, event, run, (side,))
+            else:
+                yield from self._single_steps(walk, event, run, (side,))
+            if not bulk and place == 0 and not silent:
+                yield Step.barrier()
+
+    def _call_part(
+        self,
+        walk: _Walk,
+        event: str,
+        part: _Run,
+        side: str,
+        run: _Run,
+        silent: tuple[str, ...],
+    ) -> None:
+        self._call_batch(walk, event, part, side)
+        if silent:
+            self._call(walk, event, run, silent)
 
     def _single_steps(
         self, walk: _Walk, event: str, run: _Run, sides: tuple[str, ...]
     ) -> Iterator[Step]:
         """Yield one step a device and callback."""
+        both = len(sides) == len(SIDES)
         places = range(run.start, run.stop)
         for place in reversed(places) if self._backwards(event) else places:
             here = _Run(place, place + 1, _PYTHON)
             number = int(walk.called(event, here)[0])
-            for side in sides:
-                call = partial(self._call, walk, event, here, (side,))
-                if self._callback(side, number, event) is None or not self._wants(
-                    event, number, side
-                ):
-                    call()  # nothing to call, but the done mask
-                    continue
-                device = Device(self.devices, number)
+            called = [
+                side
+                for side in sides
+                if self._callback(side, number, event) is not None
+                and self._wants(event, number, side)
+            ]
+            if not called:
+                self._call_single(walk, event, here, sides, both)  # only the done mask
+                continue
+            device = Device(self.devices, number)
+            for side in called:
+                # Of a side without a callback there is the done mask, with the other's call.
+                among = sides if len(called) == 1 else (side,)
+                marks = both and side == called[-1]
+                call = partial(self._call_single, walk, event, here, among, marks)
                 yield Step(side, self._owner(side, number), call, device, 1)
-            if len(sides) == len(SIDES):
-                self._mark(event, walk.called(event, here))
+
+    def _call_single(
+        self, walk: _Walk, event: str, here: _Run, sides: tuple[str, ...], marks: bool
+    ) -> None:
+        self._call(walk, event, here, sides)
+        if marks:
+            self._mark(event, walk.called(event, here))
 
     def _sides(self, event: str) -> tuple[str, ...]:
         return SIDES[::-1] if self._backwards(event) else SIDES
@@ -364,8 +426,11 @@ class DeviceParticipant:
     def _call(self, walk: _Walk, event: str, run: _Run, sides: tuple[str, ...]) -> None:
         collect: list[Any] | None = [] if event in BACKWARDS else None
         call = partial(self._call_stretch, walk, event, run.way, sides)
-        if run.way == _THREADS and run.stop - run.start >= 2 * _SHARE:
-            failure = self._call_threads(call, run, self._backwards(event), collect)
+        stretches = []
+        if run.way == _THREADS:
+            stretches = shares(run.start, run.stop, self._workers)
+        if len(stretches) > 1:
+            failure = self._call_threads(call, stretches, self._backwards(event), collect)
         else:
             failure = call(self._recorder, run.start, run.stop, collect)
         if walk.scopes[event] is not None and event == RESTORE:
@@ -410,21 +475,25 @@ class DeviceParticipant:
         )
 
     def _call_threads(
-        self, call: Callable[..., Any], run: _Run, backwards: bool, collect: list[Any] | None
+        self,
+        call: Callable[..., Any],
+        stretches: list[tuple[int, int]],
+        backwards: bool,
+        collect: list[Any] | None,
     ) -> Any:
         """Call the devices of one depth from several threads; returns the first failure in order.
 
         Each has a stretch of its own. Of a stretch behind a failure some have run: they are
         cancelled as those before it are.
         """
-        count = min(self._workers, (run.stop - run.start) // _SHARE)
-        cuts = np.linspace(run.start, run.stop, count + 1).astype(int).tolist()
-        stretches = list(itertools.pairwise(cuts))
         if backwards:
             stretches.reverse()
-        forks = [self._recorder.fork() for _ in stretches]
+        forks = [
+            self._recorder.fork(len(SIDES) * (stop - start), worker)
+            for worker, (start, stop) in enumerate(stretches)
+        ]
         found: list[list[Any] | None] = [None if collect is None else [] for _ in stretches]
-        with ThreadPoolExecutor(count) as pool:  # leaving waits for all of them
+        with ThreadPoolExecutor(len(stretches)) as pool:  # leaving waits for all of them
             calls = [
                 pool.submit(call, fork, start, stop, there)
                 for fork, (start, stop), there in zip(forks, stretches, found, strict=True)
@@ -479,14 +548,13 @@ class DeviceParticipant:
         key = self._key(event, side, self._owner(side, first))
         if event == Event.CANCEL.name:
             self._done[index] &= ~bit
-        start = self._recorder.read_clock()
+        begin = self._recorder.begin()
         outcome: Any
         try:
             outcome = callback(devices)
         except Exception as error:
             outcome = error
-        elapsed = self._recorder.read_clock() - start
-        self._recorder.add(key, elapsed, len(index))
+        elapsed = self._recorder.lap(key, begin, len(index), index)
         wrong = self._wrong(outcome, len(index))
         if event == Event.PREPARE.name:
             ran = np.ones(len(index), np.bool_)
@@ -892,6 +960,7 @@ class DeviceParticipant:
         silent = silent[~(waits | devices.reclaimed[silent])]
         if silent.size:
             devices.reclaim(silent)
+            devices.kernel.luo.reclaiming = False  # that was no callback
 
 
 def _name(owner: Device | Driver | Bus) -> str:

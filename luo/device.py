@@ -585,6 +585,7 @@ class Devices(Mortal):
         # Written now, so that PREPARE does not touch them first.
         self.slot_phys = _longer(self.slot_phys, zeros)
         self.slot_bytes = _longer(self.slot_bytes, zeros)
+        self.kernel.recorder.cover(len(self.requested))
         if not self.kernel.booted:
             self._nr_early = len(self.requested)
 
@@ -622,6 +623,18 @@ class Devices(Mortal):
     def parties(self, side: str) -> list[Any]:
         """Return the drivers or the buses, by *side* (``"driver"``, ``"bus"``)."""
         return self.drivers if side == "driver" else self.buses
+
+    @property
+    def thread_safe(self) -> frozenset[tuple[str, str, str]]:
+        """(event, kind, name) of the native callbacks that several threads may call."""
+        return frozenset(
+            (event.upper(), side, owner.name)
+            for side in SIDES
+            for owner in self.parties(side)
+            if owner.ops is not None and owner.ops.thread_safe
+            for event in ("prepare", "reboot", "finish", "cancel", "restore")
+            if isinstance(getattr(owner.ops, event), NativeCallback)
+        )
 
     @property
     def grouped(self) -> NDArray[np.bool_]:
@@ -874,6 +887,7 @@ class Devices(Mortal):
     def expect_records(self) -> None:
         """Make room, now, for the records of the previous kernel."""
         self._room = np.full(3 * len(self.requested), -1, np.int32)
+        self.kernel.recorder.touch()
 
     def room_for_records(self, count: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Return two columns by record, to be filled: ``int32 (count,)`` and ``(2, count)``."""

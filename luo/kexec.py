@@ -13,9 +13,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from luo.errors import (
     FdtError,
@@ -26,11 +26,12 @@ from luo.errors import (
 )
 from luo.fdt import Fdt, FdtWriter
 from luo.kho import Handover
-from luo.notifier import State
+from luo.notifier import State, Step
 
 if TYPE_CHECKING:
     from luo.kernel import Kernel
     from luo.machine import Machine
+    from luo.profile.tables import Profile
     from luo.remote import RemoteKernel
 
 __all__ = ["ARCHES", "Arrival", "Departure", "LocalSuccessor", "handover_of", "jump", "record_of"]
@@ -79,25 +80,32 @@ class Departure:
 
     Attributes:
         live: whether it is a live update, not an ordinary kexec.
+        pid: its process.
         handover: the record that tells the next kernel, in hex (:func:`record_of`); None with
             KHO off.
         reboot_began_ns, reboot_ended_ns: on the monotonic clock.
         digests: [side, name, bytes, digest] of what driver and bus callbacks stored.
-        image: the ``image`` object of ``luo run --json``.
+        image: the ``image`` object of ``luo run --json``, and if the kernel keeps spans
+            ``folios``: how many of each order are handed over.
         preserved, requested: numbers of devices.
-        phases, calls: what it took so far; calls as of ``CallRecorder.dump()``.
+        marks: begin and end of each phase that it has passed, on its clock.
     """
 
     live: bool
+    pid: int
     handover: str | None
     reboot_began_ns: int
     reboot_ended_ns: int
     digests: list[list[Any]]
-    image: dict[str, int]
+    image: dict[str, Any]
     preserved: int
     requested: int
-    phases: dict[str, int]
-    calls: list[Any]
+    marks: dict[str, list[int]]
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Nanoseconds of each phase that it has passed."""
+        return {name: end - begin for name, (begin, end) in self.marks.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +114,20 @@ class Arrival:
 
     Attributes:
         departure: what the kernel before it left.
+        before: what callbacks cost in that kernel.
         result: what boot and restore came to.
         phases: nanoseconds of reboot, jump, boot, restore and blackout. Blackout runs from the
             first REBOOT callback to the last reclaimed device, less what the two digests took.
+        blackout: when it began and ended, the digests included.
+        jump: when the successor was asked, and when it began to boot.
     """
 
     departure: Departure
+    before: Profile
     result: dict[str, Any]
     phases: dict[str, int]
+    blackout: tuple[int, int]
+    jump: tuple[int, int]
 
     @property
     def verified_bytes(self) -> int:
@@ -140,6 +154,9 @@ class _Old(Protocol):
     def reboot(self, verify: bool) -> Departure: ...
     def take_back(self) -> None: ...
     def depart(self) -> None: ...
+
+    @property
+    def profile(self) -> Profile: ...
 
 
 class LocalSuccessor:
@@ -169,6 +186,10 @@ class LocalSuccessor:
             return self.kernel.take_over(self._plan, verify)
         return self.kernel.boot_from(record)
 
+    def starting(self, verify: bool) -> Generator[Step, None, Kernel]:
+        """Pass the commit point, and yield the restore callbacks as steps."""
+        return self.kernel.taking_over(self._plan, verify)
+
     @property
     def result(self) -> dict[str, Any]:
         """What boot and restore came to."""
@@ -179,19 +200,38 @@ class LocalSuccessor:
         self.kernel.close()
 
 
+_Result = TypeVar("_Result")
+
+
+def drained(steps: Generator[Any, None, _Result]) -> _Result:
+    """Return what *steps* return, which are all run."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: _Result = end.value
+            return result
+
+
 def jump(
     old: _Old,
     successor: LocalSuccessor | RemoteKernel,
     *,
     clock: Callable[[], int] = time.monotonic_ns,
+    cost: Callable[[tuple[str, str, str, str], int, int], int] | None = None,
     preflight: bool,
     timeout: float,
     verify: bool,
-) -> Kernel | RemoteKernel:
-    """Change the kernel of a machine: see :meth:`luo.kernel.Kernel.kexec`."""
+    rebooting: Generator[Step, None, Departure] | None = None,
+) -> Generator[Step, None, Kernel | RemoteKernel]:
+    """Change the kernel of a machine: see :meth:`luo.kernel.Kernel.kexec`.
+
+    With *rebooting*, which is REBOOT by steps, it yields these and those of restore, into a
+    :class:`LocalSuccessor`; without, both run in bulk.
+    """
     machine = old.machine
     try:
-        departure = old.reboot(verify)
+        departure = old.reboot(verify) if rebooting is None else (yield from rebooting)
         began = clock()
         if preflight:
             successor.validate(departure.handover, timeout)
@@ -212,8 +252,14 @@ def jump(
     old.depart()
     machine.memory.cut_off()
     machine.memory.forget()
+    if cost is not None:
+        cost(("engine", "JUMP", "phase", "jump"), -1, 0)
     try:
-        kernel = successor.start(departure.handover, preflight, verify)
+        if rebooting is None:
+            kernel = successor.start(departure.handover, preflight, verify)
+        else:
+            assert isinstance(successor, LocalSuccessor)
+            kernel = yield from successor.starting(verify)
     except (HostCrashError, KernelPanic):
         successor.close()
         raise
@@ -230,6 +276,7 @@ def jump(
     instruments = began - departure.reboot_ended_ns + result["digest_ns"]
     kernel.arrival = Arrival(
         departure,
+        old.profile,
         result,
         {
             "reboot": departure.reboot_ended_ns - departure.reboot_began_ns,
@@ -237,5 +284,7 @@ def jump(
             **result["phases"],
             "blackout": restored_ns - departure.reboot_began_ns - instruments,
         },
+        (departure.reboot_began_ns, restored_ns),
+        (began, result["boot_began_ns"]),
     )
     return kernel

@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from luo import dma
-from luo._kho import CallRecorder
+from luo._kho import SPAN, CallRecorder
 from luo.channel import (
     Closed,
     Line,
@@ -52,8 +52,9 @@ from luo.errors import (
     SuccessorError,
     from_errno,
 )
-from luo.kexec import Departure, handover_of, jump
+from luo.kexec import Departure, drained, handover_of, jump
 from luo.liveupdate import CancelResult, FinishResult, State
+from luo.profile.tables import Profile
 
 if TYPE_CHECKING:
     from luo.kernel import Kernel, KernelImage
@@ -68,6 +69,14 @@ _START: Final = "from luo.remote import serve; serve()"
 
 #: Commands in the middle of which an interrupt is passed on, and waited for until it took effect.
 _INTERRUPTIBLE: Final = ("event", "reboot", "request", "request_one")
+
+
+def _transfer(call: Any, fd: int, array: NDArray[Any], at: int) -> None:
+    """Have *call*, which may move a part only, move all of *array* from or to a file."""
+    data = array.view(np.uint8).reshape(-1).data
+    while data:
+        moved = call(fd, [data], at)
+        data, at = data[moved:], at + moved
 
 
 # ---- the side that asks ----
@@ -112,6 +121,8 @@ class RemoteKernel:
             SuccessorError: ENOEXEC if the image cannot be built, ECHILD if the process dies,
                 ETIMEDOUT if it is not ready in *timeout* seconds.
         """
+        memory = machine.memory
+        fd = memory.file(f"load {image.name}")  # before there is anything to take back
         self.machine = machine
         self.image = image
         self.luo = RemoteOrchestrator(self)
@@ -124,6 +135,10 @@ class RemoteKernel:
         self._waiting: dict[int, _Asked] = {}
         self._closed = False
         self._leaving = False
+        self._bulk = os.memfd_create("luo-profile")  # arrays of its profile, when it tells it
+        self._bulk_lock = threading.Lock()
+        self._last: dict[str, Any] = {}  # its profile at its last REBOOT
+        self._gone_profile: Profile | None = None
         self._next: RemoteKernel | None = None
         receiver = weakref.WeakMethod(self._receive)  # the line must not keep the kernel alive
 
@@ -139,7 +154,7 @@ class RemoteKernel:
             self._process = subprocess.Popen(
                 # -P: the path is ours, and the directory that we happen to be in is no part of it.
                 [sys.executable, "-P", "-c", _START, str(theirs.fileno())],
-                pass_fds=(theirs.fileno(), machine.memory.fd, tree),
+                pass_fds=(theirs.fileno(), fd, tree, self._bulk),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # ^C is for the kernel that runs, which rolls back
                 env={
@@ -149,19 +164,19 @@ class RemoteKernel:
             )
             self.pid = self._process.pid
             theirs.close()
-            memory = machine.memory
             told = self._ask(
                 "load",
                 timeout,
                 step="load",
                 image={"name": image.name, "cmdline": image.cmdline, "args": dict(image.args)},
                 memory={
-                    "fd": memory.fd,
+                    "fd": fd,
                     "offset": memory.offset,
                     "ranges": [list(map(int, part)) for part in memory.ranges],
                     "page_size": memory.page_size,
                 },
                 tree=tree,
+                bulk=self._bulk,
             )
             self.kho_abi: str = told["kho_abi"]
             self.behaviour: str = told["behaviour"]
@@ -333,7 +348,9 @@ class RemoteKernel:
 
     def reboot(self, verify: bool) -> Departure:
         """Run REBOOT and say what is handed over."""
-        return Departure(**self._ask("reboot", verify=verify))
+        told = self._ask("reboot", verify=verify)
+        self._last = told.pop("profile")
+        return Departure(**told)
 
     @property
     def kexec_loaded(self) -> bool:
@@ -371,7 +388,9 @@ class RemoteKernel:
             raise StateError(errno.EINVAL, "kexec: no kernel image is loaded")
         successor, self._next = self._next, None
         try:
-            kernel = jump(self, successor, preflight=preflight, timeout=timeout, verify=verify)
+            kernel = drained(
+                jump(self, successor, preflight=preflight, timeout=timeout, verify=verify)
+            )
         finally:
             if self._closed:
                 self.close()  # its process ended while the next kernel booted
@@ -384,17 +403,32 @@ class RemoteKernel:
             self._ask("take_back")
 
     @property
-    def profile(self) -> CallRecorder:
-        """What its callbacks cost until now: a copy."""
+    def profile(self) -> Profile:
+        """What its callbacks cost until now: a copy. Once it is gone, until its REBOOT."""
+        with self._bulk_lock:
+            if self._gone_profile is None and self._last and self._leaving:
+                self._gone_profile = self._read_profile(self._last)
+            return self._gone_profile or self._read_profile(self._ask("profile"))
+
+    def _read_profile(self, told: dict[str, Any]) -> Profile:
+        spans, costs = np.empty(told["spans"], SPAN), np.empty((2, told["devices"]), np.float32)
+        _transfer(os.preadv, self._bulk, spans, 0)
+        _transfer(os.preadv, self._bulk, costs, spans.nbytes)
         recorder = CallRecorder()
-        recorder.merge(self._ask("profile")["calls"])
-        return recorder
+        recorder.load(told["labels"], spans, costs, told["dropped"])
+        recorder.merge(told["calls"])
+        return Profile(recorder, self.machine.devices)
+
+    @property
+    def marks(self) -> dict[str, tuple[int, int]]:
+        """When each phase that it has passed began and ended, on the monotonic clock."""
+        told = self._ask("marks")["marks"]
+        return {name: (begin, end) for name, (begin, end) in told.items()}
 
     @property
     def phases(self) -> dict[str, int]:
         """Nanoseconds of each phase that it has passed."""
-        phases: dict[str, int] = self._ask("profile")["phases"]
-        return phases
+        return {name: end - begin for name, (begin, end) in self.marks.items()}
 
     @property
     def strays(self) -> list[dma.Stray]:
@@ -419,6 +453,10 @@ class RemoteKernel:
         """End the process; the machine is off, its memory keeps the bytes."""
         self.kexec_unload()
         self._leave()
+        with self._bulk_lock:
+            if self._bulk >= 0:
+                os.close(self._bulk)
+                self._bulk = -1
         process = getattr(self, "_process", None)
         if process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -591,6 +629,7 @@ _QUESTIONS: Final = frozenset(
         "flags",
         "interrupt",
         "kill",
+        "marks",
         "owners",
         "profile",
         "references",
@@ -618,6 +657,7 @@ class _Server:
         self._current = 0  # the same while it is at it
         self._interrupted: set[int] = set()
         self._telling = False
+        self._bulk = -1  # where the arrays of the profile go
         signal.signal(signal.SIGINT, lambda number, frame: self._stop_here())
         self._line = Line(peer, self._receive)
 
@@ -743,12 +783,15 @@ class _Server:
 
     # ---- commands ----
 
-    def do_load(self, image: dict[str, Any], memory: dict[str, Any], tree: int) -> dict[str, Any]:
+    def do_load(
+        self, image: dict[str, Any], memory: dict[str, Any], tree: int, bulk: int
+    ) -> dict[str, Any]:
         """Map the memory read-only, build the kernel, enumerate and bind."""
         from luo.kernel import KernelImage
         from luo.machine import DeviceTree, Machine
         from luo.memory import PhysicalMemory
 
+        self._bulk = bulk
         ranges = [tuple(part) for part in memory["ranges"]]
         mapped = PhysicalMemory.attach(
             memory["fd"], ranges, offset=memory["offset"], page_size=memory["page_size"]
@@ -808,7 +851,8 @@ class _Server:
 
     def do_reboot(self, verify: bool) -> dict[str, Any]:
         """Run REBOOT for the jump that the other side leads."""
-        return asdict(self.kernel.reboot(verify))
+        # What telling the profile takes is after the end of REBOOT, and so in no phase.
+        return asdict(self.kernel.reboot(verify)) | {"profile": self.do_profile()}
 
     def do_take_back(self) -> dict[str, Any]:
         """Undo what REBOOT did for an ordinary kexec."""
@@ -893,8 +937,22 @@ class _Server:
         return {"extents": dma.whose(self.kernel, phys, nbytes)}
 
     def do_profile(self) -> dict[str, Any]:
-        """Tell what callbacks and phases cost."""
-        return {"calls": self.kernel.profile.dump(), "phases": dict(self.kernel.phases)}
+        """Tell what callbacks cost: rows as JSON, arrays in the memfd, spans first."""
+        profile = self.kernel.profile
+        spans, costs, dropped = profile.spans, profile.costs, profile.dropped
+        _transfer(os.pwritev, self._bulk, spans, 0)
+        _transfer(os.pwritev, self._bulk, costs, spans.nbytes)
+        return {
+            "labels": profile.labels,
+            "calls": profile.dump(),
+            "spans": len(spans),
+            "devices": costs.shape[1],
+            "dropped": dropped,
+        }
+
+    def do_marks(self) -> dict[str, Any]:
+        """Tell when its phases began and ended."""
+        return {"marks": dict(self.kernel.marks)}
 
 
 def serve() -> None:

@@ -1,227 +1,8 @@
-# L5: the timed callback loop, what it records, and the bulk arithmetic of slots.
+# L5: the timed callback loop, and the bulk arithmetic of slots.
 #
 # A callback is Python code, so this loop holds the GIL; what it saves is everything else:
 # one clock read per boundary between callbacks, no Python frame of ours in between, and a
 # device object only for a device whose callback is called.
-
-cdef inline int64_t monotonic_ns() noexcept nogil:
-    cdef timespec now
-    clock_gettime(CLOCK_MONOTONIC, &now)
-    return <int64_t>now.tv_sec * 1000000000 + now.tv_nsec
-
-
-# ---- what callbacks cost ----
-
-cdef inline int histogram_bucket(int64_t ns) noexcept nogil:
-    # 64 buckets an octave: a bucket is at most 1/64 wide, its middle within 0.8 % of the value.
-    cdef int shift
-    if ns < 2 * HISTOGRAM_SUB:
-        return <int>ns if ns > 0 else 0
-    shift = 63 - __builtin_clzll(<uint64_t>ns) - HISTOGRAM_SUB_BITS
-    if shift > HISTOGRAM_OCTAVES - 2:
-        return HISTOGRAM_BUCKETS - 1
-    return (shift + 1) * HISTOGRAM_SUB + <int>((ns >> shift) - HISTOGRAM_SUB)
-
-
-cdef inline int64_t histogram_value(int bucket) noexcept nogil:
-    cdef int shift
-    if bucket < 2 * HISTOGRAM_SUB:
-        return bucket
-    shift = bucket // HISTOGRAM_SUB - 1
-    cdef int64_t low = <int64_t>(HISTOGRAM_SUB + bucket % HISTOGRAM_SUB) << shift
-    return low + ((<int64_t>1 << shift) >> 1)
-
-
-@cython.final
-@cython.auto_pickle(False)
-cdef class CallRecorder:
-    """What every callback cost: count, total, min, max and a histogram, in constant memory.
-
-    A row belongs to one (subsystem, event, kind, name). The histogram is log-linear with
-    64 buckets an octave, so percentiles are good to 1 % between 10 ns and 100 s.
-
-    Attributes:
-        clock: None for ``CLOCK_MONOTONIC``, or a callable that returns nanoseconds.
-        limit_ns: nanoseconds that a callback may take, 0 for as long as it likes.
-    """
-
-    cdef readonly object clock
-    cdef public int64_t limit_ns
-    cdef dict key_of
-    cdef list names
-    cdef call_stats **stats
-    cdef Py_ssize_t nr_stats
-
-    def __cinit__(self, clock=None):
-        self.clock = clock
-        self.key_of = {}
-        self.names = []
-
-    def __dealloc__(self):
-        cdef Py_ssize_t i
-        for i in range(self.nr_stats):
-            free(self.stats[i])
-        free(self.stats)
-
-    cdef int64_t now(self) except? -1:
-        if self.clock is None:
-            return monotonic_ns()
-        return PyLong_AsLongLong(PyNumber_Index(self.clock()))
-
-    def read_clock(self):
-        """Return the recorder's clock, in nanoseconds."""
-        return self.now()
-
-    def overdue(self, int64_t ns):
-        """Return a ``TimeoutError`` if a callback of *ns* nanoseconds took too long, else None."""
-        if self.limit_ns == 0 or ns <= self.limit_ns:
-            return None
-        return TimeoutError(
-            c_errno.ETIMEDOUT, f"took {ns / 1e6:.3f} ms, the limit is {self.limit_ns / 1e6:.3f} ms")
-
-    def key(self, str subsystem not None, str event not None, str kind not None, str name not None):
-        """Return the row number of (subsystem, event, kind, name), made on first use."""
-        cdef tuple label = (subsystem, event, kind, name)
-        cdef call_stats **grown
-        cdef call_stats *row
-        key = self.key_of.get(label)
-        if key is not None:
-            return key
-        grown = <call_stats **>realloc(self.stats, (self.nr_stats + 1) * sizeof(call_stats *))
-        if grown == NULL:
-            raise MemoryError("call recorder")
-        self.stats = grown
-        row = <call_stats *>calloc(1, sizeof(call_stats))
-        if row == NULL:
-            raise MemoryError("call recorder")
-        row.min_ns = INT64_MAX
-        self.stats[self.nr_stats] = row
-        self.nr_stats += 1
-        self.names.append(label)
-        self.key_of[label] = self.nr_stats - 1
-        return self.nr_stats - 1
-
-    cdef void record(self, Py_ssize_t key, int64_t ns, int64_t devices) noexcept nogil:
-        cdef call_stats *row = self.stats[key]
-        row.calls += 1
-        row.devices += devices
-        row.total_ns += ns
-        if ns < row.min_ns:
-            row.min_ns = ns
-        if ns > row.max_ns:
-            row.max_ns = ns
-        row.histogram[histogram_bucket(ns)] += 1
-
-    def add(self, Py_ssize_t key, int64_t ns, int64_t devices=1):
-        """Record one call of *ns* nanoseconds that served *devices* devices."""
-        if not 0 <= key < self.nr_stats:
-            raise IndexError(f"recorder row {key}: not in 0..{self.nr_stats - 1}")
-        self.record(key, ns, devices)
-
-    cdef int64_t quantile(self, call_stats *row, double q) noexcept nogil:
-        cdef uint64_t seen = 0
-        cdef uint64_t wanted = <uint64_t>(q * row.calls)
-        cdef int bucket
-        cdef int64_t ns
-        if wanted >= row.calls:
-            wanted = row.calls - 1
-        for bucket in range(HISTOGRAM_BUCKETS):
-            seen += row.histogram[bucket]
-            if seen > wanted:
-                ns = histogram_value(bucket)
-                return row.min_ns if ns < row.min_ns else row.max_ns if ns > row.max_ns else ns
-        return row.max_ns
-
-    def rows(self):
-        """Return one dictionary per row with calls, as the ``callbacks`` of ``luo run --json``."""
-        cdef Py_ssize_t i
-        cdef call_stats *row
-        result = []
-        for i in range(self.nr_stats):
-            row = self.stats[i]
-            if row.calls == 0:
-                continue
-            subsystem, event, kind, name = self.names[i]
-            result.append({
-                "subsystem": subsystem, "event": event, "kind": kind, "name": name,
-                "calls": row.calls, "devices": row.devices, "total_ns": row.total_ns,
-                "min_ns": row.min_ns, "p50_ns": self.quantile(row, 0.50),
-                "p99_ns": self.quantile(row, 0.99), "max_ns": row.max_ns,
-            })
-        return result
-
-    def dump(self):
-        """Return everything recorded, in JSON values, for :meth:`merge` in another process."""
-        cdef Py_ssize_t i
-        cdef int bucket
-        cdef call_stats *row
-        result = []
-        for i in range(self.nr_stats):
-            row = self.stats[i]
-            if row.calls:
-                result.append([
-                    list(self.names[i]), row.calls, row.devices,
-                    row.total_ns, row.min_ns, row.max_ns,
-                    [[bucket, row.histogram[bucket]] for bucket in range(HISTOGRAM_BUCKETS)
-                     if row.histogram[bucket]],
-                ])
-        return result
-
-    def merge(self, dump, events=None):
-        """Add what :meth:`dump` returned; *events* limits it to rows of these events."""
-        cdef call_stats *row
-        for label, calls, devices, total_ns, min_ns, max_ns, histogram in dump:
-            if events is not None and label[1] not in events:
-                continue
-            row = self.stats[self.key(*label)]
-            row.calls += calls
-            row.devices += devices
-            row.total_ns += total_ns
-            row.min_ns = min(row.min_ns, <int64_t>min_ns)
-            row.max_ns = max(row.max_ns, <int64_t>max_ns)
-            for bucket, count in histogram:
-                if not 0 <= bucket < HISTOGRAM_BUCKETS:
-                    raise ValueError(
-                        f"histogram bucket {bucket}: not in 0..{HISTOGRAM_BUCKETS - 1}")
-                row.histogram[<int>bucket] += count
-
-    def fork(self):
-        """Return an empty recorder with the same rows, clock and limit, for another thread."""
-        cdef CallRecorder other = CallRecorder(self.clock)
-        other.limit_ns = self.limit_ns
-        for label in self.names:
-            other.key(*label)
-        return other
-
-    def absorb(self, CallRecorder other not None):
-        """Add what a :meth:`fork` recorded since, and clear it."""
-        cdef Py_ssize_t i
-        cdef int bucket
-        cdef call_stats *row
-        cdef call_stats *more
-        if other.nr_stats > self.nr_stats:
-            raise ValueError("absorb: the recorder has rows that this one has not")
-        for i in range(other.nr_stats):
-            row, more = self.stats[i], other.stats[i]
-            if more.calls == 0:
-                continue
-            row.calls += more.calls
-            row.devices += more.devices
-            row.total_ns += more.total_ns
-            row.min_ns = min(row.min_ns, more.min_ns)
-            row.max_ns = max(row.max_ns, more.max_ns)
-            for bucket in range(HISTOGRAM_BUCKETS):
-                row.histogram[bucket] += more.histogram[bucket]
-            memset(more, 0, sizeof(call_stats))
-            more.min_ns = INT64_MAX
-
-    def clear(self):
-        """Forget all calls; row numbers stay valid."""
-        cdef Py_ssize_t i
-        for i in range(self.nr_stats):
-            memset(self.stats[i], 0, sizeof(call_stats))
-            self.stats[i].min_ns = INT64_MAX
-
 
 # ---- the loop ----
 
@@ -342,10 +123,12 @@ cdef bint call_one(
         rc = 0
         if call != NULL:
             rc = call(<luo_device *>device, side.contexts[number])
-            now = monotonic_ns()
-            elapsed = now - last[0]
-            last[0] = now
-            recorder.record(side.keys[number], elapsed, 1)
+            elapsed = 0
+            if recorder.timing:
+                now = monotonic_ns()
+                elapsed = now - last[0]
+                recorder.record(side.keys[number], last[0], elapsed, index, 1)
+                last[0] = now
             if rc == 0 and recorder.limit_ns and elapsed > recorder.limit_ns:
                 rc = -c_errno.ETIMEDOUT
                 if side.mode == CALL_SET:  # it did its work, late
@@ -372,7 +155,7 @@ cdef call_native(
     cdef call_failure found[2 * NATIVE_STRETCH]
     cdef native_device device
     cdef Py_ssize_t n = 0, end, i, nr_found, nr = stop - start, nr_devices = done.shape[0]
-    cdef int64_t last = monotonic_ns()
+    cdef int64_t last = monotonic_ns() if recorder.timing else 0
     cdef bint collect = failures is not None, stopped = False
     cdef int32_t wrong = -1
     device.calls = &native_calls
@@ -442,7 +225,8 @@ def call_devices(
     cdef int32_t number
     cdef CallTable table
     cdef object call, outcome, view
-    cdef int64_t last, now
+    cdef int64_t last, now, elapsed
+    cdef bint real = recorder.clock is None and recorder.cost is None
     cdef call_side sides[2]
     cdef native_device device
 
@@ -460,13 +244,13 @@ def call_devices(
             if table.calls[i] is not None and not 0 <= table.keys[i] < recorder.nr_stats:
                 raise IndexError(f"call_devices: recorder has no row {table.keys[i]}")
         sides[t] = table.side
-    if native and scope is not None and recorder.clock is None and nr_devices:
+    if native and scope is not None and real and nr_devices:
         return call_native(recorder, scope, order, start, stop, backwards, sides, nr_tables, done,
                            failures)
 
     device.calls = &native_calls
     device.scope = NULL if scope is None else &scope.scope
-    last = recorder.now()
+    last = recorder.now() if recorder.timing else 0
     for n in range(stop - start):
         i = stop - 1 - n if backwards else start + n
         device.index = order[i]
@@ -509,14 +293,20 @@ def call_devices(
                         if failures is None:
                             raise
                         outcome = error
-                now = recorder.now()
-                recorder.record(sides[t].keys[number], now - last, 1)
-                if outcome is None and recorder.limit_ns:
-                    outcome = recorder.overdue(now - last)
-                    # It did its work, late: whoever undoes has to undo it too.
-                    if outcome is not None and sides[t].mode == CALL_SET:
-                        done[device.index] |= sides[t].bit
-                last = now
+                # Before the clock is asked: it may be late, or the clock raise, but it did its
+                # work, and whoever undoes has to undo it.
+                if outcome is None and sides[t].mode == CALL_SET:
+                    done[device.index] |= sides[t].bit
+                if recorder.timing:
+                    if real:  # next_lap() without the detours
+                        now = monotonic_ns()
+                        elapsed = now - last
+                        recorder.record(sides[t].keys[number], last, elapsed, device.index, 1)
+                        last = now
+                    else:
+                        elapsed = recorder.next_lap(sides[t].keys[number], &last, device.index, 1)
+                    if outcome is None and recorder.limit_ns:
+                        outcome = recorder.overdue(elapsed)
                 if outcome is not None:
                     if failures is None:
                         return device.index, t, outcome

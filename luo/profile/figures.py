@@ -265,7 +265,10 @@ def _costs(document: Document) -> Section | None:
     part.layout = {"barmode": "stack", "bargap": 0.35, "height": 110 + 34 * len(drawn)}
     part.layout["xaxis"] = _linear(0, 1.02 * max(row[1] for row in rows))
     _label(part, drawn)
-    lead = f"What callbacks took{each}. REBOOT and RESTORE, the warm colours, are in blackout."
+    lead = (
+        f"What callbacks took{each}. The warm colours, REBOOT and RESTORE, are blackout, and what"
+    )
+    lead += " is restored after its last device."
     return Section("costs", "Cost by subsystem and event", lead, [part])
 
 

@@ -91,6 +91,7 @@ def _render(document: Mapping[str, Any], shown: list[Section]) -> str:
         facts=_facts(document),
         headline=_headline(document),
         error=document["error"],
+        budgets=_budgets(document),
         troubles=_troubles(document),
         states=_states(document),
         about=_about(document),
@@ -143,12 +144,16 @@ def _headline(document: Mapping[str, Any]) -> list[dict[str, Any]]:
             card(phase, phase.capitalize(), document["phases_ns"][phase], "ns", said)
     for name, ns in (document["dry_reboot_ns"] or {}).items():
         card(f"dry-{name}", f"Dry {name}", ns, "ns", "without the jump")
-    dear = [row for row in document["callbacks"] if row["event"] in _IN_BLACKOUT]
+    dear = [
+        row
+        for row in document["callbacks"]
+        if row.get("blackout_share", row["event"] in _IN_BLACKOUT or None) is not None
+    ]
     if runs and dear:
         worst = max(dear, key=lambda row: row["total_ns"])
-        share = worst.get("blackout_share")
         said = f"{worst['name']} {worst['event']}"
-        said += "" if share is None else f"; {100 * share:.0f} % of blackout"
+        if "blackout_share" in worst:
+            said += f"; {100 * worst['blackout_share']:.0f} % of blackout"
         card("dearest", "Dearest in blackout", worst["total_ns"] / len(runs), "ns", said)
     if "preserved" in devices:
         said = f"of {devices['total']:,}; {devices['requested']:,} were requested"
@@ -163,6 +168,35 @@ def _headline(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         said = f"{size(devices['verified_bytes'])} equal in the new kernel"
         card("state", "State of callbacks", devices["state_bytes"], "bytes", said)
     return cards
+
+
+def _budgets(document: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what became of the budgets: whether they were met, a title, tables."""
+    verdict = document.get("budgets")
+    if not verdict:
+        return None
+    judged = verdict["budgets"]
+    over = sum(not one["met"] for one in judged)
+    heads = [*columns("text", "budget", "verdict"), *columns("ns", "p95", "limit")]
+    rows = [
+        (one["name"], "met" if one["met"] else "over", one["p95_ns"], one["limit_ns"])
+        for one in judged
+    ]
+    tables = [capped(f"By the 95th percentile of {verdict['runs']:,} updates", heads, rows)]
+    dear = [
+        row
+        for one in judged
+        for part in one["worst"]
+        for row in (
+            (one["name"], part["name"], None, part["p95_ns"]),
+            *((one["name"], part["name"], of["path"], of["ns"]) for of in part["devices"]),
+        )
+    ]
+    if dear:
+        heads = [*columns("text", "budget", "callback", "device"), *columns("ns", "takes")]
+        tables.append(capped("Worst offenders", heads, dear))
+    title = f"Over budget: {over:,} of {len(judged):,}" if over else "Every budget is met"
+    return {"met": bool(verdict["met"]), "title": title, "tables": tables}
 
 
 def _states(document: Mapping[str, Any]) -> str:

@@ -26,7 +26,8 @@ Span: TypeAlias = tuple[str, int, int]  # a phase, its begin and its end in ns
 
 _OLD: Final = ("prepare", "reboot", "jump", "cancel")
 _NEW: Final = ("boot", "restore", "finish")
-_EVENTS: Final = ("PREPARE", "REBOOT", "RESTORE", "FINISH", "CANCEL")
+_LATE: Final = "late RESTORE"
+_EVENTS: Final = ("PREPARE", "REBOOT", "RESTORE", _LATE, "FINISH", "CANCEL")
 _FIGURES: Final = ("total_ns", "min_ns", "p50_ns", "p95_ns", "p99_ns", "max_ns")
 _COLOURED: Final = ("blackout", *_OLD, *_NEW)
 _VERDICTS: Final = {"slower": "@blackout", "faster": "@prepare"}
@@ -240,7 +241,7 @@ def _costs(document: Document) -> Section | None:
     cost: dict[str, dict[str, int]] = {}
     for row in document["callbacks"]:
         of = cost.setdefault(row["subsystem"], {})
-        of[row["event"]] = of.get(row["event"], 0) + row["total_ns"]
+        of[_when(row)] = of.get(_when(row), 0) + row["total_ns"]
     if not cost:
         return None
     # Sums are divided by the updates that they are of, unless one of them was left half-way.
@@ -261,14 +262,13 @@ def _costs(document: Document) -> Section | None:
     for event in events:
         spent_ns = [cost[name].get(event, 0) / updates for name in drawn]
         hovers = [_hover(ns, name, event) for name, ns in zip(drawn, spent_ns, strict=True)]
-        part.data.append(_bar(event, spent_ns, hovers, _colour(event.lower())))
+        part.data.append(_bar(event, spent_ns, hovers, _colour(event)))
     part.layout = {"barmode": "stack", "bargap": 0.35, "height": 110 + 34 * len(drawn)}
     part.layout["xaxis"] = _linear(0, 1.02 * max(row[1] for row in rows))
     _label(part, drawn)
-    lead = (
-        f"What callbacks took{each}. The warm colours, REBOOT and RESTORE, are blackout, and what"
-    )
-    lead += " is restored after its last device."
+    lead = f"What callbacks took{each}. REBOOT and RESTORE, in warm colours, are in blackout."
+    if _LATE in there:
+        lead += f" {_LATE} is what is restored after the last device, which ends it."
     return Section("costs", "Cost by subsystem and event", lead, [part])
 
 
@@ -303,7 +303,7 @@ def _callbacks(document: Document) -> Section | None:
     medians = [row["p50_ns"] for row in drawn]
     hovers = [_hover(row["p50_ns"], row["name"], row["event"], "median") for row in drawn]
     dots = _dots([_seconds(ns) for ns in medians], list(range(len(drawn))), hovers)
-    dots["marker"] |= {"color": [_colour(row["event"].lower()) for row in drawn]}
+    dots["marker"] |= {"color": [_colour(_when(row)) for row in drawn]}
     part.data.append(dots | {"customdata": medians})
     ends = [row[key] for row in drawn for key in ("min_ns", "max_ns")]
     part.layout = {"height": 110 + 28 * len(drawn), "xaxis": _log(min(ends), max(ends))}
@@ -338,7 +338,7 @@ def _histogram(name: str, row: Document) -> Part:
     for low, high, count in bars:
         xs += [_seconds(low), _seconds(low), _seconds(high), _seconds(high)]
         ys += [0, count, count, 0]
-    colour = _colour(row["event"].lower())
+    colour = _colour(_when(row))
     outline = {"line": {"width": 1.5, "color": colour}, "fill": "tozeroy", "hoverinfo": "skip"}
     part.data.append(_line("calls", xs, ys) | outline | {"fillcolor": f"{colour}-soft"})
     middles = [math.sqrt(max(1, low) * high) / 1e9 for low, high, _ in bars]
@@ -616,8 +616,17 @@ def _rule(axis: str, at: float) -> dict[str, Any]:
     return {"type": "line", **ends, f"{across}ref": "paper", "line": line}
 
 
+def _when(row: Document) -> str:
+    """Return the event of a callback, told from the same event outside blackout."""
+    late = row["event"] == "RESTORE" and row.get("blackout_share", 0) is None
+    return _LATE if late else str(row["event"])
+
+
 def _colour(name: str) -> str:
-    return f"@{name}" if name in _COLOURED else "@other"
+    """Return the colour of a phase or event."""
+    if name == _LATE:
+        return "@late"
+    return f"@{name.lower()}" if name.lower() in _COLOURED else "@other"
 
 
 def _seconds(ns: float) -> float:

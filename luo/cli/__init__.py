@@ -61,8 +61,5 @@ def main() -> None:
     """Live updates of a Linux host: what survives the reboot, what it costs, and what fails."""
 
 
-for command in (
-    *(run, export, report, compare, what_if),
-    *(image, faults, quirks, graph, mount),
-):
+for command in (run, report, what_if, compare, export, faults, image, mount, quirks, graph):
     main.add_command(command)

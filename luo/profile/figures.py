@@ -551,7 +551,8 @@ def _compared(document: Document, other: Document, names: tuple[str, str]) -> Se
         part.data.append(dots | {"customdata": ratios})
         axis = {"type": "log", "title": {"text": "times as long as before"}, "tickformat": "~g"}
         part.layout = {"height": 110 + 24 * len(drawn), "xaxis": axis, "shapes": [_rule("x", 1)]}
-        _label(part, [row["name"] for row in drawn])
+        # Of "subsystem/name/EVENT" the last two: the table has all of it.
+        _label(part, [" ".join(row["name"].split("/")[-2:]) for row in drawn])
     lead = f"{words(names[0])} ({_count(result['runs']['b'])}) against {words(names[1])}"
     lead += f" ({_count(result['runs']['a'])}). Lines are confidence intervals, which hold all"
     lead += f" together with {100 * result['confidence']:.0f} %; one that reaches the 1 tells no"

@@ -18,8 +18,9 @@ from typing import Any, Final, TypeAlias
 
 from luo.profile.compare import BadDocument, compare
 from luo.profile.screen import duration
+from luo.report import p95
 
-__all__ = ["Column", "Part", "Section", "Table", "capped", "columns", "p95", "sections", "words"]
+__all__ = ["Column", "Part", "Section", "Table", "capped", "columns", "sections", "words"]
 
 Document: TypeAlias = Mapping[str, Any]
 Span: TypeAlias = tuple[str, int, int]  # a phase, its begin and its end in ns
@@ -144,12 +145,6 @@ def words(text: object) -> str:
     """Return *text* in a length that a page can bear."""
     said = str(text)
     return said if len(said) <= _NR_CHARACTERS else f"{said[:_NR_CHARACTERS]}…"
-
-
-def p95(values: Iterable[int]) -> int:
-    """Return the 95th percentile by nearest rank, which is a value that occurred."""
-    ordered = sorted(values)
-    return ordered[-(-95 * len(ordered) // 100) - 1]
 
 
 # ---- the sections ----

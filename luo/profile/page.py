@@ -19,8 +19,9 @@ import jinja2
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
-from luo.profile.figures import Section, Table, capped, columns, p95, sections, words
+from luo.profile.figures import Section, Table, capped, columns, sections, words
 from luo.profile.screen import duration, size
+from luo.report import p95
 
 __all__ = ["page"]
 

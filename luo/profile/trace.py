@@ -42,6 +42,7 @@ _NEW: Final = "new kernel"
 _OLD_PHASES: Final = ("prepare", "reboot", "cancel")
 _NEW_PHASES: Final = ("jump", "boot", "restore", "finish")
 _STATE_AFTER: Final = {"prepare": "prepared", "restore": "updated"}
+_NO_SLICE: Final = "no callback has a slice: sums alone"
 _FIGURES: Final = ("calls", "devices", "total_ns", "min_ns", "p50_ns", "p99_ns", "max_ns")
 _NR_ROWS: Final = 50  # sums that a phase carries, the dearest
 _NR_COUNTERS: Final = 32
@@ -167,7 +168,7 @@ def from_report(report: Report, spans: int = NR_SPANS) -> Trace:
         dropped = int(track.profile.dropped)
         remarks, counters = [], []
         if not seen:
-            remarks.append("no callback has a slice: sums alone")
+            remarks.append(_NO_SLICE)
         elif len(mine) < seen:
             remarks.append(f"slices of the {len(mine):,} longest of {seen:,} callbacks")
         if dropped:
@@ -350,7 +351,9 @@ def from_document(document: Mapping[str, Any]) -> Trace:
     runs = document["runs"]
     timeline = document.get("timeline")
     blackout = None
-    remarks = ["no callback has a slice: sums alone"]
+    remarks = [_NO_SLICE]
+    if len(runs) > 1:
+        remarks.append(f"sums of {len(runs):,} updates in the phases, their means as counters")
     if timeline:
         origin = int(timeline["begin_ns"])
         kernels = [

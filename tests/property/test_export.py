@@ -79,6 +79,10 @@ def test_any_spans_are_drawn_alike_and_without_overlap(spans, most):
     lanes, _ = as_perfetto(drawn)
 
     assert as_chrome(drawn)[0] == lanes
+    for counter in drawn.processes[1].counters:
+        times = [ns for ns, _ in counter.points]
+        assert times == sorted(set(times))
+        assert counter.points[-1][1] == 0
     shown = []
     for (_, lane), slices in lanes.items():
         if lane.startswith(("subsystems", "devices")):

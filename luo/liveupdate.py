@@ -259,6 +259,7 @@ class Orchestrator(Mortal):
         self.reboot_began_ns = 0
         self.last_reclaim_ns = 0
         self.restored_late: list[str] = []  # whose RESTORE began when no device was to be reclaimed
+        self.reclaiming = False  # a callback has reclaimed since this was last cleared
 
     # ---- what anybody may ask ----
 
@@ -308,10 +309,16 @@ class Orchestrator(Mortal):
         """Raise ``StateError(EDEADLK)`` if *what* is called from a callback of a running event."""
         self._lock.refuse_deadlock(what)
 
+    @property
+    def published(self) -> bool:
+        """Whether REBOOT has run, and neither jump nor cancel has followed."""
+        return self._published
+
     def note_reclaim(self) -> None:
         """Note the time: a device has been reclaimed."""
         self.last_reclaim_ns = self._recorder.read_clock()
         self.restored_late.clear()
+        self.reclaiming = True
 
     # ---- who takes part ----
 

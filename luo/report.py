@@ -136,6 +136,10 @@ class Track:
     profile: Profile
 
 
+def _track(name: str, kernel: Any) -> Track:
+    return Track(name, getattr(kernel, "pid", os.getpid()), dict(kernel.marks), kernel.profile)
+
+
 class Report:
     """A live update, or several in a row, in figures.
 
@@ -148,6 +152,8 @@ class Report:
         failures: restore, finish and cancel callbacks that failed.
         dma: where devices may have written that the next kernel was not told to keep.
         error: why the update failed, None if it did not.
+        thread_safe: (event, kind, name) of the native callbacks that several threads may call, as
+            far as the kernels ran in this process.
         tracks: the two kernels of the last update, old and new.
         blackout: when that one's blackout began and ended, nanoseconds on the clock of the tracks.
         clock: ``"wall"``; ``"virtual"`` if the kernel was given a clock or a cost.
@@ -172,11 +178,12 @@ class Report:
         self.tracks: list[Track] = []
         self.blackout: tuple[int, int] | None = None
         self.dry: dict[str, int] = {}
-        self.image: dict[str, int] = {}
+        self.image: dict[str, Any] = {}
         self.devices: dict[str, Any] = {}
         self.successor = ""
         self.clock = "wall"
         self.verdict: dict[str, Any] | None = None
+        self.thread_safe: frozenset[tuple[str, str, str]] = frozenset()
         self._calls = CallRecorder()
         self._tree: Any = None
         self._costs = np.zeros((2, 0))
@@ -199,6 +206,7 @@ class Report:
         recorder = getattr(kernel, "recorder", None)
         if recorder is not None and (recorder.clock is not None or recorder.cost is not None):
             self.clock = "virtual"
+        self.thread_safe |= getattr(kernel.devices, "thread_safe", frozenset())
         self.devices = {"total": len(kernel.machine.devices)}
         self.note_state(kernel)
 
@@ -221,6 +229,8 @@ class Report:
                 with contextlib.suppress(LuoError):
                     self.note_state(running)
                     self._count(running.profile)
+                    who = "old kernel" if running is kernel else "new kernel"
+                    self.tracks, self.blackout = [_track(who, running)], None
                     self._calls.merge(running.profile.dump())
                     if isinstance(error, KeyboardInterrupt):
                         self.error["message"] = "interrupted"
@@ -236,17 +246,11 @@ class Report:
         departure, result = arrival.departure, arrival.result
         phases = {"prepare": departure.phases.get("prepare", 0), **arrival.phases}
         phases["finish"] = kernel.phases.get("finish", 0)
-        profile = kernel.profile
         departed = {name: (begin, end) for name, (begin, end) in departure.marks.items()}
-        self.tracks = [
-            Track("old kernel", departure.pid, departed, arrival.before),
-            Track(
-                "new kernel",
-                getattr(kernel, "pid", os.getpid()),
-                {"jump": arrival.jump, **kernel.marks},
-                profile,
-            ),
-        ]
+        new = _track("new kernel", kernel)
+        new.marks["jump"] = arrival.jump
+        self.tracks = [Track("old kernel", departure.pid, departed, arrival.before), new]
+        profile = new.profile
         self.blackout = arrival.blackout
         self.successor = "process" if hasattr(kernel, "pid") else "in-process"
         self.image = departure.image
@@ -301,6 +305,7 @@ class Report:
         """Add one update of *kernel* that was cancelled instead of the jump."""
         self.note_state(kernel)
         self.devices["requested"] = int(kernel.devices.requested.sum())
+        self.tracks = [_track("old kernel", kernel)]
         self.dry = {name: kernel.phases.get(name, 0) for name in ("prepare", "reboot", "cancel")}
         self._calls.merge(kernel.profile.dump())
         self._count(kernel.profile)

@@ -15,12 +15,14 @@ try:  # this takes as long as a person needs for ^C
 
     from luo.cli.compare import compare
     from luo.cli.errors import INTERRUPTED
+    from luo.cli.export import export
     from luo.cli.faults import faults
     from luo.cli.graph import graph
     from luo.cli.image import image
     from luo.cli.mount import mount
     from luo.cli.quirks import quirks
     from luo.cli.run import run
+    from luo.cli.whatif import what_if
     from luo.report import version
 except KeyboardInterrupt:
     sys.exit(130)
@@ -58,5 +60,5 @@ def main() -> None:
     """Live updates of a Linux host: what survives the reboot, what it costs, and what fails."""
 
 
-for command in (run, compare, image, faults, quirks, graph, mount):
+for command in (run, what_if, compare, export, faults, image, mount, quirks, graph):
     main.add_command(command)

@@ -13,6 +13,7 @@ import click
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from luo.cli.clock import ClockSettings, arguments, clock_options, show_missed
 from luo.cli.errors import (
     FAILED,
     INTERRUPTED,
@@ -23,6 +24,7 @@ from luo.cli.errors import (
     write_json,
     wrong_input,
 )
+from luo.cli.export import Exports, export_options
 from luo.cli.host import (
     Duration,
     HostSource,
@@ -72,6 +74,7 @@ class Budgets(click.ParamType["dict[str, int]"]):
     help="Keep the devices whose path matches. [default: all with a driver and a bus]",
 )
 @kernel_options
+@clock_options
 @click.option("--in-process", is_flag=True, help="The next kernel runs in this process.")
 @click.option(
     "--dry-reboot",
@@ -135,9 +138,11 @@ class Budgets(click.ParamType["dict[str, int]"]):
     metavar="FILE",
     help="Write the phases of all updates as pytest-benchmark does; '-' is standard output.",
 )
+@export_options
 def run(
     source: HostSource,
     kernels: KernelSettings,
+    clocks: ClockSettings,
     requests: tuple[str, ...],
     in_process: bool,
     dry_reboot: bool,
@@ -149,6 +154,7 @@ def run(
     timeout: int,
     json_file: str | None,
     benchmark_file: str | None,
+    exports: Exports,
 ) -> None:
     """Run a live update of a host, of this machine unless another is named."""
     if dry_reboot and budget:
@@ -161,8 +167,10 @@ def run(
     } | {"repeat": repeat}
     if dry_reboot and (repeat > 1 or save_file is not None or benchmark_file is not None):
         raise click.UsageError("--dry-reboot: there is no jump, so nothing to repeat, save or time")
-    if json_file == benchmark_file == "-":
-        raise click.UsageError("--json, --benchmark-json: standard output holds one document")
+    on_stdout = [*exports.files.values(), json_file, benchmark_file].count("-")
+    if on_stdout > 1:
+        raise click.UsageError("standard output holds one document, not more")
+    exports.check()
     for option, file in (
         ("--json", json_file),
         ("--benchmark-json", benchmark_file),
@@ -171,14 +179,16 @@ def run(
         if file not in (None, "-"):
             check_writable(str(file), option)
     # The document has standard output for itself.
-    console = Console(stderr="-" in (json_file, benchmark_file), highlight=False)
+    console = Console(stderr=bool(on_stdout), highlight=False)
     with _progress() as doing, wrong_input():
+        costs = clocks.model(source.seed)
         doing("reading the devices")
         host = source.read()
         doing("booting the first kernel")
         report = Report(settings=settings, source=host.source)
         limit = None if callback_limit is None else callback_limit / 1e9
-        kernel, image = boot(host, kernels, callback_limit=limit)
+        spans = exports.trace is not None
+        kernel, image = boot(host, kernels, callback_limit=limit, spans=spans, **arguments(costs))
         request(kernel, requests, host)
         known = budget_names(kernel) if budget else []
         for name in budget or ():
@@ -199,7 +209,7 @@ def run(
                     kernel,
                     image,
                     repeat=repeat,
-                    in_process=in_process,
+                    in_process=in_process or clocks.virtual,
                     timeout=timeout / 1e9,
                     report=report,
                 )
@@ -229,9 +239,11 @@ def run(
         write_json(json_file, document)
     if benchmark_file is not None:
         write_json(benchmark_file, benchmark.document(document), "--benchmark-json")
+    exports.write(document, report)
     if status == WRONG:
         raise Wrong(wrong)
     screen.show(console, document, kernel_boot)
+    show_missed(console, costs)
     if host.skipped:
         console.print(f"{host.skipped:,} attributes were unreadable and skipped", style="dim")
     sys.exit(status)

@@ -74,9 +74,7 @@ def compare(
     machine measure in turns, and give all documents: A B A B …; then each is one figure.
     """
     if not files or len(files) % 2:
-        raise click.UsageError(
-            "A.json B.json: one of before for each of now"
-        )
+        raise click.UsageError("A.json B.json: one of before for each of now")
     if json_file not in (None, "-"):
         check_writable(str(json_file))
     with wrong_input():

@@ -279,6 +279,8 @@ class Kernel:
         self.recorder = CallRecorder(clock, devices=nr_devices, spans=int(spans))
         self.recorder.cost = cost if cost is None else self._charging(cost)
         self.recorder.timing = timing
+        self.recorder.cost, self.recorder.timing = cost, timing
+        self._keeps_spans = bool(spans)
         if callback_limit is not None and "no-callback-limit" not in self.quirks:
             self.recorder.limit_ns = max(1, round(callback_limit * 1e9))
         self.marks: dict[str, tuple[int, int]] = {}
@@ -595,6 +597,7 @@ class Kernel:
             "phases": {name: self.phases.get(name, 0) for name in ("boot", "restore")},
             "digest_ns": self._digest_ns,
             "last_reclaim_ns": self.luo.last_reclaim_ns,
+            "restored_late": self.luo.restored_late if self.luo.last_reclaim_ns else [],
             "reclaimed": int(self.devices.reclaimed.sum()),
             "digests": [[*key, *value] for key, value in self._digests.items()],
             "records_without_device": [] if records is None else records.without_device,
@@ -742,13 +745,16 @@ class Kernel:
         )
 
     def reboot(self, verify: bool) -> Departure:
-        """Run REBOOT and say what is handed over: the first part of :func:`luo.kexec.jump`."""
-        return self._departure(self.luo.reboot(), verify)
+        """Run REBOOT and say what is handed over: the first part of :func:`luo.kexec.jump`.
+
+        REBOOT may have run, one callback at a time.
+        """
+        return self._departure(self.luo.published or self.luo.reboot(), verify)
 
     def _rebooting(self, verify: bool) -> Generator[Step, None, Departure]:
         """Run :meth:`reboot` one callback at a time."""
         live = self.luo.state is State.PREPARED
-        if live:
+        if live and not self.luo.published:
             yield from self.luo.steps(Event.REBOOT, ahead=True)
         return self._departure(live, verify)
 
@@ -765,7 +771,7 @@ class Kernel:
             reboot_began_ns=self.luo.reboot_began_ns if live else ended,
             reboot_ended_ns=ended,
             digests=[[*key, *value] for key, value in digests.items()],
-            image=self.image_sizes(),
+            image={**self.image_sizes(), **self._folios()},
             preserved=int(self.devices.preserved.sum()),
             requested=int(self.devices.requested.sum()),
             marks={name: list(mark) for name, mark in self.marks.items()},
@@ -799,6 +805,15 @@ class Kernel:
             "map_bytes": self._kho.tree_pages * self.machine.memory.page_size,
             "preserved_pages": self._kho.preserved_pages,
         }
+
+    def _folios(self) -> dict[str, dict[int, int]]:
+        """Return how many folios of each order are handed over, if spans are kept: it is a walk."""
+        if self._kho is None or not self._keeps_spans:
+            return {}
+        counts = np.zeros(256, np.int64)
+        for _, orders in self._kho.preserved_chunks(1 << 16):
+            counts += np.bincount(orders, minlength=256)
+        return {"folios": {int(order): int(counts[order]) for order in np.flatnonzero(counts)}}
 
     def depart(self) -> None:
         """Be gone: the commit point is passed."""

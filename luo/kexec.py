@@ -85,7 +85,8 @@ class Departure:
             KHO off.
         reboot_began_ns, reboot_ended_ns: on the monotonic clock.
         digests: [side, name, bytes, digest] of what driver and bus callbacks stored.
-        image: the ``image`` object of ``luo run --json``.
+        image: the ``image`` object of ``luo run --json``, and if the kernel keeps spans
+            ``folios``: how many of each order are handed over.
         preserved, requested: numbers of devices.
         marks: begin and end of each phase that it has passed, on its clock.
     """
@@ -96,7 +97,7 @@ class Departure:
     reboot_began_ns: int
     reboot_ended_ns: int
     digests: list[list[Any]]
-    image: dict[str, int]
+    image: dict[str, Any]
     preserved: int
     requested: int
     marks: dict[str, list[int]]

@@ -26,7 +26,7 @@ from luo.profile.whatif import WhatIf
 HERE = Path(__file__).parents[1] / "native"
 NO_OPS = LiveUpdateOps()
 US = 1000
-ROUNDS, ATTEMPTS = 5, 5
+ROUNDS, ATTEMPTS = 5, 8
 
 
 # ---- callbacks of known length, and updates with them ----
@@ -83,13 +83,13 @@ def model_of(*args, **more):
     return WhatIf.from_report(updated(*args, **more))
 
 
-def compare(base, changed, predict):
+def compare(base, changed, predict, middle=WhatIf.median, real_of=statistics.median):
     """Whether *predict* makes of the updates *base* what the updates *changed* really take."""
     errors = []
     for _ in range(ATTEMPTS):  # another program may have been in the way
         pairs = [(base(), changed()) for _ in range(ROUNDS)]
-        was = WhatIf.median([one for one, _ in pairs])
-        real = statistics.median(other.blackout_ns for _, other in pairs)
+        was = middle([one for one, _ in pairs])
+        real = real_of(other.blackout_ns for _, other in pairs)
         errors.append(predict(was).blackout_ns / real - 1)
         if abs(errors[-1]) <= 0.10:
             assert abs(was.blackout_ns / real - 1) > 0.15  # else anything would do
@@ -198,7 +198,7 @@ def host_of(tmp_path, ram):
 def test_pages_take_what_updates_with_such_guests_take(tmp_path):
     """Within 10 % of the real blackout: the map of guests' RAM in 2 MiB instead of 4 KiB pages."""
     hosts = [host_of(tmp_path, ram) for ram in ("4KiB", "2MiB")]
-    modules = [Subsystem("late", reboot=lambda _: spin(500 * US))]  # as a driver would take
+    modules = [Subsystem("late", reboot=lambda _: spin(3000 * US))]  # beside the map
 
     def update(host):
         image = workloads.image_of(host, modules=modules, spans=True)
@@ -208,9 +208,11 @@ def test_pages_take_what_updates_with_such_guests_take(tmp_path):
         report.kernel.close()
         return WhatIf.from_report(report)
 
-    compare(
-        lambda: update(hosts[0]), lambda: update(hosts[1]), lambda model: model.with_pages("2MiB")
-    )
+    def fastest(models):  # a jump of milliseconds is seldom left alone on a busy machine
+        return min(models, key=lambda model: model.blackout_ns)
+
+    pages = lambda model: model.with_pages("2MiB")  # noqa: E731
+    compare(lambda: update(hosts[0]), lambda: update(hosts[1]), pages, fastest, min)
 
 
 # ---- where the figures come from ----

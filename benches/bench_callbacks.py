@@ -2,7 +2,8 @@
 
 ``liveupdate.prepare.python`` is PREPARE of :mod:`updates`, records and all, against a bare loop
 over devices that are there, which calls the same callback. ``callbacks.event`` is an event in which
-nothing but calling happens: REBOOT of devices that all have a callback, which does nothing.
+nothing but calling happens: REBOOT of devices that all have a callback, which does nothing; and the
+same with ``timing=False``, so that the difference is what timing costs, and with spans.
 """
 
 from collections.abc import Callable
@@ -38,7 +39,7 @@ def event(plan: Plan, n: int) -> Results:
     except peers.AbsentError as error:
         absent = str(error)
 
-    def kernel(kind: str) -> luo.Kernel:
+    def kernel(kind: str, **settings: Any) -> luo.Kernel:
         nothing = hosts.callbacks(kind)["nothing"]
         tree = host.machine.devices
         machine = host.machine.clone()
@@ -49,14 +50,17 @@ def event(plan: Plan, n: int) -> Results:
                 for name in tree.driver_names
             ],
             buses=[luo.Bus(name, luo.LiveUpdateOps()) for name in tree.bus_names],
+            **settings,
         ).boot()
         made.devices.request(host.requested)
         return made
 
     kernels: dict[str, luo.Kernel] = {}
 
-    def prepared(kind: str) -> luo.Kernel:
-        made = kernels[kind] = kernels.get(kind) or kernel(kind)
+    def prepared(kind: str, **settings: Any) -> luo.Kernel:
+        name = f"{kind} {settings}"
+        made = kernels[name] = kernels.get(name) or kernel(kind, **settings)
+        made.recorder.touch()
         if made.luo.state is luo.State.PREPARED:
             made.luo.cancel()
         made.luo.prepare()
@@ -68,7 +72,8 @@ def event(plan: Plan, n: int) -> Results:
 
     def check(made: luo.Kernel) -> None:
         called = sum(row["devices"] for row in made.profile.rows() if row["event"] == "REBOOT")
-        assert called == n
+        assert called == (n if made.recorder.timing else 0)
+        assert made.profile.dropped == 0
 
     views = prepared("python").devices
     devices = [luo.Device(views, int(index)) for index in host.driven]
@@ -81,6 +86,19 @@ def event(plan: Plan, n: int) -> Results:
         [
             Contender("luo python", reboot, partial(prepared, "python"), check),
             Contender("luo native", reboot, partial(prepared, "native"), check, absent),
+            Contender(
+                "luo python untimed", reboot, partial(prepared, "python", timing=False), check
+            ),
+            Contender(
+                "luo native untimed",
+                reboot,
+                partial(prepared, "native", timing=False),
+                check,
+                absent,
+            ),
+            Contender(
+                "luo native spans", reboot, partial(prepared, "native", spans=n), check, absent
+            ),
             Contender("luo batch", reboot, partial(prepared, "batch"), check),
             Contender("for loop", partial(bare_loop, devices, hosts.nothing)),
             Contender("clock reads", clock, absent=absent),
@@ -98,7 +116,16 @@ def event(plan: Plan, n: int) -> Results:
 
 @entries(
     "callbacks.event",
-    ["luo python", "luo native", "luo batch", "for loop", "clock reads"],
+    [
+        "luo python",
+        "luo native",
+        "luo python untimed",
+        "luo native untimed",
+        "luo native spans",
+        "luo batch",
+        "for loop",
+        "clock reads",
+    ],
     **SIZES,
 )
 def bench_callbacks_event(replay: Callable[..., None], size: int) -> None:

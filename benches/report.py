@@ -233,7 +233,7 @@ def verdicts(run: dict[str, Any]) -> list[Verdict]:
                         partial(said, limit),
                     )
                 )
-    return found + worst(scaling(heats)) + memory(heats)
+    return found + timing(heats) + worst(scaling(heats)) + memory(heats)
 
 
 @dataclass
@@ -300,6 +300,34 @@ def memory(heats: list[Heat]) -> list[Verdict]:
                     entry["value"],
                     LIMITS["memory"],
                     lambda value: f"{three(value)} bytes a device",
+                )
+            )
+    return found
+
+
+def timing(heats: list[Heat]) -> list[Verdict]:
+    """Return what timing adds to a callback: the time with it less the time without."""
+    found = []
+    for heat in largest(heat for heat in heats if heat.row == "callbacks.event"):
+        for role in ("luo python", "luo native"):
+            if not {role, f"{role} untimed"} <= heat.entries.keys():
+                continue
+            by_min, by_median = (
+                (heat.seconds(role, stat) - heat.seconds(f"{role} untimed", stat))
+                / heat.items
+                * 1e9
+                for stat in ("min", "median")
+            )
+            found.append(
+                Verdict(
+                    f"what timing adds to a callback ({role.removeprefix('luo ')})",
+                    heat.title(),
+                    "the same without timing",
+                    f"at most {LIMITS['timing']:g} ns",
+                    by_min,
+                    by_median,
+                    LIMITS["timing"],
+                    lambda ns: f"{three(max(ns, 0.0))} ns",
                 )
             )
     return found

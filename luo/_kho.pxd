@@ -65,6 +65,7 @@ cdef class MemoryMapping:  # exports the bytes; unmaps them when the last view h
     cdef char *address
     cdef size_t nbytes
     cdef bint readonly
+    cdef object owner  # of bytes that are not ours to unmap, or None
 
 
 @cython.final
@@ -91,7 +92,8 @@ cdef class PhysicalMemory:
 
     cdef int use(self) except -1
     cdef int setup(self, list ranges, object fd, object offset, object page_size,
-                   bint readonly) except -1
+                   bint readonly, object host) except -1
+    cdef MemoryMapping map_host(self, object host)
     cdef MemoryMapping map_bytes(self)
     cdef int adopt(self, MemoryMapping mapping) except -1
     cdef bint has(self, uint64_t phys, uint64_t nbytes) noexcept nogil

@@ -39,7 +39,9 @@ class PhysicalMemory:
         fd: int | None = None,
         offset: SupportsIndex = 0,
         page_size: SupportsIndex | str = 4096,
+        host: Buffer | None = None,
     ) -> PhysicalMemory: ...
+    def file(self, what: str) -> int: ...
     @staticmethod
     def attach(
         fd: int,
@@ -487,8 +489,7 @@ def bucket_edges() -> NDArray[np.int64]: ...
 
 @final
 class CallRecorder:
-    @property
-    def clock(self) -> Callable[[], int] | None: ...
+    clock: Callable[[], int] | None
     cost: Callable[[tuple[str, str, str, str], int, int], int] | None
     limit_ns: int
     timing: bool

@@ -174,16 +174,18 @@ class DeviceParticipant:
         # Drivers may have come and gone in PREPARED, where RFC v1's code does not refuse it.
         if event not in walk.runs or self._has("eligibility-checked-once"):
             self._arrange(walk, event)
-        runs = walk.runs[event]
-        for run in reversed(runs) if self._backwards(event) else runs:
-            if run.way == _BATCH:
-                for side in self._sides(event):
-                    yield from self._batch_steps(walk, event, run, side, bulk)
-            elif bulk:
-                yield self._bulk_step(walk, event, run, self._sides(event))
-            else:
-                yield from self._single_steps(walk, event, run, self._sides(event))
-            self._mark(event, walk.called(event, run))
+        for runs in self._levels(walk, event, bulk):
+            for run in runs:
+                if run.way == _BATCH:
+                    yield from self._batch_steps(walk, event, run, bulk)
+                elif bulk:
+                    yield self._bulk_step(walk, event, run, self._sides(event))
+                else:
+                    yield from self._single_steps(walk, event, run, self._sides(event))
+            if not bulk:
+                yield Step.barrier()
+            for run in runs:
+                self._mark(event, walk.called(event, run))
         if walk.chosen[event] is not walk.devices:  # else that was everybody
             self._mark(event, walk.order)
         if event == Event.PREPARE.name:
@@ -203,47 +205,94 @@ class DeviceParticipant:
         elif event == RESTORE:
             self._reclaim_the_rest(walk)
 
+    def _levels(self, walk: _Walk, event: str, bulk: bool) -> Iterator[list[_Run]]:
+        """Yield the runs of one depth together, whose steps may overlap; if *bulk*, each alone."""
+        runs = walk.runs[event]
+        ordered = runs[::-1] if self._backwards(event) else runs
+        if bulk:
+            yield from ([run] for run in ordered)
+            return
+        depths, numbers = self.devices.tree.depths, walk.chosen[event].numbers
+        for _, level in itertools.groupby(ordered, lambda run: int(depths[numbers[run.start]])):
+            yield list(level)
+
     def _bulk_step(self, walk: _Walk, event: str, run: _Run, sides: tuple[str, ...]) -> Step:
         count = run.stop - run.start
         return Step("devices", self.name, lambda: self._call(walk, event, run, sides), None, count)
 
-    def _batch_steps(
-        self, walk: _Walk, event: str, run: _Run, side: str, bulk: bool
-    ) -> Iterator[Step]:
-        """Yield the steps of one side of a batch run; the other side may be no batch."""
+    def _batch_steps(self, walk: _Walk, event: str, run: _Run, bulk: bool) -> Iterator[Step]:
+        """Yield the steps of a batch run, one side after the other; one may be no batch."""
+        sides = self._sides(event)
         first = int(walk.called(event, run)[0])
-        callback = self._callback(side, first, event)
-        if isinstance(callback, Batch):
-            parts = self._parts(walk, event, run, side)
-            for part in reversed(parts) if self._backwards(event) else parts:
-                call = partial(self._call_batch, walk, event, part, side)
-                yield Step(side, self._owner(side, first), call, None, part.stop - part.start)
-        elif callback is None:
-            self._call(walk, event, run, (side,))  # nothing to call, but the done mask
-        elif bulk:
-            yield self._bulk_step(walk, event, run, (side,))
-        else:
-            yield from self._single_steps(walk, event, run, (side,))
+        callbacks = [self._callback(side, first, event) for side in sides]
+        for place, (side, callback) in enumerate(zip(sides, callbacks, strict=True)):
+            # Nothing to call, but the done mask: at once, or when the side before has been called.
+            if callback is None and place == 0:
+                self._call(walk, event, run, (side,))
+            if callback is None:
+                continue
+            silent = sides[place + 1 :] if None in callbacks[place + 1 :] else ()
+            if isinstance(callback, Batch):
+                parts = self._parts(walk, event, run, side)
+                ordered = parts[::-1] if self._backwards(event) else parts
+                for part in ordered:
+                    then = silent if part is ordered[-1] else ()
+                    call = partial(self._call_part, walk, event, part, side, run, then)
+                    yield Step(side, self._owner(side, first), call, None, part.stop - part.start)
+                if not parts and silent:
+                    self._call(walk, event, run, silent)
+            elif bulk:
+                yield self._bulk_step(walk, event, run, (side,))
+            else:
+                yield from self._single_steps(walk, event, run, (side,))
+            if not bulk and place == 0 and not silent:
+                yield Step.barrier()
+
+    def _call_part(
+        self,
+        walk: _Walk,
+        event: str,
+        part: _Run,
+        side: str,
+        run: _Run,
+        silent: tuple[str, ...],
+    ) -> None:
+        self._call_batch(walk, event, part, side)
+        if silent:
+            self._call(walk, event, run, silent)
 
     def _single_steps(
         self, walk: _Walk, event: str, run: _Run, sides: tuple[str, ...]
     ) -> Iterator[Step]:
         """Yield one step a device and callback."""
+        both = len(sides) == len(SIDES)
         places = range(run.start, run.stop)
         for place in reversed(places) if self._backwards(event) else places:
             here = _Run(place, place + 1, _PYTHON)
             number = int(walk.called(event, here)[0])
-            for side in sides:
-                call = partial(self._call, walk, event, here, (side,))
-                if self._callback(side, number, event) is None or not self._wants(
-                    event, number, side
-                ):
-                    call()  # nothing to call, but the done mask
-                    continue
-                device = Device(self.devices, number)
+            called = [
+                side
+                for side in sides
+                if self._callback(side, number, event) is not None
+                and self._wants(event, number, side)
+            ]
+            if not called:
+                self._call_single(walk, event, here, sides, both)  # only the done mask
+                continue
+            device = Device(self.devices, number)
+            for side in called:
+                # Of a side without a callback there is the done mask, with the other's call.
+                among = sides if len(called) == 1 else (side,)
+                marks = both and side == called[-1]
+                call = partial(self._call_single, walk, event, here, among, marks)
                 yield Step(side, self._owner(side, number), call, device, 1)
-            if len(sides) == len(SIDES):
-                self._mark(event, walk.called(event, here))
+
+    def _call_single(
+        self, walk: _Walk, event: str, here: _Run, sides: tuple[str, ...], marks: bool
+    ) -> None:
+        self._call(walk, event, here, sides)
+        if marks:
+            self._mark(event, walk.called(event, here))
 
     def _sides(self, event: str) -> tuple[str, ...]:
         return SIDES[::-1] if self._backwards(event) else SIDES
@@ -911,6 +960,7 @@ class DeviceParticipant:
         silent = silent[~(waits | devices.reclaimed[silent])]
         if silent.size:
             devices.reclaim(silent)
+            devices.kernel.luo.reclaiming = False  # that was no callback
 
 
 def _name(owner: Device | Driver | Bus) -> str:

@@ -156,7 +156,7 @@ class _Engine:
         at = memory.offset + phys - memory.base
         self._start = at % mmap.ALLOCATIONGRANULARITY
         memory.prefault(phys, nbytes)
-        self._mapping = mmap.mmap(memory.fd, self._start + nbytes, offset=at - self._start)
+        self._mapping = mmap.mmap(memory.file("dma"), self._start + nbytes, offset=at - self._start)
 
     def run(self) -> None:
         try:

@@ -11,7 +11,7 @@ import errno
 import itertools
 import logging
 import struct
-from collections.abc import Callable, Generator, Iterator, Set
+from collections.abc import Callable, Generator, Iterable, Iterator, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -69,6 +69,16 @@ NEXT: Final = {
     (State.PREPARED, Event.CANCEL): State.NORMAL,
     (State.UPDATED, Event.FINISH): State.NORMAL,
 }
+
+
+#: Kinds of steps that may be under way side by side.
+_OVERLAPPING: Final = ("driver", "bus")
+
+
+def _give_up(steps: Iterable[Step]) -> None:
+    """Have *steps*, which were handed out, never run."""
+    for step in steps:
+        step.done = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +258,8 @@ class Orchestrator(Mortal):
         self.incoming: LuoIncoming | None = None
         self.reboot_began_ns = 0
         self.last_reclaim_ns = 0
+        self.restored_late: list[str] = []  # whose RESTORE began when no device was to be reclaimed
+        self.reclaiming = False  # a callback has reclaimed since this was last cleared
 
     # ---- what anybody may ask ----
 
@@ -297,9 +309,16 @@ class Orchestrator(Mortal):
         """Raise ``StateError(EDEADLK)`` if *what* is called from a callback of a running event."""
         self._lock.refuse_deadlock(what)
 
+    @property
+    def published(self) -> bool:
+        """Whether REBOOT has run, and neither jump nor cancel has followed."""
+        return self._published
+
     def note_reclaim(self) -> None:
         """Note the time: a device has been reclaimed."""
         self.last_reclaim_ns = self._recorder.read_clock()
+        self.restored_late.clear()
+        self.reclaiming = True
 
     # ---- who takes part ----
 
@@ -374,7 +393,6 @@ class Orchestrator(Mortal):
         self.refuse_callback(Event.REBOOT.name)
         if self._state is not State.PREPARED:
             return False
-        self.reboot_began_ns = self._recorder.read_clock()
         try:
             self._run(Event.REBOOT)
         except StateError as error:
@@ -410,11 +428,18 @@ class Orchestrator(Mortal):
         Raises:
             StateError: EINVAL in another state.
         """
-        failures = self._run(Event.FINISH)
+        return self.finished(self._run(Event.FINISH))
+
+    def finished(self, failures: tuple[CallbackError, ...]) -> FinishResult:
+        """Return what a FINISH that has just run by :meth:`steps` came to.
+
+        Args:
+            failures: as :meth:`collect` returned them.
+        """
         tree = self.kernel.devices.tree
         return FinishResult(tuple(tree.path(int(index)) for index in self._lost), failures)
 
-    def steps(self, event: Event) -> Generator[Step, None, None]:
+    def steps(self, event: Event, *, ahead: bool = False) -> Generator[Step, None, None]:
         """Run *event* one callback at a time; ``prepare()`` and the others run the same steps.
 
         Each step runs by its ``run()``, or when the next one is asked for. When the last one has
@@ -423,11 +448,19 @@ class Orchestrator(Mortal):
 
         Args:
             event: the event; the state must allow it when the first step is asked for.
+            ahead: for callers whose steps take time and overlap. Steps of drivers and buses may
+                then run after the next one has been asked for, in any order but driver before bus
+                of a device as they come, until a step of kind ``"barrier"``: when what follows it
+                is asked for, those left run.
 
         Yields:
             the steps, in order.
         """
-        return self._transition(Event(event), bulk=False)
+        return self._stepped(Event(event), ahead)
+
+    def _stepped(self, event: Event, ahead: bool) -> Generator[Step, None, None]:
+        with self._phase(event.name.lower()):
+            yield from self._transition(event, bulk=False, ahead=ahead)
 
     def _run(self, event: Event) -> tuple[CallbackError, ...]:
         with (
@@ -436,17 +469,25 @@ class Orchestrator(Mortal):
         ):
             for step in steps:
                 step.run()
+        return self.collect()
+
+    def collect(self) -> tuple[CallbackError, ...]:
+        """Return, and forget, the cancel or finish callbacks that failed in :meth:`steps`."""
         failures, self._collected = tuple(self._collected), []
         return failures
 
-    def _transition(self, event: Event, bulk: bool) -> Generator[Step, None, None]:
+    def _transition(
+        self, event: Event, bulk: bool, ahead: bool = False
+    ) -> Generator[Step, None, None]:
         with self._lock.writing(event.name):
             self._require(event)
             self._collected = []
+            if event is Event.REBOOT:
+                self.reboot_began_ns = self._recorder.read_clock()
             if event is Event.FINISH and self._layer is not None:
                 self._lost = self._layer.unreclaimed()
             steps = self._steps(event, bulk)
-            step: Step | None = None
+            opened: list[Step] = []  # handed out, not over yet
             ended = stopped = False
 
             def fail(error: BaseException) -> bool:
@@ -455,17 +496,15 @@ class Orchestrator(Mortal):
                     stopped = True
                     return True
                 ended = True
-                left: Iterator[Step] = steps
-                if step is not None and not step.done:  # handed out, and never run
-                    step._fail = None
-                    left = itertools.chain((step,), steps)
+                left = [step for step in opened if not step.done]
                 if event in (Event.PREPARE, Event.REBOOT):
-                    if step is not None:
-                        step.done = True
+                    _give_up(left)
                     steps.close()
                     self._roll_back(event, error)
                 else:
-                    self._complete(event, left)
+                    for step in left:
+                        step._fail = None
+                    self._complete(event, itertools.chain(left, steps))
                 return False
 
             try:
@@ -475,12 +514,18 @@ class Orchestrator(Mortal):
                     self._kho.unfinalize()  # else nothing can be given up
                 for step in steps:
                     step._fail = fail
-                    yield step
-                    if not ended and not step.done:
-                        step.run()
+                    if ahead or step.kind != "barrier":
+                        opened.append(step)
+                        yield step
+                    if not ahead or step.kind not in _OVERLAPPING:
+                        for each in opened:
+                            if not (each.done or ended or stopped):
+                                each.run()
+                        opened.clear()
                     if ended:
                         return
                     if stopped:
+                        _give_up(opened)
                         steps.close()
                         break
                 if event is Event.PREPARE:
@@ -800,10 +845,35 @@ class Orchestrator(Mortal):
             failures: list[CallbackError] = []
             problems: list[BaseException] = []
             for participant in self._chain.order(RESTORE):
+                self.restored_late.append(participant.name)
                 problems += self._finish_steps(participant.steps(RESTORE, True))
                 failures += participant.collect()
             if problems:  # an interrupt: there is no way back, so everybody had a turn first
                 raise problems[0]
+            return tuple(failures)
+
+    def restoring(self) -> Generator[Step, None, tuple[CallbackError, ...]]:
+        """Run :meth:`restore` one callback at a time, as :meth:`steps` does with *ahead*.
+
+        There is no way back: what is left when the generator is closed runs then.
+        """
+        with self._lock.writing(RESTORE):
+            failures: list[CallbackError] = []
+            for participant in self._chain.order(RESTORE):
+                opened: list[Step] = []
+                steps = participant.steps(RESTORE, False)
+                try:
+                    for step in steps:
+                        opened.append(step)
+                        yield step
+                        if step.kind not in _OVERLAPPING:
+                            self._finish_steps(step for step in opened if not step.done)
+                            opened.clear()
+                finally:
+                    self._finish_steps(
+                        itertools.chain((step for step in opened if not step.done), steps)
+                    )
+                    failures += participant.collect()
             return tuple(failures)
 
     def _discard_incoming(self) -> None:

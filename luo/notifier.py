@@ -176,7 +176,8 @@ class Step:
 
     Attributes:
         kind: ``"subsystem"``, ``"driver"`` or ``"bus"``; ``"devices"`` for work on many devices
-            at once, which only the bulk form has.
+            at once, which only the bulk form has; ``"barrier"`` for none, between steps that may
+            overlap and those that wait for them.
         name: of the subsystem, driver or bus.
         device: the device, or None.
         devices: how many devices it serves.
@@ -219,6 +220,11 @@ class Step:
     def __repr__(self) -> str:
         where = f" {self.device.path}" if self.device is not None else ""
         return f"<Step {self.kind} {self.name}{where}>"
+
+    @classmethod
+    def barrier(cls) -> Step:
+        """Return a step that calls nobody: those before it are over before those behind begin."""
+        return cls("barrier", "", lambda: None)
 
 
 _HERE: Final = str(Path(__file__).parent)

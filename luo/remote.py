@@ -52,7 +52,7 @@ from luo.errors import (
     SuccessorError,
     from_errno,
 )
-from luo.kexec import Departure, handover_of, jump
+from luo.kexec import Departure, drained, handover_of, jump
 from luo.liveupdate import CancelResult, FinishResult, State
 from luo.profile.tables import Profile
 
@@ -121,6 +121,8 @@ class RemoteKernel:
             SuccessorError: ENOEXEC if the image cannot be built, ECHILD if the process dies,
                 ETIMEDOUT if it is not ready in *timeout* seconds.
         """
+        memory = machine.memory
+        fd = memory.file(f"load {image.name}")  # before there is anything to take back
         self.machine = machine
         self.image = image
         self.luo = RemoteOrchestrator(self)
@@ -152,7 +154,7 @@ class RemoteKernel:
             self._process = subprocess.Popen(
                 # -P: the path is ours, and the directory that we happen to be in is no part of it.
                 [sys.executable, "-P", "-c", _START, str(theirs.fileno())],
-                pass_fds=(theirs.fileno(), machine.memory.fd, tree, self._bulk),
+                pass_fds=(theirs.fileno(), fd, tree, self._bulk),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # ^C is for the kernel that runs, which rolls back
                 env={
@@ -162,14 +164,13 @@ class RemoteKernel:
             )
             self.pid = self._process.pid
             theirs.close()
-            memory = machine.memory
             told = self._ask(
                 "load",
                 timeout,
                 step="load",
                 image={"name": image.name, "cmdline": image.cmdline, "args": dict(image.args)},
                 memory={
-                    "fd": memory.fd,
+                    "fd": fd,
                     "offset": memory.offset,
                     "ranges": [list(map(int, part)) for part in memory.ranges],
                     "page_size": memory.page_size,
@@ -387,7 +388,9 @@ class RemoteKernel:
             raise StateError(errno.EINVAL, "kexec: no kernel image is loaded")
         successor, self._next = self._next, None
         try:
-            kernel = jump(self, successor, preflight=preflight, timeout=timeout, verify=verify)
+            kernel = drained(
+                jump(self, successor, preflight=preflight, timeout=timeout, verify=verify)
+            )
         finally:
             if self._closed:
                 self.close()  # its process ended while the next kernel booted

@@ -539,12 +539,13 @@ cdef class MemoryMapping:
         PyBuffer_FillInfo(buffer, self, self.address, self.nbytes, self.readonly, flags)
 
     def __dealloc__(self):
-        if self.address != NULL:
+        if self.address != NULL and self.owner is None:
             munmap(self.address, self.nbytes)
 
 
-cdef MemoryMapping new_mapping(void *address, size_t nbytes, bint readonly):
+cdef MemoryMapping new_mapping(void *address, size_t nbytes, bint readonly, object owner=None):
     cdef MemoryMapping mapping = MemoryMapping.__new__(MemoryMapping)
+    mapping.owner = owner
     mapping.address = <char *>address
     mapping.nbytes = nbytes
     mapping.readonly = readonly
@@ -642,9 +643,12 @@ cdef class PhysicalMemory:
         offset: byte of *fd* that belongs to the first physical byte; a multiple of the host's page
             size.
         page_size: 4096, 16384 or 65536.
+        host: a writable buffer that is the memory, from *base* to the end of the last range, in
+            place of a file; it is kept. Then there is no successor in another process, nobody can
+            tell what was never written, and :meth:`cut_off` cuts nothing off.
 
     Attributes:
-        fd, offset, base, page_size: as above; *fd* is this object's own.
+        fd, offset, base, page_size: as above; *fd* is this object's own, -1 with *host*.
         size: bytes from *base* to the end of the last range, holes included.
         nr_pages: pages of RAM, holes not included.
         nr_nodes: highest NUMA node + 1.
@@ -665,7 +669,7 @@ cdef class PhysicalMemory:
     """
 
     def __cinit__(self, size=None, *, base=0, nodes=1, ranges=None, fd=None, offset=0,
-                  page_size=4096):
+                  page_size=4096, host=None):
         self.fd = -1
         cdef list parts
         cdef object number_of_nodes, total, step, at, unit, start
@@ -705,10 +709,10 @@ cdef class PhysicalMemory:
             total = sum(n for s, n, node in parts)
             if size is not None and parse_size(size) != total:
                 raise ValueError(f"size {size}: the ranges hold {total} bytes")
-        self.setup(parts, fd, offset, page_size, False)
+        self.setup(parts, fd, offset, page_size, False, host)
 
     cdef int setup(self, list ranges, object fd, object offset, object page_size,
-                   bint readonly) except -1:
+                   bint readonly, object host) except -1:
         cdef size_t i = 0
         cdef object limit = MAX_SPAN, previous = -1
         self.page_size = parse_size(page_size)
@@ -741,6 +745,11 @@ cdef class PhysicalMemory:
         self.scratch = []
         self.offset = as_u64(offset)
         self.readonly = readonly
+        if host is not None:
+            if fd is not None or self.offset:
+                raise ValueError("host: it has neither fd nor offset")
+            self.adopt(self.map_host(host))
+            return 0
         if fd is None:
             if self.offset:
                 raise ValueError(f"offset {offset}: without fd there is none")
@@ -756,6 +765,24 @@ cdef class PhysicalMemory:
                 raise ValueError(f"fd {fd}: {length} bytes, {self.offset + self.size} are needed")
         self.adopt(self.map_bytes())
         return 0
+
+    cdef MemoryMapping map_host(self, object host):
+        cdef unsigned char[::1] octets = memoryview(host).cast("B")
+        if <uint64_t>octets.shape[0] < self.size:
+            raise ValueError(f"host: {octets.shape[0]} bytes, {self.size} are needed")
+        if <uint64_t>&octets[0] % mmap_module.PAGESIZE:
+            raise ValueError("host: does not begin on a page of the host")
+        return new_mapping(&octets[0], self.size, False, octets)
+
+    def file(self, str what not None):
+        """Return :attr:`fd`, for *what*.
+
+        Raises:
+            KhoError: EOPNOTSUPP if the memory has no file, but is a buffer of the host.
+        """
+        if self.fd < 0:
+            raise from_errno(errno.EOPNOTSUPP, f"{what}: memory is a buffer, it has no file")
+        return self.fd
 
     cdef MemoryMapping map_bytes(self):
         cdef char *address = reserve_addresses(self.size)
@@ -933,9 +960,12 @@ cdef class PhysicalMemory:
     cdef bint populated(self, uint64_t phys, uint64_t nbytes) noexcept nogil:
         """Whether the file has data for all of [phys, phys + nbytes), which must be RAM.
 
-        Reading a hole through the mapping would fill it; asking the file does not.
+        Reading a hole through the mapping would fill it; asking the file does not. Of a buffer
+        nobody knows.
         """
         cdef off_t at = <off_t>(self.offset + (phys - self.base)), end = at + <off_t>nbytes
+        if self.fd < 0:
+            return True
         if lseek(self.fd, at, SEEK_DATA) != at:
             return False
         # Looking for the next hole may look at everything behind. Holes are whole pages.
@@ -975,6 +1005,9 @@ cdef class PhysicalMemory:
         """
         with memoryview(buffer) as view, view.cast("B") as target:
             self.check_ram("read_into", phys, target.nbytes)
+            if self.fd < 0:
+                target[:] = self.view(phys, target.nbytes)
+                return
             at, done = self.offset + (as_u64(phys) - self.base), 0
             while done < target.nbytes:
                 nr = os.preadv(self.fd, [target[done:]], at + done)
@@ -1426,12 +1459,16 @@ cdef class PhysicalMemory:
         The bytes move to a fresh mapping with their page tables; what the old views see are zeros
         for ever, and what they write goes nowhere. Views made from now on work.
 
+        Of a buffer of the host nothing can be cut off: its owner goes on writing there.
+
         Context: no other thread may be inside a call that uses a view or this memory.
         """
         cdef char *old = self.mapping.address
         cdef char *place
         cdef void *blank
         cdef MemoryMapping fresh
+        if self.fd < 0:
+            return
         with self.lock:
             place = reserve_addresses(self.size)
             if place == NULL:
@@ -1449,7 +1486,8 @@ cdef class PhysicalMemory:
     def clone(self):
         """Return an independent copy: same ranges and bytes, fresh page state.
 
-        Populated extents are copied at once, so that no first touch is left for a timed phase.
+        Populated extents are copied at once, so that no first touch is left for a timed phase; of
+        a buffer of the host, everything. The copy has a file of its own.
 
         Raises:
             OSError: ENOMEM or ENOSPC of the host.
@@ -1461,12 +1499,13 @@ cdef class PhysicalMemory:
         cdef int rc = 0
         with nogil:
             while at < end:
-                at = lseek(self.fd, at, SEEK_DATA)
+                if self.fd >= 0:
+                    at = lseek(self.fd, at, SEEK_DATA)
                 if at < 0 or at >= end:
                     if at < 0 and c_errno.errno != ENXIO:
                         rc = -c_errno.errno
                     break
-                stop = lseek(self.fd, at, SEEK_HOLE)
+                stop = lseek(self.fd, at, SEEK_HOLE) if self.fd >= 0 else end
                 stop = end if stop < 0 or stop > end else stop
                 start = <uint64_t>at - self.offset
                 rc = touch_pages(copy.mapping.address + start, stop - at)

@@ -74,7 +74,7 @@ cdef class CallRecorder:
         dropped: calls that found no room for a span.
     """
 
-    cdef readonly object clock
+    cdef public object clock
     cdef public object cost
     cdef public int64_t limit_ns
     cdef public bint timing

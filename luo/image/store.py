@@ -169,7 +169,7 @@ class LiveMemory:
     def extents(self, start: int, end: int) -> Iterator[Extent]:
         """Cut [start, end) of one run of RAM into what was written and what was not."""
         shift = self.memory.offset - self.memory.base
-        fd, page = self.memory.fd, self.ram.page_size
+        fd, page = self.memory.file("image"), self.ram.page_size
         at = start
         while at < end:
             try:

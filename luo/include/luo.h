@@ -1,12 +1,15 @@
 /*
- * luo.h: what a native callback of a driver or bus may do with the device it is called for.
+ * luo.h: what a native callback of a driver or bus may do with the device it is called for; and,
+ * in luo_embed.h, the engine for programs that link to libluo.so.
  *
- * A callback is registered from Python with luo.native(pointer, ctx). It is called without the GIL,
- * once a device, and returns 0 or -errno; a positive value is -EINVAL. It may be called from several
- * threads at once if the kernel has workers and the callback table says thread_safe. The device and
- * everything reached through it is valid until the callback returns.
+ * A callback is registered from Python with luo.native(pointer, ctx), or from C in a struct luo_ops.
+ * It is called without the GIL, once a device, and returns 0 or -errno; a positive value is -EINVAL.
+ * It may be called from several threads at once if the kernel has workers and the callback table
+ * says thread_safe. The device and everything reached through it is valid until the callback
+ * returns.
  *
- * Nothing has to be linked: the functions below go through a table that the device begins with.
+ * For callbacks nothing has to be linked: the functions below go through a table that the device
+ * begins with.
  */
 #ifndef LUO_H
 #define LUO_H
@@ -82,6 +85,8 @@ static inline int luo_device_reclaim(const struct luo_device *dev)
 {
 	return luo_device_calls(dev)->reclaim(dev);
 }
+
+#include "luo_embed.h"
 
 #ifdef __cplusplus
 }

@@ -745,22 +745,20 @@ class Kernel:
         )
 
     def reboot(self, verify: bool) -> Departure:
-        """Run REBOOT and say what is handed over: the first part of :func:`luo.kexec.jump`."""
-        return self._departure(self.luo.reboot(), verify)
+        """Run REBOOT and say what is handed over: the first part of :func:`luo.kexec.jump`.
+
+        REBOOT may have run, one callback at a time.
+        """
+        return self._departure(self.luo.published or self.luo.reboot(), verify)
 
     def _rebooting(self, verify: bool) -> Generator[Step, None, Departure]:
         """Run :meth:`reboot` one callback at a time."""
         live = self.luo.state is State.PREPARED
-        if live:
+        if live and not self.luo.published:
             yield from self.luo.steps(Event.REBOOT, ahead=True)
         return self._departure(live, verify)
 
     def _departure(self, live: bool, verify: bool) -> Departure:
-        """Run REBOOT and say what is handed over: the first part of :func:`luo.kexec.jump`.
-
-        It may have run, one callback at a time.
-        """
-        live = self.luo.published or self.luo.reboot()
         handover = self._hand_over(live)
         ended = self.recorder.read_clock()
         if handover is not None and self.on_handover is not None:

@@ -60,7 +60,5 @@ def main() -> None:
     """Live updates of a Linux host: what survives the reboot, what it costs, and what fails."""
 
 
-for command in (run, compare, image, faults, quirks, graph, mount):
-for command in (run, export, image, faults, quirks, graph, mount):
-for command in (run, image, faults, quirks, graph, mount, what_if):
+for command in (run, what_if, compare, export, faults, image, mount, quirks, graph):
     main.add_command(command)

@@ -187,8 +187,8 @@ def run(
         doing("booting the first kernel")
         report = Report(settings=settings, source=host.source)
         limit = None if callback_limit is None else callback_limit / 1e9
-        kernel, image = boot(host, kernels, callback_limit=limit, **arguments(costs))
-        kernel, image = boot(host, kernels, callback_limit=limit, spans=exports.trace is not None)
+        spans = exports.trace is not None
+        kernel, image = boot(host, kernels, callback_limit=limit, spans=spans, **arguments(costs))
         request(kernel, requests, host)
         known = budget_names(kernel) if budget else []
         for name in budget or ():

@@ -23,6 +23,7 @@ from luo.cli.host import (
     kernel_options,
     request,
 )
+from luo.dev_liveupdate import SHARE
 from luo.errors import KhoNoMemoryError, LuoError
 from luo.kernel import KernelImage, live_update
 from luo.profile.screen import duration
@@ -32,6 +33,10 @@ from luo.report import Report
 __all__ = ["what_if"]
 
 _NR_PARTS = 12
+_WHY_NOT_WORKERS = (
+    "workers share out devices of one depth that are called one by one,"
+    f" if there are {2 * SHARE} of them"
+)
 
 
 class Faster(click.ParamType["tuple[str, float]"]):
@@ -216,7 +221,7 @@ def _asked(
 
 def _show(console: Console, document: Mapping[str, Any]) -> None:
     """Print the ``luo-what-if/1`` *document*."""
-    blackout = document["blackout_ns"] or 1
+    blackout, answers = document["blackout_ns"] or 1, document["answers"]
     nr = len(document["measured_blackout_ns"])
     console.print(
         Text.assemble(
@@ -269,10 +274,12 @@ def _show(console: Console, document: Mapping[str, Any]) -> None:
                     "-" * (answer["saved_ns"] < 0) + duration(abs(answer["saved_ns"])),
                     f"{answer['saved_ns'] / blackout:.1%}",
                 )
-                for answer in document["answers"]
+                for answer in answers
             ],
         )
     )
+    if any(answer["saved_ns"] == 0 and "workers" in answer["question"] for answer in answers):
+        console.print(_WHY_NOT_WORKERS, style="dim")
 
 
 def _served(devices: int) -> str:

@@ -1,5 +1,5 @@
 /*
- * luo_embed.h: the engine inside a C program, which links to libluo.so. Included by luo.h.
+ * luo_embed.h: the engine inside a C program that links to libluo.so. Included by luo.h.
  *
  * Every function but luo_init() and luo_last_error() returns 0, or -errno with a text for
  * luo_last_error(). A pointer that is NULL is -EINVAL unless it is said what NULL means; so are
@@ -225,6 +225,13 @@ int luo_finish(struct luo_kernel *kernel, int32_t *unreclaimed);
 
 /* Load the next kernel, of the same machine and not booted; NULL drops the one that is loaded. */
 int luo_kexec_load(struct luo_kernel *kernel, struct luo_kernel *next);
+/*
+ * Load a kernel image in a process of its own: "package.module:factory", a function in Python that
+ * is importable there and makes a kernel of a machine, as "luo.drivers:kernel" does. RAM must be
+ * one mapping by fd. Once it runs, next answers for its state, events, requests, flags and costs;
+ * what else one can ask a kernel is -EOPNOTSUPP, and so is everything before it runs.
+ */
+int luo_kexec_load_image(struct luo_kernel *kernel, const char *image, struct luo_kernel **next);
 /*
  * REBOOT, unless it has been stepped through; jump; boot and restore what is loaded. The kernel is
  * gone then, and `next` runs. A failure before the commit point cancels the update: the state is

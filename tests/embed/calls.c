@@ -316,6 +316,7 @@ static void test_host_ram(void)
 {
 	struct luo_machine *machine = machine_without_ram();
 	char *ram = mmap(NULL, 2 * RAM, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	struct luo_kernel *kernel, *next;
 	void *bytes;
 
 	mprotect(ram + RAM / 2, RAM / 2, PROT_NONE);
@@ -323,6 +324,11 @@ static void test_host_ram(void)
 	OK(luo_machine_add_host_ram(machine, MIB + RAM, RAM, ram + RAM, 0));
 	OK(luo_machine_bytes(machine, MIB + 4096, 8, &bytes));
 	EXPECT((char *)bytes == ram + 4096, 1);
+	kernel = small_kernel(machine);
+	OK(luo_boot(kernel, NULL));
+	EXPECT(luo_kexec_load_image(kernel, "luo.drivers:kernel", &next), -EOPNOTSUPP);
+	SAYS("it has no file");
+	OK(luo_kernel_free(kernel));
 	update(machine);
 	munmap(ram, 2 * RAM);
 }
@@ -473,6 +479,45 @@ static void test_handover(void)
 	OK(luo_finish(next, NULL));
 	EXPECT(seen[LUO_FINISH], 0xdead0000beef);
 	OK(luo_kernel_free(next));
+	OK(luo_machine_free(machine));
+}
+
+/* The next kernel in a process of its own, with drivers in Python; C callbacks before the jump. */
+static void test_image(void)
+{
+	struct luo_machine *machine = small_machine();
+	struct luo_kernel *old = small_kernel(machine), *next = NULL;
+	struct luo_cost rows[8];
+	struct luo_handover handover;
+	uint8_t reclaimed[5] = { 0 };
+	int32_t unreclaimed = -1, nr = 0;
+
+	OK(luo_boot(old, NULL));
+	OK(luo_request(old, "*", 1));
+	EXPECT(luo_kexec_load_image(old, "no colon", &next), -EINVAL);
+	EXPECT(luo_kexec_load_image(old, "luo.nowhere:kernel", &next), -ENOEXEC);
+	EXPECT(next == NULL, 1);
+	OK(luo_kexec_load_image(old, "luo.drivers:kernel", &next));
+	EXPECT(state(next), -EOPNOTSUPP);
+	OK(luo_prepare(old));
+	OK(luo_kexec(old));
+	EXPECT(state(old), -ESHUTDOWN);
+	EXPECT(state(next), LUO_UPDATED);
+	OK(luo_flags(next, LUO_RECLAIMED, reclaimed, 5));
+	EXPECT(reclaimed[0] + reclaimed[4], 2);
+	EXPECT(luo_begin(next, LUO_FINISH), -EOPNOTSUPP);
+	EXPECT(luo_get_handover(next, &handover), -EOPNOTSUPP);
+	OK(luo_finish(next, &unreclaimed));
+	EXPECT(unreclaimed, 0);
+	OK(luo_profile(next, rows, 8, &nr));
+	EXPECT(nr > 0, 1);
+	EXPECT(calls_of[LUO_PREPARE], 4);
+	EXPECT(calls_of[LUO_RESTORE], 0);
+	OK(luo_request(next, "root/a", 1));
+	OK(luo_prepare(next));
+	OK(luo_cancel(next));
+	OK(luo_kernel_free(next));
+	OK(luo_kernel_free(old));
 	OK(luo_machine_free(machine));
 }
 
@@ -710,7 +755,7 @@ static const struct {
 	{ "split_ram", test_split_ram }, { "two_files", test_two_files },
 	{ "host_ram", test_host_ram }, { "kernels", test_kernels },
 	{ "callback_errno", test_callback_errno }, { "reentry", test_reentry },
-	{ "handover", test_handover }, { "unreclaimed", test_unreclaimed },
+	{ "handover", test_handover }, { "image", test_image }, { "unreclaimed", test_unreclaimed },
 	{ "steps", test_steps }, { "costs", test_costs }, { "pages", test_pages },
 	{ "threads", test_threads }
 };

@@ -83,14 +83,16 @@ def test_simulator_that_steps_leaves_the_bytes_of_the_bulk_update(compiled, tmp_
     assert ram(tmp_path / "steps") == ram(tmp_path / "bulk")
 
 
-@pytest.mark.parametrize("arguments", [(), ("-s",), ("-f", "7")], ids=["bulk", "steps", "failure"])
+@pytest.mark.parametrize(
+    "arguments",
+    [("-n", "100000"), ("-n", "2000", "-s"), ("-n", "2000", "-f", "7")],
+    ids=["bulk", "steps", "failure"],
+)
 def test_simulator_under_asan_leaks_nothing(arguments, compiled, tmp_path):
     """No report of any kind: what Python keeps to its end is in reach."""
     program = compiled(SOURCE, *ASAN)
 
-    done = simulate(
-        program, tmp_path / "ram", "-n", 2000, *arguments, env={"PYTHONMALLOC": "malloc"}
-    )
+    done = simulate(program, tmp_path / "ram", *arguments, env={"PYTHONMALLOC": "malloc"})
 
     assert done.returncode == 0, done.stderr
     assert "Sanitizer" not in done.stderr

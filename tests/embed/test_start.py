@@ -69,6 +69,16 @@ def test_init_without_the_python_of_the_build_is_enoent(probe, library, tmp_path
     assert "the Python that libluo.so was built for" in done.stderr
 
 
+def test_init_of_a_python_that_does_not_start_is_enoexec(probe, library):
+    """Not even Python's own start may end the program: there is a number, and a reason."""
+    done = without_environment(probe, library, env={"PYTHONMALLOC": "no such thing"})
+
+    assert done.stdout == f"luo_init {-errno.ENOEXEC}\n{NOT_STARTED}"
+    assert done.stderr == (
+        f"luo_init: {sys.executable} does not start: PYTHONMALLOC: unknown allocator\n"
+    )
+
+
 def test_init_of_a_python_without_luo_is_enoexec(probe, library, tmp_path):
     """An environment that has lost luo starts, and luo_init() says so."""
     venv.create(tmp_path / "bare", symlinks=True)

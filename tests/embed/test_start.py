@@ -98,6 +98,20 @@ def test_init_of_a_python_without_luo_is_enoexec(probe, library, tmp_path):
     assert done.stderr.endswith(f"luo_init: {python}: luo cannot be imported\n")
 
 
+def test_init_in_another_python_is_enoexec(probe, library, tmp_path):
+    """Of another minor version than the one that built the library: it is neither used nor ended."""
+    other = tmp_path / "libluo.so"
+    version = sys.version.split()[0].encode() + b"\0"
+    raw = library.read_bytes()
+    assert version in raw
+    other.write_bytes(raw.replace(version, version.replace(b"3.", b"2.")))
+
+    done = without_environment(probe, other)
+
+    assert done.stdout == f"luo_init {-errno.ENOEXEC}\n{NOT_STARTED}"
+    assert done.stderr.startswith(f"luo_init: Python {sys.version.split()[0]} runs here, libluo.so")
+
+
 JOIN = """
 import ctypes, gc, sys
 library = ctypes.{how}(sys.argv[1])

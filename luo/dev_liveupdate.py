@@ -56,7 +56,7 @@ from luo.saved_devices import SavedDevices
 if TYPE_CHECKING:
     from luo._kho import CallRecorder
 
-__all__ = ["DeviceParticipant"]
+__all__ = ["DeviceParticipant", "shares"]
 
 _BIT: Final = {"driver": 1, "bus": 2}
 _MODE: Final = {"PREPARE": "set", "REBOOT": "need", "CANCEL": "clear"}
@@ -68,6 +68,19 @@ _BATCH, _PYTHON, _NATIVE, _THREADS = 1, 2, 3, 4
 
 #: Devices below which a thread is not worth its start.
 _SHARE: Final = 256
+
+
+def shares(start: int, stop: int, workers: int) -> list[tuple[int, int]]:
+    """Return the stretches of *start* to *stop*, places of devices, for each thread; or just one.
+
+    Args:
+        start: first place of devices of one depth, all of whose callbacks are thread-safe.
+        stop: the place behind the last.
+        workers: how many threads there may be; fewer are used if they are not worth it.
+    """
+    count = max(1, min(workers, (stop - start) // _SHARE))
+    cuts = np.linspace(start, stop, count + 1).astype(int).tolist()
+    return list(itertools.pairwise(cuts))
 
 
 @dataclass(slots=True)
@@ -413,8 +426,11 @@ class DeviceParticipant:
     def _call(self, walk: _Walk, event: str, run: _Run, sides: tuple[str, ...]) -> None:
         collect: list[Any] | None = [] if event in BACKWARDS else None
         call = partial(self._call_stretch, walk, event, run.way, sides)
-        if run.way == _THREADS and run.stop - run.start >= 2 * _SHARE:
-            failure = self._call_threads(call, run, self._backwards(event), collect)
+        stretches = []
+        if run.way == _THREADS:
+            stretches = shares(run.start, run.stop, self._workers)
+        if len(stretches) > 1:
+            failure = self._call_threads(call, stretches, self._backwards(event), collect)
         else:
             failure = call(self._recorder, run.start, run.stop, collect)
         if walk.scopes[event] is not None and event == RESTORE:
@@ -459,16 +475,17 @@ class DeviceParticipant:
         )
 
     def _call_threads(
-        self, call: Callable[..., Any], run: _Run, backwards: bool, collect: list[Any] | None
+        self,
+        call: Callable[..., Any],
+        stretches: list[tuple[int, int]],
+        backwards: bool,
+        collect: list[Any] | None,
     ) -> Any:
         """Call the devices of one depth from several threads; returns the first failure in order.
 
         Each has a stretch of its own. Of a stretch behind a failure some have run: they are
         cancelled as those before it are.
         """
-        count = min(self._workers, (run.stop - run.start) // _SHARE)
-        cuts = np.linspace(run.start, run.stop, count + 1).astype(int).tolist()
-        stretches = list(itertools.pairwise(cuts))
         if backwards:
             stretches.reverse()
         forks = [
@@ -476,7 +493,7 @@ class DeviceParticipant:
             for worker, (start, stop) in enumerate(stretches)
         ]
         found: list[list[Any] | None] = [None if collect is None else [] for _ in stretches]
-        with ThreadPoolExecutor(count) as pool:  # leaving waits for all of them
+        with ThreadPoolExecutor(len(stretches)) as pool:  # leaving waits for all of them
             calls = [
                 pool.submit(call, fork, start, stop, there)
                 for fork, (start, stop), there in zip(forks, stretches, found, strict=True)
@@ -943,6 +960,7 @@ class DeviceParticipant:
         silent = silent[~(waits | devices.reclaimed[silent])]
         if silent.size:
             devices.reclaim(silent)
+            devices.kernel.luo.reclaiming = False  # that was no callback
 
 
 def _name(owner: Device | Driver | Bus) -> str:

@@ -625,6 +625,18 @@ class Devices(Mortal):
         return self.drivers if side == "driver" else self.buses
 
     @property
+    def thread_safe(self) -> frozenset[tuple[str, str, str]]:
+        """(event, kind, name) of the native callbacks that several threads may call."""
+        return frozenset(
+            (event.upper(), side, owner.name)
+            for side in SIDES
+            for owner in self.parties(side)
+            if owner.ops is not None and owner.ops.thread_safe
+            for event in ("prepare", "reboot", "finish", "cancel", "restore")
+            if isinstance(getattr(owner.ops, event), NativeCallback)
+        )
+
+    @property
     def grouped(self) -> NDArray[np.bool_]:
         """Which devices have a ``liveupdate`` directory in ``/sys``; ``bool``."""
         mask = np.full(len(self.requested), self.kernel.luo.enabled)

@@ -7,7 +7,7 @@ import errno
 import importlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from luo import abi, dma
 from luo import quirks as rfc1
 from luo._kho import CallRecorder
+from luo.clock import CostHook
 from luo.dev_liveupdate import DeviceParticipant
 from luo.device import Bus, Device, Devices, Driver
 from luo.device_records import DeviceRecords
@@ -33,6 +34,7 @@ from luo.kexec import (
     Arrival,
     Departure,
     LocalSuccessor,
+    drained,
     handover_of,
     jump,
     record_of,
@@ -41,7 +43,7 @@ from luo.kho import Handover, Incoming, Kho, KhoNode
 from luo.liveupdate import LuoIncoming, Orchestrator
 from luo.machine import Machine
 from luo.memory import PhysicalMemory
-from luo.notifier import Subsystem
+from luo.notifier import RESTORE, Event, State, Step, Subsystem
 from luo.profile.tables import Profile
 from luo.remote import RemoteKernel
 from luo.report import Report, describe
@@ -56,7 +58,6 @@ _RELEASE: Final = "7.3.0"
 #: eight a device at most, in two kernels.
 _SPANS_PER_DEVICE: Final = 4
 _SPANS_BESIDES: Final = 4096
-CostHook: TypeAlias = Callable[[tuple[str, str, str, str], int, int], int]
 Digests: TypeAlias = dict[tuple[str, str], tuple[int, int]]
 
 
@@ -276,7 +277,10 @@ class Kernel:
         if spans is True:
             spans = _SPANS_PER_DEVICE * nr_devices + _SPANS_BESIDES
         self.recorder = CallRecorder(clock, devices=nr_devices, spans=int(spans))
+        self.recorder.cost = cost if cost is None else self._charging(cost)
+        self.recorder.timing = timing
         self.recorder.cost, self.recorder.timing = cost, timing
+        self._keeps_spans = bool(spans)
         if callback_limit is not None and "no-callback-limit" not in self.quirks:
             self.recorder.limit_ns = max(1, round(callback_limit * 1e9))
         self.marks: dict[str, tuple[int, int]] = {}
@@ -394,12 +398,31 @@ class Kernel:
         if name == "prepare":
             self.recorder.clear_spans()  # those are of the update before
         start = self.recorder.read_clock()
+        if name == "restore":  # what comes over is adopted before the first callback
+            self._charge(name)
         try:
             yield
         finally:
-            if self.recorder.cost is not None:
-                self.recorder.cost(("engine", name.upper(), "phase", name), -1, 0)
+            if name != "restore":
+                self._charge(name)
             self.marks[name] = start, self.recorder.read_clock()
+
+    def _charge(self, phase: str) -> None:
+        """Let the time pass that a phase takes beside its callbacks."""
+        if self.recorder.cost is not None:
+            self.recorder.cost(("engine", phase.upper(), "phase", phase), -1, 0)
+
+    def _charging(self, cost: CostHook) -> CostHook:
+        """Return *cost* so that what a callback reclaims runs when its time is over."""
+
+        def charge(label: tuple[str, str, str, str], device: int, devices: int) -> int:
+            ns = cost(label, device, devices)
+            if label[1] == RESTORE and self.luo.reclaiming:
+                self.luo.note_reclaim()
+                self.luo.reclaiming = False
+            return ns
+
+        return charge
 
     # ---- boot ----
 
@@ -467,6 +490,12 @@ class Kernel:
 
     def take_over(self, plan: _Plan, verify: bool = False) -> Kernel:
         """Run from a handover that :meth:`validate` found good; the first write is in here."""
+        return drained(self.taking_over(plan, verify, bulk=True))
+
+    def taking_over(
+        self, plan: _Plan, verify: bool, *, bulk: bool = False
+    ) -> Generator[Step, None, Kernel]:
+        """Run :meth:`take_over`, and yield the restore callbacks as steps unless *bulk*."""
         self.boot_began_ns = self.recorder.read_clock()
         with self._phase("boot"):
             self._plan = plan
@@ -498,7 +527,10 @@ class Kernel:
                     self._layer.adopt(plan.records)
                 else:
                     self.devices.clear_slots()
-                self._restore_failures = self.luo.restore()
+                if bulk:
+                    self._restore_failures = self.luo.restore()
+                else:
+                    self._restore_failures = yield from self.luo.restoring()
         self._probe(self._each("probe"))
         self.strays = dma.catch(self, escaped)
         return self
@@ -565,6 +597,7 @@ class Kernel:
             "phases": {name: self.phases.get(name, 0) for name in ("boot", "restore")},
             "digest_ns": self._digest_ns,
             "last_reclaim_ns": self.luo.last_reclaim_ns,
+            "restored_late": self.luo.restored_late if self.luo.last_reclaim_ns else [],
             "reclaimed": int(self.devices.reclaimed.sum()),
             "digests": [[*key, *value] for key, value in self._digests.items()],
             "records_without_device": [] if records is None else records.without_device,
@@ -667,6 +700,30 @@ class Kernel:
             SuccessorError: the successor did not take over; the state is NORMAL.
             HostCrashError: it died after the commit point.
         """
+        return drained(self._kexec(True, preflight, timeout, verify))
+
+    def kexec_steps(self, *, verify: bool = False) -> Generator[Step, None, Kernel]:
+        """Jump as :meth:`kexec` does, one REBOOT or restore callback at a time.
+
+        The steps are as of :meth:`luo.liveupdate.Orchestrator.steps` with *ahead*. Closing the
+        generator, or an exception thrown into it, cancels while this kernel runs; after that what
+        is left is completed.
+
+        Yields:
+            the steps, in order.
+
+        Raises:
+            StateError: EINVAL if no kernel is loaded in this process.
+        """
+        if not isinstance(self._next, LocalSuccessor):
+            raise StateError(errno.EINVAL, "kexec by steps: no kernel is loaded in this process")
+        kernel = yield from self._kexec(False, True, 0.0, verify)
+        assert isinstance(kernel, Kernel)
+        return kernel
+
+    def _kexec(
+        self, bulk: bool, preflight: bool, timeout: float, verify: bool
+    ) -> Generator[Step, None, Kernel | RemoteKernel]:
         self._require("kexec", "running")
         self.luo.refuse_callback("kexec")
         if self._next is None:
@@ -674,22 +731,34 @@ class Kernel:
                 self.luo.cancel()
             raise StateError(errno.EINVAL, "kexec: no kernel image is loaded")
         successor, self._next = self._next, None
-        return jump(
-            self,
-            successor,
-            clock=self.recorder.read_clock,
-            cost=self.recorder.cost,
-            preflight=preflight,
-            timeout=timeout,
-            verify=verify,
+        return (
+            yield from jump(
+                self,
+                successor,
+                clock=self.recorder.read_clock,
+                cost=self.recorder.cost,
+                preflight=preflight,
+                timeout=timeout,
+                verify=verify,
+                rebooting=None if bulk else self._rebooting(verify),
+            )
         )
 
     def reboot(self, verify: bool) -> Departure:
         """Run REBOOT and say what is handed over: the first part of :func:`luo.kexec.jump`.
 
-        It may have run, one callback at a time.
+        REBOOT may have run, one callback at a time.
         """
-        live = self.luo.published or self.luo.reboot()
+        return self._departure(self.luo.published or self.luo.reboot(), verify)
+
+    def _rebooting(self, verify: bool) -> Generator[Step, None, Departure]:
+        """Run :meth:`reboot` one callback at a time."""
+        live = self.luo.state is State.PREPARED
+        if live and not self.luo.published:
+            yield from self.luo.steps(Event.REBOOT, ahead=True)
+        return self._departure(live, verify)
+
+    def _departure(self, live: bool, verify: bool) -> Departure:
         handover = self._hand_over(live)
         ended = self.recorder.read_clock()
         if handover is not None and self.on_handover is not None:
@@ -702,7 +771,7 @@ class Kernel:
             reboot_began_ns=self.luo.reboot_began_ns if live else ended,
             reboot_ended_ns=ended,
             digests=[[*key, *value] for key, value in digests.items()],
-            image=self.image_sizes(),
+            image={**self.image_sizes(), **self._folios()},
             preserved=int(self.devices.preserved.sum()),
             requested=int(self.devices.requested.sum()),
             marks={name: list(mark) for name, mark in self.marks.items()},
@@ -736,6 +805,15 @@ class Kernel:
             "map_bytes": self._kho.tree_pages * self.machine.memory.page_size,
             "preserved_pages": self._kho.preserved_pages,
         }
+
+    def _folios(self) -> dict[str, dict[int, int]]:
+        """Return how many folios of each order are handed over, if spans are kept: it is a walk."""
+        if self._kho is None or not self._keeps_spans:
+            return {}
+        counts = np.zeros(256, np.int64)
+        for _, orders in self._kho.preserved_chunks(1 << 16):
+            counts += np.bincount(orders, minlength=256)
+        return {"folios": {int(order): int(counts[order]) for order in np.flatnonzero(counts)}}
 
     def depart(self) -> None:
         """Be gone: the commit point is passed."""

@@ -13,9 +13,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from luo.errors import (
     FdtError,
@@ -26,7 +26,7 @@ from luo.errors import (
 )
 from luo.fdt import Fdt, FdtWriter
 from luo.kho import Handover
-from luo.notifier import State
+from luo.notifier import State, Step
 
 if TYPE_CHECKING:
     from luo.kernel import Kernel
@@ -85,7 +85,8 @@ class Departure:
             KHO off.
         reboot_began_ns, reboot_ended_ns: on the monotonic clock.
         digests: [side, name, bytes, digest] of what driver and bus callbacks stored.
-        image: the ``image`` object of ``luo run --json``.
+        image: the ``image`` object of ``luo run --json``, and if the kernel keeps spans
+            ``folios``: how many of each order are handed over.
         preserved, requested: numbers of devices.
         marks: begin and end of each phase that it has passed, on its clock.
     """
@@ -96,7 +97,7 @@ class Departure:
     reboot_began_ns: int
     reboot_ended_ns: int
     digests: list[list[Any]]
-    image: dict[str, int]
+    image: dict[str, Any]
     preserved: int
     requested: int
     marks: dict[str, list[int]]
@@ -185,6 +186,10 @@ class LocalSuccessor:
             return self.kernel.take_over(self._plan, verify)
         return self.kernel.boot_from(record)
 
+    def starting(self, verify: bool) -> Generator[Step, None, Kernel]:
+        """Pass the commit point, and yield the restore callbacks as steps."""
+        return self.kernel.taking_over(self._plan, verify)
+
     @property
     def result(self) -> dict[str, Any]:
         """What boot and restore came to."""
@@ -193,6 +198,19 @@ class LocalSuccessor:
     def close(self) -> None:
         """Let it go unused."""
         self.kernel.close()
+
+
+_Result = TypeVar("_Result")
+
+
+def drained(steps: Generator[Any, None, _Result]) -> _Result:
+    """Return what *steps* return, which are all run."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: _Result = end.value
+            return result
 
 
 def jump(
@@ -204,11 +222,16 @@ def jump(
     preflight: bool,
     timeout: float,
     verify: bool,
-) -> Kernel | RemoteKernel:
-    """Change the kernel of a machine: see :meth:`luo.kernel.Kernel.kexec`."""
+    rebooting: Generator[Step, None, Departure] | None = None,
+) -> Generator[Step, None, Kernel | RemoteKernel]:
+    """Change the kernel of a machine: see :meth:`luo.kernel.Kernel.kexec`.
+
+    With *rebooting*, which is REBOOT by steps, it yields these and those of restore, into a
+    :class:`LocalSuccessor`; without, both run in bulk.
+    """
     machine = old.machine
     try:
-        departure = old.reboot(verify)
+        departure = old.reboot(verify) if rebooting is None else (yield from rebooting)
         began = clock()
         if preflight:
             successor.validate(departure.handover, timeout)
@@ -232,7 +255,11 @@ def jump(
     if cost is not None:
         cost(("engine", "JUMP", "phase", "jump"), -1, 0)
     try:
-        kernel = successor.start(departure.handover, preflight, verify)
+        if rebooting is None:
+            kernel = successor.start(departure.handover, preflight, verify)
+        else:
+            assert isinstance(successor, LocalSuccessor)
+            kernel = yield from successor.starting(verify)
     except (HostCrashError, KernelPanic):
         successor.close()
         raise

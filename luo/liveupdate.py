@@ -258,6 +258,8 @@ class Orchestrator(Mortal):
         self.incoming: LuoIncoming | None = None
         self.reboot_began_ns = 0
         self.last_reclaim_ns = 0
+        self.restored_late: list[str] = []  # whose RESTORE began when no device was to be reclaimed
+        self.reclaiming = False  # a callback has reclaimed since this was last cleared
 
     # ---- what anybody may ask ----
 
@@ -315,6 +317,8 @@ class Orchestrator(Mortal):
     def note_reclaim(self) -> None:
         """Note the time: a device has been reclaimed."""
         self.last_reclaim_ns = self._recorder.read_clock()
+        self.restored_late.clear()
+        self.reclaiming = True
 
     # ---- who takes part ----
 
@@ -841,6 +845,7 @@ class Orchestrator(Mortal):
             failures: list[CallbackError] = []
             problems: list[BaseException] = []
             for participant in self._chain.order(RESTORE):
+                self.restored_late.append(participant.name)
                 problems += self._finish_steps(participant.steps(RESTORE, True))
                 failures += participant.collect()
             if problems:  # an interrupt: there is no way back, so everybody had a turn first

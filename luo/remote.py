@@ -52,7 +52,7 @@ from luo.errors import (
     SuccessorError,
     from_errno,
 )
-from luo.kexec import Departure, handover_of, jump
+from luo.kexec import Departure, drained, handover_of, jump
 from luo.liveupdate import CancelResult, FinishResult, State
 from luo.profile.tables import Profile
 
@@ -388,7 +388,9 @@ class RemoteKernel:
             raise StateError(errno.EINVAL, "kexec: no kernel image is loaded")
         successor, self._next = self._next, None
         try:
-            kernel = jump(self, successor, preflight=preflight, timeout=timeout, verify=verify)
+            kernel = drained(
+                jump(self, successor, preflight=preflight, timeout=timeout, verify=verify)
+            )
         finally:
             if self._closed:
                 self.close()  # its process ended while the next kernel booted

@@ -14,13 +14,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from luo._kho import CallRecorder
+import numpy as np
+
+from luo._kho import SPAN, CallRecorder
 from luo.dma import Stray
 from luo.errors import BudgetError, LuoError, errno_name
 from luo.liveupdate import CancelResult, FinishResult, State
-from luo.profile.tables import Profile
+from luo.profile.tables import BLACKOUT_EVENTS, Profile, added, device_costs, subtrees
 
-__all__ = ["Report", "Track", "describe", "parse_duration", "version"]
+__all__ = [
+    "PHASES",
+    "Report",
+    "Track",
+    "budget_names",
+    "describe",
+    "parse_budgets",
+    "parse_duration",
+    "version",
+]
 
 PHASES: Final = ("prepare", "reboot", "jump", "boot", "restore", "finish", "blackout")
 _UNITS: Final = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
@@ -30,9 +41,16 @@ _EVENTS: Final = {
     "reboot": ("REBOOT",),
     "restore": ("RESTORE",),
     "finish": ("FINISH",),
-    "blackout": ("REBOOT", "RESTORE"),
+    "blackout": BLACKOUT_EVENTS,
 }
-_NR_WORST = 3
+_DEVICES: Final = "devices"  # the subsystem that calls drivers and buses
+_NR_WORST: Final = 3
+_NR_DEVICES: Final = 32  # dearest ones in the document
+#: Phases of the document's timeline, by kernel: it may have marks of an earlier update.
+_TIMELINE: Final = {
+    "old kernel": ("prepare", "reboot"),
+    "new kernel": ("jump", "boot", "restore", "finish"),
+}
 _CALLBACK_FIELDS: Final = ("event", "kind", "name", "device", "file", "line")
 
 
@@ -42,6 +60,48 @@ def parse_duration(text: str) -> int:
     if match is None:
         raise ValueError(f"duration {text!r}: a number with ns, us, ms or s is expected")
     return round(float(match[1]) * _UNITS[match[2]])
+
+
+def parse_budgets(text: str) -> dict[str, int]:
+    """Return the nanoseconds by name of *text*, as ``"blackout=50ms,devices/nvme/REBOOT=2ms"``."""
+    budgets: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, limit = part.rpartition("=")
+        name = name.strip()
+        if not name:
+            raise ValueError(f"budget {part.strip()!r}: NAME=TIME is expected, as blackout=50ms")
+        if name in budgets:
+            raise ValueError(f"budget {name!r} is there twice")
+        try:
+            budgets[name] = parse_duration(limit)
+        except ValueError as error:
+            raise ValueError(f"budget {name!r}: {error}") from None
+    return budgets
+
+
+def budget_names(kernel: Any) -> list[str]:
+    """Return the names of budgets that an update of *kernel*, with devices requested, will have.
+
+    It may have fewer: a callback may turn out not to be called.
+    """
+    devices, names = kernel.devices, dict.fromkeys(PHASES)
+    kept = above = np.flatnonzero(devices.requested)
+    while len(above):
+        above = np.unique(devices.tree.parents[above])
+        above = above[above >= 0]
+        kept = np.union1d(kept, above)
+    kept = kept[devices.supported()[kept]]
+    callbacks = [(subsystem.name, subsystem.name, subsystem) for subsystem in kernel.luo.subsystems]
+    for side in ("driver", "bus"):
+        owners = devices.parties(side)
+        numbers = np.unique(devices.ids(side)[kept])
+        for owner in [owners[number] for number in numbers.tolist() if number >= 0]:
+            callbacks.append((_DEVICES, owner.name, owner.ops))
+    for subsystem, name, callable_by in callbacks:
+        for event in ("PREPARE", "REBOOT", "RESTORE", "FINISH"):
+            if getattr(callable_by, event.lower(), None) is not None:
+                names |= dict.fromkeys((f"{subsystem}/{event}", f"{subsystem}/{name}/{event}"))
+    return list(names)
 
 
 def describe(error: BaseException) -> dict[str, Any]:
@@ -76,6 +136,10 @@ class Track:
     profile: Profile
 
 
+def _track(name: str, kernel: Any) -> Track:
+    return Track(name, getattr(kernel, "pid", os.getpid()), dict(kernel.marks), kernel.profile)
+
+
 class Report:
     """A live update, or several in a row, in figures.
 
@@ -88,8 +152,12 @@ class Report:
         failures: restore, finish and cancel callbacks that failed.
         dma: where devices may have written that the next kernel was not told to keep.
         error: why the update failed, None if it did not.
+        thread_safe: (event, kind, name) of the native callbacks that several threads may call, as
+            far as the kernels ran in this process.
         tracks: the two kernels of the last update, old and new.
         blackout: when that one's blackout began and ended, nanoseconds on the clock of the tracks.
+        clock: ``"wall"``; ``"virtual"`` if the kernel was given a clock or a cost.
+        verdict: what :meth:`check` found, with the worst offenders; None if nothing was checked.
         dry: nanoseconds of prepare, reboot and cancel, if there was no jump; else empty.
     """
 
@@ -110,10 +178,17 @@ class Report:
         self.tracks: list[Track] = []
         self.blackout: tuple[int, int] | None = None
         self.dry: dict[str, int] = {}
-        self.image: dict[str, int] = {}
+        self.image: dict[str, Any] = {}
         self.devices: dict[str, Any] = {}
         self.successor = ""
+        self.clock = "wall"
+        self.verdict: dict[str, Any] | None = None
+        self.thread_safe: frozenset[tuple[str, str, str]] = frozenset()
         self._calls = CallRecorder()
+        self._tree: Any = None
+        self._costs = np.zeros((2, 0))
+        self._late: set[str] = set()  # subsystems that were restored after the blackout
+        self._counted = np.zeros((2, 0), np.float32)  # what the running kernel had before
         self._abi = ""
         self._behaviour = "intended"
         self._quirks: list[str] = []
@@ -126,6 +201,12 @@ class Report:
         self._abi = getattr(kernel, "kho_abi", self._abi)
         self._behaviour = getattr(kernel, "behaviour", self._behaviour)
         self._quirks = sorted(getattr(kernel, "quirks", self._quirks))
+        self._tree = kernel.machine.devices
+        self._counted = kernel.profile.costs.copy()
+        recorder = getattr(kernel, "recorder", None)
+        if recorder is not None and (recorder.clock is not None or recorder.cost is not None):
+            self.clock = "virtual"
+        self.thread_safe |= getattr(kernel.devices, "thread_safe", frozenset())
         self.devices = {"total": len(kernel.machine.devices)}
         self.note_state(kernel)
 
@@ -142,9 +223,14 @@ class Report:
         except BaseException as error:
             self.error = describe(error)
             running = self.kernel = kernel.machine.running
+            if running is not kernel:
+                self._counted = np.zeros((2, 0), np.float32)
             if running is not None:
                 with contextlib.suppress(LuoError):
                     self.note_state(running)
+                    self._count(running.profile)
+                    who = "old kernel" if running is kernel else "new kernel"
+                    self.tracks, self.blackout = [_track(who, running)], None
                     self._calls.merge(running.profile.dump())
                     if isinstance(error, KeyboardInterrupt):
                         self.error["message"] = "interrupted"
@@ -160,17 +246,11 @@ class Report:
         departure, result = arrival.departure, arrival.result
         phases = {"prepare": departure.phases.get("prepare", 0), **arrival.phases}
         phases["finish"] = kernel.phases.get("finish", 0)
-        profile = kernel.profile
         departed = {name: (begin, end) for name, (begin, end) in departure.marks.items()}
-        self.tracks = [
-            Track("old kernel", departure.pid, departed, arrival.before),
-            Track(
-                "new kernel",
-                getattr(kernel, "pid", os.getpid()),
-                {"jump": arrival.jump, **kernel.marks},
-                profile,
-            ),
-        ]
+        new = _track("new kernel", kernel)
+        new.marks["jump"] = arrival.jump
+        self.tracks = [Track("old kernel", departure.pid, departed, arrival.before), new]
+        profile = new.profile
         self.blackout = arrival.blackout
         self.successor = "process" if hasattr(kernel, "pid") else "in-process"
         self.image = departure.image
@@ -190,6 +270,10 @@ class Report:
         ):
             calls.merge(dump, events)
         self._calls.merge(calls.dump())
+        self._late = set(result["restored_late"])
+        self._count(arrival.before)
+        self._counted = np.zeros((2, 0), np.float32)
+        self._count(profile)
         callbacks: Counter[str] = Counter()
         for row in calls.rows():
             callbacks["{subsystem}/{name}/{event}".format_map(row)] += row["total_ns"]
@@ -221,11 +305,18 @@ class Report:
         """Add one update of *kernel* that was cancelled instead of the jump."""
         self.note_state(kernel)
         self.devices["requested"] = int(kernel.devices.requested.sum())
+        self.tracks = [_track("old kernel", kernel)]
         self.dry = {name: kernel.phases.get(name, 0) for name in ("prepare", "reboot", "cancel")}
         self._calls.merge(kernel.profile.dump())
+        self._count(kernel.profile)
         self.failures += map(describe, cancelled.failures)
         if self.failures:
             self.error = self.failures[0]
+
+    def _count(self, profile: Profile) -> None:
+        """Add what the devices of one kernel cost since it was last counted."""
+        self._costs = added(self._costs, profile.costs, -self._counted)
+        self._counted = profile.costs.copy()
 
     # ---- reading ----
 
@@ -240,9 +331,33 @@ class Report:
         }
 
     @property
+    def profile(self) -> Profile:
+        """What callbacks and devices cost, all runs together; spans are in :attr:`tracks`."""
+        recorder = CallRecorder()
+        recorder.load((), np.zeros(0, SPAN), self._costs.astype(np.float32), 0)
+        recorder.merge(self._calls.dump())
+        blackout = sum(run["phases_ns"].get("blackout", 0) for run in self.runs)
+        return Profile(recorder, self._tree, blackout, self._late)
+
+    @property
     def callbacks(self) -> list[dict[str, Any]]:
-        """What callbacks cost: one row a subsystem, event, kind and name; all runs together."""
-        return list(self._calls.rows())
+        """What callbacks cost: one row a subsystem, event, kind and name; all runs together.
+
+        Beside the figures there are the buckets of the histogram as ``[low_ns, high_ns, calls]``,
+        the path of the device that took longest, and the share of blackout of what is in it.
+        """
+        profile = self.profile
+        rows = profile.rows()
+        for row in rows:
+            label = (row["subsystem"], row["event"], row["kind"], row["name"])
+            if not profile.in_blackout(label):
+                row["blackout_share"] = None
+            del row["blackout_ns"]
+            slowest = row["max_device"]
+            known = self._tree is not None and slowest >= 0
+            row["max_device"] = self._tree.path(slowest) if known else None
+            row["histogram"] = profile.histogram(label)
+        return rows
 
     def check(self, budgets: Mapping[str, str | int]) -> None:
         """Hold the updates to *budgets*, by their 95th percentile: the slowest of fewer than 20.
@@ -263,24 +378,56 @@ class Report:
         figures = [_figures(run) for run in self.runs]
         names = dict.fromkeys(name for run in figures for name in run)
         spent = {name: _p95([run.get(name, 0) for run in figures]) for name in names}
-        over = {}
+        judged: list[dict[str, Any]] = []
         for name, limit in budgets.items():
             allowed = parse_duration(limit) if isinstance(limit, str) else limit
             if name not in spent:
                 raise ValueError(f"budget {name!r}: none of {', '.join(spent)}")
             if allowed < 0:
                 raise ValueError(f"budget {name!r}: {limit!r} is no duration")
-            if spent[name] > allowed:
-                over[name] = (spent[name], allowed)
-        if not over:
-            return
-        worst = sorted(over, key=lambda name: over[name][1] / over[name][0])
-        lines = [f"over budget, by the 95th percentile of {len(figures)}:"]
-        for name in worst:
-            lines.append("{}: {}, the budget is {}".format(name, *map(_ms, over[name])))
-            parts = sorted((part for part in spent if _is_part(part, name)), key=spent.__getitem__)
-            lines += [f"    {part}: {_ms(spent[part])}" for part in parts[: -_NR_WORST - 1 : -1]]
-        raise BudgetError("\n".join(lines), {name: over[name] for name in worst})
+            met = spent[name] <= allowed
+            worst = [] if met else self._worst(name, spent)
+            judged.append(
+                {"name": name, "limit_ns": allowed, "p95_ns": spent[name], "met": met}
+                | {"worst": worst}
+            )
+        judged.sort(key=lambda one: one["limit_ns"] / max(1, one["p95_ns"]))
+        over = [one for one in judged if not one["met"]]
+        self.verdict = {"met": not over, "runs": len(self.runs), "budgets": judged}
+        if over:
+            raise BudgetError(
+                "\n".join(_told(self.verdict)),
+                {one["name"]: (one["p95_ns"], one["limit_ns"]) for one in over},
+            )
+
+    def _worst(self, name: str, spent: Mapping[str, int]) -> list[dict[str, Any]]:
+        """Return the dearest callbacks of the budget *name*, each with its dearest devices."""
+        parts = [part for part in spent if _is_part(part, name)] or [name]
+        if name == "blackout":
+            late = {f"{subsystem}/{subsystem}/RESTORE" for subsystem in self._late}
+            parts = [part for part in parts if part not in late]
+        parts.sort(key=lambda part: -spent[part])
+        return [
+            {"name": part, "p95_ns": spent[part], "devices": self._worst_devices(part)}
+            for part in parts[:_NR_WORST]
+        ]
+
+    def _worst_devices(self, callback: str) -> list[dict[str, Any]]:
+        """Return what the devices of the driver or bus of *callback* cost in one update."""
+        subsystem, _, name = callback.partition("/")
+        name, _, event = name.rpartition("/")
+        if subsystem != _DEVICES or self._tree is None:
+            return []
+        # The sums know no event: in blackout or out of it is as near as they come.
+        costs = np.zeros_like(self._costs)
+        row = int(event in BLACKOUT_EVENTS)
+        costs[row] = self._costs[row] / len(self.runs)
+        table = device_costs(self._tree, costs)
+        table = table[(table["driver"] == name) | (table["bus"] == name)]
+        return [
+            {"path": device["path"].item(), "ns": device["total_ns"].item()}
+            for device in table[:_NR_WORST]
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the ``luo-run/1`` document."""
@@ -304,10 +451,40 @@ class Report:
             "callbacks": self.callbacks,
             "image": self.image,
             "runs": self.runs,
+            "clock": self.clock,
+            "timeline": self._timeline(),
+            "worst_devices": self._dearest_devices(),
+            "subtrees": [] if self._tree is None else subtrees(self._tree, self._costs),
+            "budgets": self.verdict,
             "dry_reboot_ns": self.dry or None,
             "failures": self.failures,
             "dma": self.dma,
             "error": self.error,
+        }
+
+    def _dearest_devices(self) -> list[dict[str, Any]]:
+        rows = self.profile.rows("device", _NR_DEVICES)
+        return [{name: row[name] for name in row if name != "device"} for row in rows]
+
+    def _timeline(self) -> dict[str, Any] | None:
+        """Return when the phases of the last update ran, from the begin of PREPARE."""
+        if self.blackout is None:
+            return None
+        begin = self.tracks[0].marks["prepare"][0]
+
+        def since(marks: tuple[int, int]) -> list[int]:
+            return [at - begin for at in marks]
+
+        return {
+            "begin_ns": begin,
+            "kernels": [
+                {
+                    "name": track.name,
+                    "phases": [[name, *since(track.marks[name])] for name in _TIMELINE[track.name]],
+                }
+                for track in self.tracks
+            ],
+            "blackout": since(self.blackout),
         }
 
     def to_json(self) -> str:
@@ -324,6 +501,20 @@ def _figures(run: Mapping[str, Any]) -> dict[str, int]:
         figures[total] = figures.get(total, 0) + ns
         figures[name] = ns
     return figures
+
+
+def _told(verdict: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is over budget, worst first, line by line."""
+    yield f"over budget, by the 95th percentile of {verdict['runs']}:"
+    for one in verdict["budgets"]:
+        if one["met"]:
+            continue
+        yield f"{one['name']}: {_ms(one['p95_ns'])}, the budget is {_ms(one['limit_ns'])}"
+        for part in one["worst"]:
+            if part["name"] != one["name"]:
+                yield f"    {part['name']}: {_ms(part['p95_ns'])}"
+            for device in part["devices"]:
+                yield f"        {device['path']}: {_ms(device['ns'])}"
 
 
 def _is_part(name: str, whole: str) -> bool:

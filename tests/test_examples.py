@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import luo
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 README = EXAMPLES.parent / "README.md"
 
@@ -166,6 +168,75 @@ def test_forgotten_ring_as_a_program_catches_the_driver_and_not_the_mended_one(t
 
     assert (done.stdout, done.returncode) == (FORGOTTEN_RING_PRINTS, 0)
     assert done.stderr.strip() == FORGOTTEN_RING_PRINTS.splitlines()[1].strip()
+
+
+GATED = """\
+import time, luo
+
+def reboot(device):
+    {reboot}
+
+mlx5_core = luo.Driver("mlx5_core", luo.LiveUpdateOps(
+    lambda device: None, reboot, restore=lambda device: device.reclaim()))
+"""
+
+
+def gate(cwd, reboot="pass", **environment):
+    """Run the gate over a driver whose REBOOT does *reboot*, with generous limits."""
+    (cwd / "mine.py").write_text(GATED.format(reboot=reboot))
+    limits = {"BUDGET": "blackout=60s", "LIMIT": "10000%", "REPEAT": "8"}
+    return subprocess.run(
+        ["sh", EXAMPLES / "ci_gate.sh", "base.json", "--preset", "cloud", "--devices", "100",
+         "--drivers", "mine.py"],
+        cwd=cwd,
+        text=True,
+        capture_output=True,
+        timeout=120,
+        env={name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        | {"LUO": f"{sys.executable} -P -m luo", "PYTHONPATH": str(Path(luo.__file__).parents[1])}
+        | limits | environment,
+    )  # fmt: skip
+
+
+def test_ci_gate_stores_a_baseline_and_stops_what_is_slower(tmp_path):
+    """Status 0 twice, then 3 for a callback that takes much longer, and 0 when that is gone."""
+    first, second = gate(tmp_path), gate(tmp_path)
+    slower = gate(tmp_path, "time.sleep(0.005)")
+    again = gate(tmp_path)
+
+    statuses = [one.returncode for one in (first, second, slower, again)]
+    assert statuses == [0, 0, 3, 0], slower.stdout + slower.stderr
+    assert "stored as base.json" in first.stdout
+    assert "nothing is more than 10000 % slower" in second.stdout
+    assert "devices/mlx5_core/REBOOT: x" in slower.stdout.partition("10000 % slower:")[2]
+
+
+def test_ci_gate_over_budget_is_status_3_with_and_without_a_baseline(tmp_path):
+    """A run over its budget is not stored."""
+    over = gate(tmp_path, BUDGET="devices/mlx5_core/REBOOT=1ns")
+    assert (over.returncode, (tmp_path / "base.json").exists()) == (3, False)
+    gate(tmp_path)
+    later = gate(tmp_path, BUDGET="blackout=1ns")
+
+    assert later.returncode == 3
+    assert "over blackout" in later.stdout
+    assert "nothing is more than" in later.stdout
+
+
+@pytest.mark.parametrize(
+    ("reboot", "environment", "status"),
+    [
+        ("return -5", {}, 1),
+        ("pass", {"BUDGET": "blackouts=1s"}, 2),
+        ("pass", {"BUDGET": "blackout"}, 2),
+    ],
+)
+def test_ci_gate_passes_other_statuses_on(reboot, environment, status, tmp_path):
+    """A live update that fails, and wrong usage; nothing is stored."""
+    done = gate(tmp_path, reboot, **environment)
+
+    assert done.returncode == status, done.stdout + done.stderr
+    assert not (tmp_path / "base.json").exists()
 
 
 @pytest.mark.parametrize(

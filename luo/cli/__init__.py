@@ -1,6 +1,7 @@
 """The ``luo`` command: the only place that knows options, screens and exit statuses.
 
-Exit status: 0 done, 1 the live update failed, 2 wrong usage or input, 130 interrupted.
+Exit status: 0 done, 1 the live update failed, 2 wrong usage or input, 3 a budget or comparison was
+not met, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from typing import Any
 try:  # this takes as long as a person needs for ^C
     import click
 
+    from luo.cli.compare import compare
     from luo.cli.errors import INTERRUPTED
+    from luo.cli.export import export
     from luo.cli.faults import faults
     from luo.cli.graph import graph
     from luo.cli.image import image
     from luo.cli.mount import mount
     from luo.cli.quirks import quirks
     from luo.cli.run import run
+    from luo.cli.whatif import what_if
     from luo.report import version
 except KeyboardInterrupt:
     sys.exit(130)
@@ -56,5 +60,5 @@ def main() -> None:
     """Live updates of a Linux host: what survives the reboot, what it costs, and what fails."""
 
 
-for command in (run, image, faults, quirks, graph, mount):
+for command in (run, what_if, compare, export, faults, image, mount, quirks, graph):
     main.add_command(command)

@@ -17,6 +17,7 @@ from luo.errors import LuoError
 __all__ = [
     "FAILED",
     "INTERRUPTED",
+    "NOT_MET",
     "WRONG",
     "Wrong",
     "check_writable",
@@ -26,6 +27,7 @@ __all__ = [
 
 FAILED: Final = 1
 WRONG: Final = 2
+NOT_MET: Final = 3
 INTERRUPTED: Final = 130
 
 

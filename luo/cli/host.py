@@ -23,6 +23,7 @@ __all__ = [
     "HostSource",
     "KernelSettings",
     "boot",
+    "collected",
     "host_options",
     "image_of",
     "kernel_options",
@@ -195,15 +196,17 @@ _KERNEL_OPTIONS = (
 
 def host_options(command: _Command) -> _Command:
     """Give *command* the options that name a host, as one argument ``source``."""
-    return cast("_Command", _collected(command, _HOST_OPTIONS, "source", HostSource))
+    return cast("_Command", collected(command, _HOST_OPTIONS, "source", HostSource))
 
 
 def kernel_options(command: _Command) -> _Command:
     """Give *command* the options of the kernels, as one argument ``kernels``."""
-    return cast("_Command", _collected(command, _KERNEL_OPTIONS, "kernels", KernelSettings))
+    return cast("_Command", collected(command, _KERNEL_OPTIONS, "kernels", KernelSettings))
 
 
-def _collected(command: Any, options: tuple[Any, ...], name: str, kind: type[Any]) -> Any:
+def collected(command: Any, options: tuple[Any, ...], name: str, kind: type[Any]) -> Any:
+    """Give *command* the *options*, as one argument *name* of type *kind*."""
+
     @wraps(command)
     def called(**given: Any) -> Any:
         values = {field.name: given.pop(field.name) for field in fields(kind)}

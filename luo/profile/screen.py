@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["show"]
+from luo.report import PHASES
+
+__all__ = ["duration", "show", "show_comparison", "size"]
 
 _PHASES: Final = ("prepare", "reboot", "jump", "boot", "restore", "finish")
 _BLACKOUT: Final = ("reboot", "jump", "boot", "restore")
@@ -19,6 +22,10 @@ _EVENTS: Final = ("PREPARE", "REBOOT", "RESTORE", "FINISH", "CANCEL")
 _IN_BLACKOUT: Final = ("REBOOT", "RESTORE")
 _WORDS: Final = ("subsystem", "event", "kind", "name")
 _UNDO_SHOWN: Final = 3  # failures while rolling back; the document has them all
+_DEVICES_SHOWN: Final = 3
+_STANDS_OUT: Final = 0.1  # of what all devices cost
+_DIFFERING_SHOWN: Final = 20  # callbacks
+_VERDICTS: Final = {"slower": "bold red", "faster": "bold green", "no difference": "dim"}
 _NAME_WIDTH: Final = 20  # a longer name may be cut before a column is left out
 
 
@@ -55,11 +62,100 @@ def show(console: Console, document: Mapping[str, Any], kernel_boot_ns: int = 0)
         parts += [Text(), Text("dry reboot, no jump: " + ", ".join(spent))]
     if document["callbacks"]:
         parts += [Text(), _callbacks(document, console.width)]
+    parts += _dearest_devices(document)
     if document["runs"]:
         parts += [Text(), _image(document)]
+    if document["budgets"]:
+        parts += [Text(), _verdict(document["budgets"])]
     if document["error"]:
         parts += [Text(), _error(document["error"])]
     console.print(Group(*parts))
+
+
+def show_comparison(
+    console: Console, document: Mapping[str, Any], everything: bool = False
+) -> None:
+    """Print the ``luo-compare/1`` *document*.
+
+    Args:
+        console: where to.
+        document: the document.
+        everything: callbacks without a difference, too.
+    """
+    rows = document["rows"]
+    shown = [row for row in rows if everything or row["kind"] == "phase" or _differs(row)]
+    if not everything:
+        shown = shown[: len(PHASES) + _DIFFERING_SHOWN]
+    left = Counter(row["verdict"] for row in rows if row not in shown)
+    runs = document["runs"]
+    parts: list[RenderableType] = [
+        Text(f"A: {runs['a']:,} updates, B: {runs['b']:,}; medians, and how B differs from A")
+    ]
+    for row in document["differences"]:
+        parts.append(Text(f"not the same {row['what']}: A {row['a']}, B {row['b']}", "yellow"))
+    parts += [Text(), _comparison(shown, document["confidence"], console.width)]
+    if left:
+        what = ", ".join(f"{verdict} ({count:,})" for verdict, count in left.items())
+        parts.append(Text(f"callbacks left out: {what}; see --all", "dim"))
+    parts += [Text(f"warning: {warning}", "yellow") for warning in document["warnings"]]
+    if document["fail_slower"] is not None:
+        parts += [Text(), _judgement(document)]
+    console.print(Group(*parts))
+
+
+def _differs(row: Mapping[str, Any]) -> bool:
+    return row["verdict"] not in ("no difference", "too few runs")
+
+
+def _comparison(rows: Sequence[Mapping[str, Any]], confidence: float, screen: int) -> Table:
+    columns = ["", "A", "B", "change", f"{confidence:.0%} interval", "verdict"]
+    cells = [
+        [
+            row["name"],
+            *("" if row[side] is None else duration(row[side]) for side in ("a_ns", "b_ns")),
+            "" if row["ratio"] is None else _change(row["ratio"]),
+            "" if row["low"] is None else f"{_change(row['low'])} to {_change(row['high'])}",
+            row["verdict"],
+        ]
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    # Figures are never cut: on a narrow screen there are fewer.
+    for kept in (range(6), (0, 1, 2, 3, 5), (0, 3, 5)):
+        left = screen - sum(widths[place] + 2 for place in kept[1:]) - 1
+        if left >= min(widths[0], _NAME_WIDTH):
+            break
+    table = Table(box=None, header_style="dim", padding=(0, 1), pad_edge=False)
+    for place in kept:
+        table.add_column(
+            columns[place],
+            justify="left" if place in (0, 5) else "right",
+            no_wrap=True,
+            overflow="ellipsis",
+            max_width=max(8, left) if place == 0 else None,
+        )
+    for row in cells:
+        style = _VERDICTS.get(row[5], "")
+        table.add_row(*(Text(row[place], style if place == 5 else "") for place in kept))
+    return table
+
+
+def _change(ratio: float) -> str:
+    """Return *ratio* as a percentage, or as a factor where that says more."""
+    if not 0.1 <= ratio < 10:
+        return f"x{ratio:.3g}"
+    return f"{100 * (ratio - 1):+.1f} %"
+
+
+def _judgement(document: Mapping[str, Any]) -> Text:
+    limit = f"{100 * document['fail_slower']:g} %"
+    if not document["failed"]:
+        return Text(f"nothing is more than {limit} slower with confidence", "green")
+    rows = {row["name"]: row for row in document["rows"]}
+    text = Text(f"more than {limit} slower:", "bold red")
+    for name in document["failed"]:
+        text.append(f"\n  {name}: {_change(rows[name]['ratio'])}", "red")
+    return text
 
 
 def _headline(document: Mapping[str, Any]) -> Text:
@@ -185,6 +281,18 @@ def _cells(row: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict[str
     }
 
 
+def _dearest_devices(document: Mapping[str, Any]) -> list[RenderableType]:
+    """Name the devices that stand out, if any do."""
+    everything = document["subtrees"][0]["total_ns"] if document["subtrees"] else 0
+    rows = [
+        row
+        for row in document["worst_devices"][:_DEVICES_SHOWN]
+        if row["total_ns"] > _STANDS_OUT * everything
+    ]
+    lines = (f"{row['path']} ({row['driver']}): {duration(row['total_ns'])}" for row in rows)
+    return [Text("\n".join(["", "dearest devices, all updates together", *lines]))] if rows else []
+
+
 def _image(document: Mapping[str, Any]) -> Text:
     image, devices = document["image"], document["devices"]
     pages = image["preserved_pages"]
@@ -199,6 +307,22 @@ def _image(document: Mapping[str, Any]) -> Text:
         if devices.get(name):
             lines.append(f"{name.replace('_', ' ')}: {devices[name]:,}")
     return Text("\n".join(lines))
+
+
+def _verdict(verdict: Mapping[str, Any]) -> Text:
+    """Say which budgets were met, and who is to blame for those that were not."""
+    text = Text(f"budgets, by the 95th percentile of {verdict['runs']:,} updates:", "bold")
+    for one in verdict["budgets"]:
+        word, style = ("met", "green") if one["met"] else ("over", "bold red")
+        spent, limit = duration(one["p95_ns"]), duration(one["limit_ns"])
+        text.append(f"\n  {word:<4} ", style)
+        text.append(f"{one['name']}: {spent} of {limit}", "" if one["met"] else "red")
+        for part in one["worst"]:
+            if part["name"] != one["name"]:
+                text.append(f"\n         {part['name']}: {duration(part['p95_ns'])}")
+            for device in part["devices"]:
+                text.append(f"\n           {device['path']}: {duration(device['ns'])}")
+    return text
 
 
 def _error(error: Mapping[str, Any]) -> Text:

@@ -46,12 +46,13 @@ _CODES: Final = (
 
 _EVENTS: Final = ("PREPARE", "REBOOT", "FINISH", "CANCEL", RESTORE)
 _CALLBACKS: Final = ("prepare", "reboot", "finish", "cancel", "restore")
+_KEXEC: Final = 5
 _STEPS: Final = {"subsystem": 1, "driver": 2, "bus": 3}
 _FLAGS: Final = ("requested", "preserved", "reclaimed")
 _TEXT_BYTES: Final = 1024
 
 #: Parameters that may be NULL; all other pointers are checked in one place.
-_MAY_BE_NULL: Final = {"first", "handed", "options", "ops", "rows", "unless_null", "unreclaimed"}
+_MAY_BE_NULL: Final = {"first", "following", "handed", "options", "ops", "rows", "unreclaimed"}
 
 
 def install(ffi: Any, lib: Any) -> None:
@@ -95,8 +96,8 @@ class _Kernel:
         self.buses: list[Bus] = []
         self.subsystems: list[Subsystem] = []
         self.kernel: Kernel | RemoteKernel | None = None
-        self.next: _Kernel | None = None  # the image that is loaded
-        self.steps: Generator[Step, None, None] | None = None
+        self.next: _Kernel | None = None  # the one that is loaded
+        self.steps: Generator[Step, None, object] | None = None
         self.step: Step | None = None  # the next one, or the one that has been handed out
         self.handed = False
         self.number = 0
@@ -530,27 +531,28 @@ class Face:
         if unreclaimed != self._ffi.NULL:
             unreclaimed[0] = len(result.unreclaimed)
 
-    def luo_kexec_load(self, kernel: Any, unless_null: Any) -> None:
-        if unless_null == self._ffi.NULL:
+    def luo_kexec_load(self, kernel: Any, following: Any) -> None:
+        box = self._box(kernel)
+        if following == self._ffi.NULL:
             self._running(kernel).kexec_unload()
+            box.next = None
             return
-        old = self._kernel(kernel)
-        box = self._box(unless_null)
-        old.kexec_load(box.made(self._machine(box.box)))
-        self._box(kernel).next = None
+        loaded = self._box(following)
+        self._kernel(kernel).kexec_load(loaded.made(self._machine(loaded.box)))
+        box.next = loaded
 
-    def luo_kexec_load_image(self, kernel: Any, image: Any, following: Any) -> None:
+    def luo_kexec_load_image(self, kernel: Any, image: Any, result: Any) -> None:
         box = self._box(kernel)
         self._running(kernel).kexec_load(KernelImage(self._text(image)))
         box.next = _Kernel(box.box, {})
         box.box.kernels += 1
-        following[0] = self._hold("kernel", box.next)
+        result[0] = self._hold("kernel", box.next)
 
     def luo_kexec(self, kernel: Any) -> None:
         box = self._box(kernel)
-        following = self._running(kernel).kexec()
+        running = self._running(kernel).kexec()
         if box.next is not None:
-            box.next.kernel = following
+            box.next.kernel = running
 
     # ---- one callback at a time ----
 
@@ -558,8 +560,9 @@ class Face:
         box, old = self._box(kernel), self._kernel(kernel)
         if box.steps is not None:
             raise StateError(errno.EDEADLK, "begin: an event has been begun, and has not ended")
+        old.luo.refuse_callback("begin")
         box.number = 0
-        box.steps = old.luo.steps(Event(event))
+        box.steps = old.kexec_steps() if event == _KEXEC else old.luo.steps(Event(event))
         self._advance(box)  # the state is looked at now, not at the first step
 
     @staticmethod
@@ -567,7 +570,9 @@ class Face:
         """Go on to the next step; without one the event is complete."""
         assert box.steps is not None
         try:
-            box.step, box.handed = next(box.steps, None), False
+            # Steps do not overlap here, so that there is nobody to wait for.
+            steps = (step for step in box.steps if step.kind != "barrier")
+            box.step, box.handed = next(steps, None), False
         except BaseException:
             box.end_steps()
             raise
@@ -594,21 +599,24 @@ class Face:
         step.devices = found.devices
 
     def luo_complete(self, step: Any, ns: int) -> None:
-        box, kernel = self._box(step.kernel), self._kernel(step.kernel)
+        box = self._box(step.kernel)
         if box.step is None or not box.handed or box.number != step.number or box.step.done:
             raise StateError(errno.EALREADY, f"step {step.number}: has run, or its event has ended")
         given = itertools.chain((ns,), itertools.repeat(0))  # what a rollback calls costs nothing
-        recorder = kernel.recorder
-        before = recorder.cost
+        # Behind the jump it is the next kernel's step.
+        kernels = [one.kernel for one in (box, box.next) if one is not None]
+        recorders = [kernel.recorder for kernel in kernels if isinstance(kernel, Kernel)]
         if ns >= 0:
-            recorder.cost = lambda label, device, devices: next(given)
+            for recorder in recorders:
+                recorder.cost = lambda label, device, devices: next(given)
         try:
             box.step.run()
         except BaseException:
             box.end_steps()
             raise
         finally:
-            recorder.cost = before
+            for recorder in recorders:
+                recorder.cost = None
 
     def luo_abort(self, kernel: Any) -> None:
         box = self._box(kernel)

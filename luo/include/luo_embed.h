@@ -257,7 +257,14 @@ struct luo_step {
 	int32_t devices;		/* how many it serves */
 };
 
-/* Begin PREPARE, REBOOT, FINISH or CANCEL. The state is held until the event has ended. */
+/* For luo_begin(), in place of an event: REBOOT, the jump, boot, and RESTORE of the next kernel. */
+#define LUO_KEXEC 5
+
+/*
+ * Begin PREPARE, REBOOT, FINISH, CANCEL or LUO_KEXEC. The state is held until the event has ended.
+ * LUO_KEXEC is stepped through by the kernel that began it, to the end, although that is gone after
+ * the last step of REBOOT; the next kernel must be of this process.
+ */
 int luo_begin(struct luo_kernel *kernel, int event);
 /* The next callback, which has not run. -EBUSY: the one before it has not, either. */
 int luo_next(struct luo_kernel *kernel, struct luo_step *step);
@@ -266,7 +273,10 @@ int luo_next(struct luo_kernel *kernel, struct luo_step *step);
  * rolled everything back, and the event has ended. -EALREADY: it has run, or its event has ended.
  */
 int luo_complete(const struct luo_step *step, int64_t ns);
-/* End it early: PREPARE and REBOOT are rolled back, FINISH and CANCEL completed. */
+/*
+ * End it early: PREPARE and REBOOT are rolled back, FINISH and CANCEL completed; LUO_KEXEC is rolled
+ * back before the jump, and completed after it.
+ */
 int luo_abort(struct luo_kernel *kernel);
 
 /* ---- memory of the simulated kernel ---- */

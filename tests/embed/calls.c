@@ -642,6 +642,7 @@ static void test_costs(void)
 	EXPECT(nr, 1);
 	EXPECT(strcmp(rows[0].event, "RESTORE"), 0);
 	EXPECT(rows[0].total_ns, 4 * 7);
+	EXPECT(luo_begin(old, LUO_KEXEC), -ESHUTDOWN);
 	OK(luo_profile(old, NULL, 0, &nr));
 	EXPECT(nr, 1);
 	OK(luo_phases(next, phases, 16, &nr));
@@ -653,6 +654,50 @@ static void test_costs(void)
 	EXPECT(seen, 2);
 	OK(luo_kernel_free(old));
 	OK(luo_kernel_free(next));
+	OK(luo_machine_free(machine));
+}
+
+/* The whole blackout one callback at a time: also what the next kernel restores. */
+static void test_kexec_steps(void)
+{
+	struct luo_machine *machine = small_machine();
+	struct luo_kernel *old = small_kernel(machine), *next = small_kernel(machine);
+	struct luo_cost row;
+	struct luo_step step;
+	int32_t nr = 0;
+
+	OK(luo_boot(old, NULL));
+	OK(luo_request(old, "*", 1));
+	EXPECT(luo_begin(old, LUO_KEXEC), -EINVAL);
+	SAYS("no kernel is loaded");
+	OK(luo_kexec_load(old, next));
+	OK(luo_prepare(old));
+	run_steps(old, LUO_KEXEC, 1000);
+	EXPECT(state(old), -ESHUTDOWN);
+	EXPECT(state(next), LUO_UPDATED);
+	EXPECT(calls_of[LUO_RESTORE], 4);
+	OK(luo_profile(next, &row, 1, &nr));
+	EXPECT(nr, 1);
+	EXPECT(row.total_ns, 10000);
+	EXPECT(luo_next(old, &step), -EINVAL);
+	OK(luo_finish(next, NULL));
+
+	/* ended early, behind the jump: the rest is done */
+	OK(luo_kernel_free(old));
+	old = next;
+	next = small_kernel(machine);
+	OK(luo_request(old, "*", 1));
+	OK(luo_kexec_load(old, next));
+	OK(luo_prepare(old));
+	OK(luo_begin(old, LUO_KEXEC));
+	OK(luo_next(old, &step));
+	OK(luo_complete(&step, 5));
+	OK(luo_abort(old));
+	EXPECT(state(old), -ESHUTDOWN);
+	EXPECT(state(next), LUO_UPDATED);
+	EXPECT(calls_of[LUO_RESTORE], 8);
+	OK(luo_kernel_free(next));
+	OK(luo_kernel_free(old));
 	OK(luo_machine_free(machine));
 }
 
@@ -756,7 +801,8 @@ static const struct {
 	{ "host_ram", test_host_ram }, { "kernels", test_kernels },
 	{ "callback_errno", test_callback_errno }, { "reentry", test_reentry },
 	{ "handover", test_handover }, { "image", test_image }, { "unreclaimed", test_unreclaimed },
-	{ "steps", test_steps }, { "costs", test_costs }, { "pages", test_pages },
+	{ "steps", test_steps }, { "costs", test_costs },
+	{ "kexec_steps", test_kexec_steps }, { "pages", test_pages },
 	{ "threads", test_threads }
 };
 

@@ -99,7 +99,7 @@ def test_init_of_a_python_without_luo_is_enoexec(probe, library, tmp_path):
 
 
 def test_init_in_another_python_is_enoexec(probe, library, tmp_path):
-    """Of another minor version than the one that built the library: it is neither used nor ended."""
+    """Of another minor version than the one that built the library: it is not used."""
     other = tmp_path / "libluo.so"
     version = sys.version.split()[0].encode() + b"\0"
     raw = library.read_bytes()

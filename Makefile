@@ -25,8 +25,8 @@ TEST := $(VENV)/.group-test
 BENCH := $(VENV)/.group-bench
 LINT := $(VENV)/.group-lint
 CORE := $(wildcard luo/*.pyx luo/*.pxd luo/core/*.pxi)
-SOURCES := pytest_luo.py $(shell find luo -name '*.py' -o -name '*.pyi' -o -name '*.toml' -o -name 'page.*' -o -name py.typed)
-SOURCES := pytest_luo.py $(shell find luo -name '*.py' -o -name '*.pyi' -o -name '*.toml' -o -name '*.h' -o -name py.typed)
+SOURCES := pytest_luo.py $(shell find luo -name '*.py' -o -name '*.pyi' -o -name '*.toml' -o -name '*.h' \
+  -o -name 'page.*' -o -name py.typed)
 
 # The source tree is on nobody's path, that of started processes included: what runs is what was
 # installed. A sanitizer's runtime must be there before Python is.

@@ -436,7 +436,9 @@ def _tree(document: Document) -> Section | None:
         "type": "icicle",
         "ids": [f"/{row['path']}" for row in rows],
         "parents": ["" if row["parent"] is None else f"/{row['parent']}" for row in rows],
-        "labels": [plain(name.rpartition("/")[2]) for name in names],
+        "labels": [
+            "others" if name.endswith("/…") else plain(name.rpartition("/")[2]) for name in names
+        ],
         # What a subtree has beyond its parts: rounded sums need not be those of the parts.
         "values": [max(0, row["total_ns"] - below.get(row["path"], 0)) / 1e9 for row in rows],
         "branchvalues": "remainder",

@@ -431,7 +431,11 @@ def _tree(document: Document) -> Section | None:
     bar = {"title": {"text": "in blackout", "side": "top"}, "orientation": "h", "thickness": 10}
     bar |= {"tickformat": ".0%", "len": 0.5, "y": 0, "yanchor": "top", "ypad": 4, "nticks": 3}
     marker = {"colors": shares, "colorscale": [[0, "@cold"], [1, "@hot"]], "cmin": 0, "cmax": 1}
-    marker |= {"line": {"width": 1, "color": "@card"}, "colorbar": bar, "showscale": True}
+    marker |= {
+        "line": {"width": 1 if len(rows) < 64 else 0.3, "color": "@card"},
+        "colorbar": bar,
+        "showscale": True,
+    }
     icicle = {
         "type": "icicle",
         "ids": [f"/{row['path']}" for row in rows],

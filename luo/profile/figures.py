@@ -263,7 +263,7 @@ def _costs(document: Document) -> Section | None:
     _label(part, drawn)
     lead = f"What callbacks took{each}. REBOOT and RESTORE, in warm colours, are in blackout."
     if _LATE in there:
-        lead += f" {_LATE} is what is restored after the last device, which ends it."
+        lead += f" What is restored after the last device, which ends it, is {_LATE}."
     return Section("costs", "Cost by subsystem and event", lead, [part])
 
 

@@ -56,7 +56,7 @@ from luo.saved_devices import SavedDevices
 if TYPE_CHECKING:
     from luo._kho import CallRecorder
 
-__all__ = ["DeviceParticipant", "shares"]
+__all__ = ["SHARE", "DeviceParticipant", "shares"]
 
 _BIT: Final = {"driver": 1, "bus": 2}
 _MODE: Final = {"PREPARE": "set", "REBOOT": "need", "CANCEL": "clear"}
@@ -67,7 +67,7 @@ _MODE: Final = {"PREPARE": "set", "REBOOT": "need", "CANCEL": "clear"}
 _BATCH, _PYTHON, _NATIVE, _THREADS = 1, 2, 3, 4
 
 #: Devices below which a thread is not worth its start.
-_SHARE: Final = 256
+SHARE: Final = 256
 
 
 def shares(start: int, stop: int, workers: int) -> list[tuple[int, int]]:
@@ -78,7 +78,7 @@ def shares(start: int, stop: int, workers: int) -> list[tuple[int, int]]:
         stop: the place behind the last.
         workers: how many threads there may be; fewer are used if they are not worth it.
     """
-    count = max(1, min(workers, (stop - start) // _SHARE))
+    count = max(1, min(workers, (stop - start) // SHARE))
     cuts = np.linspace(start, stop, count + 1).astype(int).tolist()
     return list(itertools.pairwise(cuts))
 
@@ -208,12 +208,17 @@ class DeviceParticipant:
     def _levels(self, walk: _Walk, event: str, bulk: bool) -> Iterator[list[_Run]]:
         """Yield the runs of one depth together, whose steps may overlap; if *bulk*, each alone."""
         runs = walk.runs[event]
-        ordered = runs[::-1] if self._backwards(event) else runs
         if bulk:
-            yield from ([run] for run in ordered)
+            yield from ([run] for run in (reversed(runs) if self._backwards(event) else runs))
             return
-        depths, numbers = self.devices.tree.depths, walk.chosen[event].numbers
-        for _, level in itertools.groupby(ordered, lambda run: int(depths[numbers[run.start]])):
+        depths = self.devices.tree.depths[walk.chosen[event].numbers]
+        pieces = []
+        for run in runs:
+            changes = np.flatnonzero(np.diff(depths[run.start : run.stop])) + run.start + 1
+            cuts = (run.start, *changes.tolist(), run.stop)  # a run may cross depths
+            pieces += [_Run(start, stop, run.way) for start, stop in itertools.pairwise(cuts)]
+        ordered = pieces[::-1] if self._backwards(event) else pieces
+        for _, level in itertools.groupby(ordered, lambda run: int(depths[run.start])):
             yield list(level)
 
     def _bulk_step(self, walk: _Walk, event: str, run: _Run, sides: tuple[str, ...]) -> Step:

@@ -67,6 +67,29 @@ def test_first_driver_given_to_luo_run_replaces_built_in_drivers(tmp_path):
     assert document["successor"] == "process"
 
 
+VMM_SIMPY_PRINTS = """\
+50 guests, 1 worker
+  states: normal → prepared → updated → normal
+  blackout of the host: 176.0 ms
+  seen by guests: 22.4 ms at least, 102.2 ms in the middle, 176.0 ms at most
+50 guests, 2 workers
+  states: normal → prepared → updated → normal
+  blackout of the host: 98.9 ms
+  seen by guests: 22.5 ms at least, 62.7 ms in the middle, 98.9 ms at most
+REBOOT of vm31 fails, 2 workers
+  REBOOT of pci0000:00/vm31 failed: EIO
+  rolled back: True; the old kernel is NORMAL
+  seen by guests: 0.0 ms at least, 29.3 ms in the middle, 42.8 ms at most
+"""
+
+
+def test_vmm_simpy_as_a_program_prints_the_blackout_of_its_guests(tmp_path):
+    """Half the blackout with two workers; a failure costs the guests its rolling back."""
+    done = program(EXAMPLES / "vmm_simpy.py", cwd=tmp_path)
+
+    assert (done.stderr, done.returncode, done.stdout) == ("", 0, VMM_SIMPY_PRINTS)
+
+
 NIC_DRIVER_PRINTS = """\
 sent before, while prepared, and after a dry reboot: 0xa 0xb 0xc
 in the ring in the next kernel: 0xa 0xb 0xc

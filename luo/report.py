@@ -28,6 +28,7 @@ __all__ = [
     "Track",
     "budget_names",
     "describe",
+    "p95",
     "parse_budgets",
     "parse_duration",
     "version",
@@ -377,7 +378,7 @@ class Report:
             raise ValueError("budgets: no update has come to its end")
         figures = [_figures(run) for run in self.runs]
         names = dict.fromkeys(name for run in figures for name in run)
-        spent = {name: _p95([run.get(name, 0) for run in figures]) for name in names}
+        spent = {name: p95([run.get(name, 0) for run in figures]) for name in names}
         judged: list[dict[str, Any]] = []
         for name, limit in budgets.items():
             allowed = parse_duration(limit) if isinstance(limit, str) else limit
@@ -535,7 +536,7 @@ def _is_part(name: str, whole: str) -> bool:
     return event in _EVENTS.get(whole, ()) or whole == f"{subsystem}/{event}"
 
 
-def _p95(values: list[int]) -> int:
+def p95(values: list[int]) -> int:
     """Return the 95th percentile by nearest rank, which is a value that occurred."""
     return sorted(values)[-(-95 * len(values) // 100) - 1]
 

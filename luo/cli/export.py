@@ -87,9 +87,7 @@ class Exports:
             writer, binary = _writer(self.trace)
             most = trace.NR_SPANS if self.spans is None else self.spans
             drawn = (
-                trace.from_document(document)
-                if report is None
-                else (trace.from_report(report, most))
+                trace.from_document(document) if report is None else trace.from_report(report, most)
             )
             with output("--trace", self.trace, binary) as stream:
                 writer.write(drawn, stream)
@@ -129,7 +127,7 @@ def output(option: str, file: str, binary: bool = False) -> Iterator[IO[Any]]:
     """Open *file*, which *option* names; a regular one takes its place when it is whole."""
     path = Path(file)
     try:
-        whole = not path.exists() or stat.S_ISREG(path.stat().st_mode)
+        whole = not path.exists() or stat.S_ISREG(path.lstat().st_mode)
         part = path.with_name(f".{path.name}.{os.getpid()}") if whole else path
         try:
             with part.open("wb" if binary else "w", encoding=None if binary else "utf-8") as stream:

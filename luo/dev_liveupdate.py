@@ -56,7 +56,7 @@ from luo.saved_devices import SavedDevices
 if TYPE_CHECKING:
     from luo._kho import CallRecorder
 
-__all__ = ["DeviceParticipant", "shares"]
+__all__ = ["SHARE", "DeviceParticipant", "shares"]
 
 _BIT: Final = {"driver": 1, "bus": 2}
 _MODE: Final = {"PREPARE": "set", "REBOOT": "need", "CANCEL": "clear"}
@@ -67,7 +67,7 @@ _MODE: Final = {"PREPARE": "set", "REBOOT": "need", "CANCEL": "clear"}
 _BATCH, _PYTHON, _NATIVE, _THREADS = 1, 2, 3, 4
 
 #: Devices below which a thread is not worth its start.
-_SHARE: Final = 256
+SHARE: Final = 256
 
 
 def shares(start: int, stop: int, workers: int) -> list[tuple[int, int]]:
@@ -78,7 +78,7 @@ def shares(start: int, stop: int, workers: int) -> list[tuple[int, int]]:
         stop: the place behind the last.
         workers: how many threads there may be; fewer are used if they are not worth it.
     """
-    count = max(1, min(workers, (stop - start) // _SHARE))
+    count = max(1, min(workers, (stop - start) // SHARE))
     cuts = np.linspace(start, stop, count + 1).astype(int).tolist()
     return list(itertools.pairwise(cuts))
 

@@ -23,6 +23,7 @@ from luo.cli.host import (
     kernel_options,
     request,
 )
+from luo.dev_liveupdate import SHARE
 from luo.errors import KhoNoMemoryError, LuoError
 from luo.kernel import KernelImage, live_update
 from luo.profile.screen import duration
@@ -32,6 +33,10 @@ from luo.report import Report
 __all__ = ["what_if"]
 
 _NR_PARTS = 12
+_WHY_NOT_WORKERS = (
+    "workers share out devices of one depth that are called one by one,"
+    f" if there are {2 * SHARE} of them"
+)
 
 
 class Faster(click.ParamType["tuple[str, float]"]):
@@ -216,17 +221,19 @@ def _asked(
 
 def _show(console: Console, document: Mapping[str, Any]) -> None:
     """Print the ``luo-what-if/1`` *document*."""
-    blackout = document["blackout_ns"] or 1
+    blackout, answers = document["blackout_ns"] or 1, document["answers"]
     nr = len(document["measured_blackout_ns"])
     console.print(
         Text.assemble(
             ("LUO blackout ", "bold"),
             (duration(document["blackout_ns"]), "bold red"),
-            (f", kernel boot not included; medians of {nr} updates" if nr > 1 else ""),
+            (", kernel boot not included", "dim"),
+            (f"; medians of {nr} updates" if nr > 1 else "", "dim"),
         )
     )
     console.print(
         _table(
+            console.width,
             "the chain that bounds it",
             ("step", "device", "cost"),
             [
@@ -256,10 +263,11 @@ def _show(console: Console, document: Mapping[str, Any]) -> None:
     if left:
         ns = sum(part["ns"] for part in left)
         rows.append((f"{len(left)} more", "", duration(ns), f"{ns / blackout:.1%}", "", ""))
-    columns = ("part", "calls", "cost", "of blackout", "on the chain", "slack")
-    console.print(_table("where blackout goes", columns, rows))
+    columns = ("part", "calls", "cost", "share", "on chain", "slack")
+    console.print(_table(console.width, "where blackout goes", columns, rows))
     console.print(
         _table(
+            console.width,
             "what if",
             ("question", "blackout", "saves", ""),
             [
@@ -269,18 +277,22 @@ def _show(console: Console, document: Mapping[str, Any]) -> None:
                     "-" * (answer["saved_ns"] < 0) + duration(abs(answer["saved_ns"])),
                     f"{answer['saved_ns'] / blackout:.1%}",
                 )
-                for answer in document["answers"]
+                for answer in answers
             ],
         )
     )
+    if any(answer["saved_ns"] == 0 and "workers" in answer["question"] for answer in answers):
+        console.print(_WHY_NOT_WORKERS, style="dim")
 
 
 def _served(devices: int) -> str:
     return f"{devices:,} devices" if devices else ""
 
 
-def _table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
-    """Return a table whose first column has names, and others figures."""
+def _table(
+    screen: int, title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]
+) -> Table:
+    """Return a table for a *screen* so wide: of words first, then of figures."""
     table = Table(
         title=f"\n{title}",
         title_justify="left",
@@ -290,13 +302,18 @@ def _table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]
         padding=(0, 1),
         pad_edge=False,
     )
-    for name in columns:
-        text = name in (columns[0], "device")
+    # Figures are never cut: the last column of words gets what they leave.
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    words = 2 if "device" in columns else 1
+    left = screen - sum(widths) - 2 * len(widths) + widths[words - 1] + 1
+    widths[words - 1] = min(widths[words - 1], max(8, left))
+    for place, (name, width) in enumerate(zip(columns, widths, strict=True)):
         table.add_column(
             name,
-            justify="left" if text else "right",
+            justify="left" if place < words else "right",
             no_wrap=True,
-            overflow="ellipsis" if text else "fold",
+            overflow="ellipsis",
+            width=width,
         )
     for row in rows:
         table.add_row(*map(Text, row))

@@ -13,7 +13,8 @@ from .conftest import ASAN, without_environment
 
 NAMES = (
     "handles", "null", "ram", "split_ram", "two_files", "host_ram", "kernels", "callback_errno",
-    "reentry", "handover", "unreclaimed", "steps", "costs", "pages", "threads",
+    "reentry", "handover", "image", "unreclaimed", "steps", "costs", "kexec_steps", "pages",
+    "threads",
 )  # fmt: skip
 
 

@@ -76,21 +76,24 @@ def test_simulator_that_steps_leaves_the_bytes_of_the_bulk_update(compiled, tmp_
     steps = simulate(program, tmp_path / "steps", "-n", 5000, "-s")
 
     assert (bulk.returncode, steps.returncode) == (0, 0), bulk.stderr + steps.stderr
-    # 5,000 devices at 800 ns and a subsystem at 5 µs, in PREPARE, REBOOT and FINISH
-    simulated = 3 * (5000 * 800 + 5000)
+    # 5,000 devices at 800 ns and a subsystem at 5 µs, in PREPARE, REBOOT, RESTORE and FINISH
+    simulated = 4 * (5000 * 800 + 5000)
     assert steps.stdout == bulk.stdout + f"simulated {simulated} ns\n"
-    assert "FINISH   driver     sim           5000 calls,     4.000 ms" in steps.stderr
+    for event in ("RESTORE", "FINISH "):
+        assert f"{event}  driver     sim           5000 calls,     4.000 ms" in steps.stderr
     assert ram(tmp_path / "steps") == ram(tmp_path / "bulk")
 
 
-@pytest.mark.parametrize("arguments", [(), ("-s",), ("-f", "7")], ids=["bulk", "steps", "failure"])
+@pytest.mark.parametrize(
+    "arguments",
+    [("-n", "100000", "-w", "2"), ("-n", "2000", "-s"), ("-n", "2000", "-f", "7")],
+    ids=["bulk", "steps", "failure"],
+)
 def test_simulator_under_asan_leaks_nothing(arguments, compiled, tmp_path):
     """No report of any kind: what Python keeps to its end is in reach."""
     program = compiled(SOURCE, *ASAN)
 
-    done = simulate(
-        program, tmp_path / "ram", "-n", 2000, *arguments, env={"PYTHONMALLOC": "malloc"}
-    )
+    done = simulate(program, tmp_path / "ram", *arguments, env={"PYTHONMALLOC": "malloc"})
 
     assert done.returncode == 0, done.stderr
     assert "Sanitizer" not in done.stderr

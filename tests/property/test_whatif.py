@@ -141,5 +141,5 @@ def test_workers_take_what_the_engine_s_rule_says(case, workers):
     ways = [2 if safe else 0 if len(devices) != 1 else 1 for _, devices, _, safe in calls]
     labels = tuple(("devices", event, "driver", f"{n}") for n in range(len(calls)))
     model = WhatIf(0, 0, 0, workers, {}, "kho-v4", labels, np.array(ways, np.int8), (phase, phase))
-    with patch("luo.dev_liveupdate._SHARE", 1), patch.object(whatif, "_threads_ns", lambda _: 0):
+    with patch("luo.dev_liveupdate.SHARE", 1), patch.object(whatif, "_threads_ns", lambda _: 0):
         assert model._spent(phase) == expected

@@ -149,6 +149,19 @@ def test_trace_of_a_failed_update_shows_how_far_it_came(luo_run, mine):
     assert {process for process, _ in lanes} == {"old kernel", "live update"}
 
 
+def test_trace_in_virtual_time_is_the_same_each_time(luo_run, tmp_path):
+    """Byte for byte, with the costs of a measured run."""
+    luo_run()
+    cost = (tmp_path / "run.json").rename(tmp_path / "cost.json")
+    traces = []
+    for _ in range(2):
+        document, lanes = luo_run("--clock", "virtual", "--cost", cost)
+        traces.append((tmp_path / "trace.json").read_bytes())
+
+    assert traces[0] == traces[1]
+    assert costs_of(lanes)[0] == Counter(document["runs"][0]["callbacks_ns"])
+
+
 def test_stacks_and_metrics_of_a_run_are_those_of_its_document(luo_run, tmp_path):
     """Written by the run, and from its document later."""
     files = {"--folded": tmp_path / "stacks", "--prometheus": tmp_path / "prom"}

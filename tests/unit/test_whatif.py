@@ -16,6 +16,7 @@ from rig import plain_kernel
 import luo
 from luo import workloads
 from luo.cli import main
+from luo.clock import VirtualClock
 from luo.device import LiveUpdateOps, batch, native
 from luo.kernel import Report, live_update
 from luo.machine import DeviceTree, Machine
@@ -26,7 +27,7 @@ from luo.profile.whatif import WhatIf
 HERE = Path(__file__).parents[1] / "native"
 NO_OPS = LiveUpdateOps()
 US = 1000
-ROUNDS, ATTEMPTS = 5, 5
+ROUNDS, ATTEMPTS = 5, 8
 
 
 # ---- callbacks of known length, and updates with them ----
@@ -83,13 +84,22 @@ def model_of(*args, **more):
     return WhatIf.from_report(updated(*args, **more))
 
 
-def compare(base, changed, predict):
+def virtual(machine, us, **more):
+    """The model of an update whose callbacks take so many microseconds of simulated time."""
+    clock = VirtualClock()
+    ns = {(name, event.upper()): n * US for name, of in us.items() for event, n in of.items()}
+    cost = clock.charging(lambda label, device, devices: ns.get((label[3], label[1]), 0))
+    tables = {name: spinning(**dict.fromkeys(of, 0)) for name, of in us.items()}
+    return model_of(machine, tables, clock=clock, cost=cost, **more)
+
+
+def compare(base, changed, predict, middle=WhatIf.median, real_of=statistics.median):
     """Whether *predict* makes of the updates *base* what the updates *changed* really take."""
     errors = []
     for _ in range(ATTEMPTS):  # another program may have been in the way
         pairs = [(base(), changed()) for _ in range(ROUNDS)]
-        was = WhatIf.median([one for one, _ in pairs])
-        real = statistics.median(other.blackout_ns for _, other in pairs)
+        was = middle([one for one, _ in pairs])
+        real = real_of(other.blackout_ns for _, other in pairs)
         errors.append(predict(was).blackout_ns / real - 1)
         if abs(errors[-1]) <= 0.10:
             assert abs(was.blackout_ns / real - 1) > 0.15  # else anything would do
@@ -198,7 +208,7 @@ def host_of(tmp_path, ram):
 def test_pages_take_what_updates_with_such_guests_take(tmp_path):
     """Within 10 % of the real blackout: the map of guests' RAM in 2 MiB instead of 4 KiB pages."""
     hosts = [host_of(tmp_path, ram) for ram in ("4KiB", "2MiB")]
-    modules = [Subsystem("late", reboot=lambda _: spin(500 * US))]  # as a driver would take
+    modules = [Subsystem("late", reboot=lambda _: spin(3000 * US))]  # beside the map
 
     def update(host):
         image = workloads.image_of(host, modules=modules, spans=True)
@@ -208,15 +218,17 @@ def test_pages_take_what_updates_with_such_guests_take(tmp_path):
         report.kernel.close()
         return WhatIf.from_report(report)
 
-    compare(
-        lambda: update(hosts[0]), lambda: update(hosts[1]), lambda model: model.with_pages("2MiB")
-    )
+    def fastest(models):  # a jump of milliseconds is seldom left alone on a busy machine
+        return min(models, key=lambda model: model.blackout_ns)
+
+    pages = lambda model: model.with_pages("2MiB")  # noqa: E731
+    compare(lambda: update(hosts[0]), lambda: update(hosts[1]), pages, fastest, min)
 
 
 # ---- where the figures come from ----
 
 
-def test_model_is_the_update(sleeping):
+def test_model_is_the_update():
     """Its blackout is the report's, and so is each part of it."""
     late = Priority.AFTER_DEVICES
     report = updated(
@@ -238,14 +250,28 @@ def test_model_is_the_update(sleeping):
     assert parts["devices/nic/REBOOT"].ns == reboot["total_ns"]
 
 
+def test_answers_are_exact_in_simulated_time():
+    """An update with the change made takes what the model says, to the nanosecond."""
+    machine = machine_of(nic=20, nvme=10)
+    model = virtual(machine, {"nic": NIC, "nvme": NVME})
+    moved = virtual(machine, {"nic": {"prepare": 200, "restore": 100}, "nvme": NVME})
+    faster = virtual(machine, {"nic": NIC, "nvme": {"reboot": 50, "restore": 150}})
+
+    assert model.blackout_ns == (20 * 300 + 10 * 400) * US
+    assert model.moved("nic").blackout_ns == moved.blackout_ns
+    assert model.moved("nic").prepare_ns == moved.prepare_ns
+    assert model.faster("nvme", 2).blackout_ns == faster.blackout_ns
+
+
 def test_chain_names_devices_children_first_and_the_engine_between():
     """What bounds blackout is the dearest branch, up in REBOOT and down in RESTORE."""
     tree = DeviceTree()
     for path in ("a", "a/b", "a/b/c", "a/d", "e"):
         parent, _, name = path.rpartition("/")
         tree.add(name, parent or None, "pci", "nic" if name != "c" else "slow")
-    ops = {"nic": spinning(reboot=100, restore=100), "slow": spinning(reboot=1000, restore=1000)}
-    model = model_of(Machine("64MiB", tree), ops)
+    tree.add("quiet", None, "pci", "portdrv")  # reclaimed when all others have been restored
+    both = {"reboot": 100, "restore": 100}
+    model = virtual(Machine("64MiB", tree), {"nic": both, "slow": {"reboot": 900, "restore": 700}})
     chain = [(link.name.rpartition("/")[2], link.device) for link in model.chain()]
     parts = {part.name: part for part in model.slack()}
 
@@ -254,17 +280,18 @@ def test_chain_names_devices_children_first_and_the_engine_between():
         *((name, None) for name in ("REBOOT", "jump", "boot", "RESTORE")),
         *(("RESTORE", path) for path in ("a", "a/b", "a/b/c")),
     ]
-    assert model.bound_ns < model.blackout_ns
+    assert (model.bound_ns, model.blackout_ns) == (2000 * US, 2400 * US)
     assert parts["devices/slow/REBOOT"].slack_ns == parts["devices/nic/REBOOT"].slack_ns == 0
-    assert parts["devices/nic/REBOOT"].chain_ns < parts["devices/nic/REBOOT"].ns
+    assert (parts["devices/nic/REBOOT"].chain_ns, parts["devices/nic/REBOOT"].calls) == (200_000, 4)
 
 
 def test_slack_of_what_is_not_on_the_chain():
     """The cheap driver could take longer by what the dear one takes more."""
-    ops = {"nic": spinning(reboot=100), "nvme": spinning(reboot=2000)}
-    parts = {part.name: part for part in model_of(machine_of(nic=2, nvme=1), ops).slack()}
+    us = {"nic": {"reboot": 100}, "nvme": {"reboot": 2000}}
+    parts = {part.name: part for part in virtual(machine_of(nic=2, nvme=1), us).slack()}
 
-    assert 1000 * US < parts["devices/nic/REBOOT"].slack_ns < parts["devices/nvme/REBOOT"].ns
+    assert parts["devices/nic/REBOOT"].slack_ns == 1900 * US
+    assert parts["devices/nvme/REBOOT"].slack_ns == 0
 
 
 def test_batches_wait_for_the_devices_that_they_serve():
@@ -297,17 +324,18 @@ def test_batches_wait_for_the_devices_that_they_serve():
 
 def test_what_comes_after_the_last_device_is_no_blackout():
     """A subsystem that is restored behind the devices is not in it."""
-    first = Subsystem("first", priority=Priority.BEFORE_DEVICES, restore=lambda _: spin(5000 * US))
-    model = model_of(machine_of(nic=1), {"nic": spinning(restore=50)}, subsystems=[first])
+    first = Subsystem("first", priority=Priority.BEFORE_DEVICES, restore=lambda _: None)
+    us = {"nic": {"restore": 50}, "first": {"restore": 5000}}
+    model = virtual(machine_of(nic=1), us, subsystems=[first])
 
     assert [part.name for part in model.slack()] == ["devices/nic/RESTORE"]
-    assert model.blackout_ns < 5000 * US
+    assert model.blackout_ns == 50 * US
 
 
 def test_answers_are_sorted_and_leave_the_model_as_it_is():
     """What saves most is first; moving a callback makes PREPARE longer by what it saves."""
-    ops = {"nic": spinning(reboot=300, restore=10), "nvme": spinning(reboot=100, restore=10)}
-    model = model_of(machine_of(nic=3, nvme=3), ops)
+    us = {"nic": {"reboot": 300, "restore": 10}, "nvme": {"reboot": 100, "restore": 10}}
+    model = virtual(machine_of(nic=3, nvme=3), us)
     before = model.blackout_ns
     answers = model.answers()
     moved = model.moved("nic")
@@ -326,12 +354,12 @@ def test_median_of_updates_has_the_middle_of_each_sum():
     machine = machine_of(nic=2, nvme=2)
 
     def update(nic, nvme):
-        return model_of(machine, {"nic": spinning(reboot=nic), "nvme": spinning(reboot=nvme)})
+        return virtual(machine, {"nic": {"reboot": nic}, "nvme": {"reboot": nvme}})
 
-    models = [update(100, 5000), update(5000, 100), update(100, 100)]
+    models = [update(100, 5000), update(5000, 200), update(100, 200)]
     parts = {part.name: part.ns for part in WhatIf.median(models).slack()}
 
-    assert all(ns < 5000 * US for ns in parts.values())
+    assert parts == {"devices/nic/REBOOT": 200 * US, "devices/nvme/REBOOT": 400 * US}
 
 
 @pytest.mark.parametrize(

@@ -277,7 +277,7 @@ class Kernel:
         if spans is True:
             spans = _SPANS_PER_DEVICE * nr_devices + _SPANS_BESIDES
         self.recorder = CallRecorder(clock, devices=nr_devices, spans=int(spans))
-        self.recorder.cost = cost if cost is None else self._charging(cost)
+        self.recorder.cost = cost if cost is None else self.charging(cost)
         self.recorder.timing = timing
         self.recorder.cost, self.recorder.timing = cost, timing
         self._keeps_spans = bool(spans)
@@ -412,8 +412,8 @@ class Kernel:
         if self.recorder.cost is not None:
             self.recorder.cost(("engine", phase.upper(), "phase", phase), -1, 0)
 
-    def _charging(self, cost: CostHook) -> CostHook:
-        """Return *cost* so that what a callback reclaims runs when its time is over."""
+    def charging(self, cost: CostHook) -> CostHook:
+        """Return *cost*, which moves the clock, so that what a callback reclaims runs after it."""
 
         def charge(label: tuple[str, str, str, str], device: int, devices: int) -> int:
             ns = cost(label, device, devices)

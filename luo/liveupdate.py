@@ -864,6 +864,7 @@ class Orchestrator(Mortal):
             steps: Iterator[Step] = iter(())
             try:
                 for participant in left:
+                    self.restored_late.append(participant.name)
                     steps = participant.steps(RESTORE, False)
                     for step in steps:
                         opened.append(step)

@@ -235,37 +235,44 @@ class Host:
         self._undoing = False
         try:
             with report.watch(old):
-                old.kexec_load(next)
-                yield from self._play(old, old.luo.steps(Event.PREPARE, ahead=True), "PREPARE")
-                report.note_state(old)
-                self._begin_blackout()
-                self.kernel = yield from self._play(old, old.kexec_steps(verify=True), _REBOOT)
-                self._end_blackout()
-                report.note_state(self.kernel)
-                finish = self.kernel.luo.steps(Event.FINISH, ahead=True)
-                yield from self._play(old, finish, "FINISH")
-                luo = self.kernel.luo
-                report.note_finish(self.kernel, luo.finished(luo.collect()))
-        except BaseException as error:
-            if old.luo.gone:
-                raise  # the host is down: its blackout has no end
-            self._undoing = True
-            undo = old.luo.cancel().failures if old.luo.state is State.PREPARED else ()
-            old.kexec_unload()
-            yield from self._catch_up(old)
-            self._end_blackout()
-            if isinstance(error, KhoError):
-                raise _copyable(error) from error.__cause__
-            if not isinstance(error, simpy.Interrupt):
-                raise
-            report.note_state(old)
-            why = "" if error.cause is None else f": {error.cause}"
-            report.error = describe(error) | {
-                "message": f"interrupted{why}",
-                "rolled_back": not undo,
-                "undo_errors": [str(problem) for problem in undo],
-            }
+                try:
+                    yield from self._advance(old, next, report)
+                except BaseException as error:
+                    if not old.luo.gone:  # else the host is down: its blackout has no end
+                        yield from self._undo(old, error)
+                    raise
+        except simpy.Interrupt as interrupt:
+            why = "" if interrupt.cause is None else f": {interrupt.cause}"
+            undo = getattr(interrupt, "__notes__", [])
+            report.error = describe(interrupt) | {
+                "message": f"interrupted{why}", "rolled_back": not undo, "undo_errors": undo
+            }  # fmt: skip
+        except KhoError as error:
+            raise _copyable(error) from error.__cause__
         return report
+
+    def _advance(self, old: Kernel, next: Kernel, report: Report) -> _Waiting[None]:
+        old.kexec_load(next)
+        yield from self._play(old, old.luo.steps(Event.PREPARE, ahead=True), "PREPARE")
+        report.note_state(old)
+        self._begin_blackout()
+        self.kernel = yield from self._play(old, old.kexec_steps(verify=True), _REBOOT)
+        self._end_blackout()
+        report.note_state(self.kernel)
+        luo = self.kernel.luo
+        yield from self._play(old, luo.steps(Event.FINISH, ahead=True), "FINISH")
+        report.note_finish(self.kernel, luo.finished(luo.collect()))
+
+    def _undo(self, old: Kernel, error: BaseException) -> _Waiting[None]:
+        """Cancel what the engine has not rolled back by itself, and let that take its time."""
+        self._undoing = True
+        if old.luo.state is State.PREPARED:
+            for problem in old.luo.cancel().failures:
+                error.add_note(f"while cancelling: {problem}")
+        old.kexec_unload()
+        if not isinstance(error, GeneratorExit):  # else the simulation is dropped
+            yield from self._catch_up(old)
+        self._end_blackout()
 
     def _begin_blackout(self) -> None:
         if self.blackout_ends.triggered:
@@ -340,12 +347,17 @@ class Host:
                 self._begin(event, lanes[-1])
                 while step.kind == "subsystem" and lanes:
                     yield from self._pass(old, event, lanes)
+        except BaseException as error:
+            if old.luo.gone:
+                steps.close()  # no way back: what is left runs
+            else:
+                steps.throw(error)  # rolls back, and notes on the error what failed then
+            raise
         finally:
             for held in [lane.request for lane in lanes] + [request]:
                 if held is not None:
                     held.cancel()
                     self.workers.release(held)
-            steps.close()
 
     def _draw(self, event: str, step: Step) -> int:
         subsystem = step.name if step.kind == "subsystem" else "devices"

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rig import Log, settled, snapshot
 
+from luo.clock import VirtualClock
 from luo.errors import CallbackError
 from luo.kernel import live_update
 from luo.notifier import State
@@ -169,3 +170,33 @@ def test_update_that_ends_early_leaves_nothing(host, workers, seed, share, fails
     else:
         assert simulated.kernel is not kernel
         assert simulated.kernel.luo.state is State.NORMAL
+
+
+@given(host=hosts(), seed=st.integers(0, 1 << 32), workers=st.integers(1, 4))
+def test_simulation_with_one_worker_is_a_bulk_update_on_a_virtual_clock(host, seed, workers):
+    """The same phases, blackout and callbacks; of more workers the same callbacks."""
+
+    def cost(label, device, devices):
+        return random.Random(f"{seed} {label} {devices}").randrange(1_000_000)
+
+    log = Log()
+    clock = VirtualClock(seed)
+    bulk, machine = booted(log, host)
+    successor = build(machine, log, host)
+    for kernel in (bulk, successor):
+        kernel.recorder.clock = clock
+        kernel.recorder.cost = kernel.charging(clock.charging(cost))
+    expected = live_update(bulk, successor)
+
+    env = simpy.Environment()
+    stepped, copy = booted(log, host)
+    report = env.run(
+        Host(env, stepped, cost=cost, workers=workers).live_update(build(copy, log, host))
+    )
+
+    assert report.runs[0]["callbacks_ns"] == expected.runs[0]["callbacks_ns"]
+    if workers == 1:
+        assert report.callbacks == expected.callbacks
+        assert report.phases == expected.phases
+    else:
+        assert report.phases["blackout"] <= expected.phases["blackout"]

@@ -1,7 +1,10 @@
 """Live updates inside a SimPy environment: time, workers, blackout, and the ways back."""
 
 import errno
+import gc
+import importlib
 import itertools
+import sys
 
 import pytest
 import simpy
@@ -12,7 +15,7 @@ from luo.errors import CallbackError, HostCrashError, StateError, SuccessorError
 from luo.kernel import Kernel, KernelImage
 from luo.machine import Machine
 from luo.notifier import Priority, State
-from luo.profile.cost import CostModel
+from luo.profile.cost import CostModel, Distribution, Rule
 from luo.sim import Clock, Host
 
 MS = 1_000_000
@@ -287,18 +290,11 @@ def test_batch_is_one_step_that_costs_by_device():
 
     old = kernel().boot()
     old.devices.request("*")
-    cost = CostModel({"devices/nic/PREPARE": _rule("1ms", "100us")})
+    cost = CostModel({"devices/nic/PREPARE": Rule(MS, MS // 10)})
     report = env.run(Host(env, old, cost=cost, workers=4).live_update(kernel()))
 
     assert report.phases["prepare"] == 1_700_000
     assert report.devices["reclaimed"] == 7
-
-
-def _rule(fixed, per_device):
-    from luo.profile.cost import Rule
-    from luo.report import parse_duration
-
-    return Rule(parse_duration(fixed), parse_duration(per_device))
 
 
 # ---- determinism ----
@@ -325,8 +321,6 @@ def test_same_seed_gives_the_same_report_and_more_workers_the_same_costs():
 
 
 def _spread(event):
-    from luo.profile.cost import Distribution, Rule
-
     return Rule(spread=Distribution("lognormal", (100_000 * len(event), 0.5)))
 
 
@@ -390,7 +384,56 @@ def test_interrupt_before_the_commit_point_rolls_back(ms):
     assert snapshot(host.kernel) == host.before
     assert host.workers.count == 0
     assert bool(ends) == (ms > 10)
+    assert report.states == ["normal", *["prepared"] * (ms > 10), "normal"]
     assert report.kernel is host.kernel
+
+
+def test_interrupt_names_what_failed_while_it_cancelled():
+    """The report has it, and does not say that all was rolled back."""
+    env = simpy.Environment()
+    log = Log()
+    host, successor = host_of(env, log)
+    log.faults["CANCEL", "driver", "nvme", "pci0/disk"] = -errno.EIO
+    update = host.live_update(successor)
+    env.run(until=0.01)  # prepared, and not yet in REBOOT
+    update.interrupt()
+    report = env.run(update)
+
+    assert report.error["rolled_back"] is False
+    assert "CANCEL driver nvme of pci0/disk" in report.error["undo_errors"][0]
+
+
+def test_simulation_that_is_dropped_is_rolled_back():
+    """An environment that nobody runs any more: what was under way is cancelled, without a word."""
+    env = simpy.Environment()
+    log = Log()
+    host, successor = host_of(env, log)
+    host.live_update(successor)
+    env.run(until=0.0125)
+    del env, host, successor
+    gc.collect()
+
+    assert len(log.of("CANCEL")) == len(log.of("PREPARE")) == 10
+
+
+def test_observer_that_fails_cancels_or_lets_the_update_end():
+    """Before the commit point all is rolled back; after it what is left is restored."""
+    for event, state in (("PREPARE", State.NORMAL), ("RESTORE", State.UPDATED)):
+        env = simpy.Environment()
+        log = Log()
+        host, successor = host_of(env, log)
+
+        def observe(moment, happened, step, event=event):
+            if happened == event:
+                raise RuntimeError("no such guest")
+
+        host.observer = observe
+        kernel = host.kernel
+        with pytest.raises(RuntimeError, match="no such guest"):
+            env.run(host.live_update(successor))
+
+        assert kernel.machine.running.luo.state is state
+        assert len(log.of("RESTORE")) == (10 if event == "RESTORE" else 0)
 
 
 def test_interrupt_takes_the_time_of_cancel():
@@ -556,3 +599,12 @@ def test_image_is_a_kernel_image():
 
     with pytest.raises(luo.KhoError):
         host.live_update(KernelImage("no.such:thing"))
+
+
+def test_import_without_simpy_names_the_extra(monkeypatch):
+    """One clear line, not that a module is missing."""
+    monkeypatch.setitem(sys.modules, "simpy", None)
+    monkeypatch.delitem(sys.modules, "luo.sim")
+
+    with pytest.raises(ImportError, match=r"luo-kho\[sim\]"):
+        importlib.import_module("luo.sim")

@@ -25,7 +25,8 @@ TEST := $(VENV)/.group-test
 BENCH := $(VENV)/.group-bench
 LINT := $(VENV)/.group-lint
 CORE := $(wildcard luo/*.pyx luo/*.pxd luo/core/*.pxi)
-SOURCES := pytest_luo.py $(shell find luo -name '*.py' -o -name '*.pyi' -o -name '*.toml' -o -name py.typed)
+SOURCES := pytest_luo.py $(shell find luo -name '*.py' -o -name '*.pyi' -o -name '*.toml' -o -name '*.h' \
+  -o -name 'page.*' -o -name py.typed)
 
 # The source tree is on nobody's path, that of started processes included: what runs is what was
 # installed. A sanitizer's runtime must be there before Python is.
@@ -36,7 +37,7 @@ RUN := PYTHONSAFEPATH=1 $(if $(filter 1,$(LUO_SANITIZE)),LD_PRELOAD=$(shell gcc 
   UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1) $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help run build test debug sanitize fuzz boards docs lint format bench bench-quick bench-compare \
+.PHONY: help run build test debug sanitize fuzz boards embed docs lint format bench bench-quick bench-compare \
   gate dist clean
 .DELETE_ON_ERROR:
 
@@ -76,6 +77,9 @@ boards: build/boards/FROM  ## device trees of arm64 boards for the tests, from D
 
 build/boards/FROM:
 	tests/fetch_boards.sh build/boards
+
+embed: $(INSTALLED)  ## libluo.so and luo.pc for C programs, in build/embed (DIR=… for elsewhere)
+	$(RUN) -m luo.embed build $(or $(DIR),build/embed)
 
 docs: $(INSTALLED) $(TEST)  ## the pictures in docs/, as the engine is now (needs Graphviz's dot)
 	for kind in dot svg; do \

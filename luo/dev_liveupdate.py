@@ -208,12 +208,17 @@ class DeviceParticipant:
     def _levels(self, walk: _Walk, event: str, bulk: bool) -> Iterator[list[_Run]]:
         """Yield the runs of one depth together, whose steps may overlap; if *bulk*, each alone."""
         runs = walk.runs[event]
-        ordered = runs[::-1] if self._backwards(event) else runs
         if bulk:
-            yield from ([run] for run in ordered)
+            yield from ([run] for run in (reversed(runs) if self._backwards(event) else runs))
             return
-        depths, numbers = self.devices.tree.depths, walk.chosen[event].numbers
-        for _, level in itertools.groupby(ordered, lambda run: int(depths[numbers[run.start]])):
+        depths = self.devices.tree.depths[walk.chosen[event].numbers]
+        pieces = []
+        for run in runs:
+            changes = np.flatnonzero(np.diff(depths[run.start : run.stop])) + run.start + 1
+            cuts = (run.start, *changes.tolist(), run.stop)  # a run may cross depths
+            pieces += [_Run(start, stop, run.way) for start, stop in itertools.pairwise(cuts)]
+        ordered = pieces[::-1] if self._backwards(event) else pieces
+        for _, level in itertools.groupby(ordered, lambda run: int(depths[run.start])):
             yield list(level)
 
     def _bulk_step(self, walk: _Walk, event: str, run: _Run, sides: tuple[str, ...]) -> Step:

@@ -859,21 +859,28 @@ class Orchestrator(Mortal):
         """
         with self._lock.writing(RESTORE):
             failures: list[CallbackError] = []
-            for participant in self._chain.order(RESTORE):
-                opened: list[Step] = []
-                steps = participant.steps(RESTORE, False)
-                try:
+            left = iter(self._chain.order(RESTORE))
+            opened: list[Step] = []
+            steps: Iterator[Step] = iter(())
+            try:
+                for participant in left:
+                    steps = participant.steps(RESTORE, False)
                     for step in steps:
                         opened.append(step)
                         yield step
                         if step.kind not in _OVERLAPPING:
                             self._finish_steps(step for step in opened if not step.done)
                             opened.clear()
-                finally:
-                    self._finish_steps(
-                        itertools.chain((step for step in opened if not step.done), steps)
-                    )
                     failures += participant.collect()
+            except BaseException:
+                self._finish_steps(
+                    itertools.chain(
+                        (step for step in opened if not step.done),
+                        steps,
+                        *(participant.steps(RESTORE, True) for participant in left),
+                    )
+                )
+                raise
             return tuple(failures)
 
     def _discard_incoming(self) -> None:

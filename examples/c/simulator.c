@@ -1,13 +1,14 @@
 /*
  * A simulator in C that has the engine inside: a live update of its devices over its own RAM.
  *
- * usage: simulator [-n DEVICES] [-m MIB] [-r RAMFILE] [-f DEVICE] [-s]
+ * usage: simulator [-n DEVICES] [-m MIB] [-r RAMFILE] [-f DEVICE] [-w THREADS] [-s]
  *
  * The RAM is a file that the simulator maps, and that the engine is given; the devices have 32
  * bytes of registers each. The driver's callbacks are functions of this file: they save the
  * registers, patch them at the last moment, and compare in the next kernel. A subsystem keeps a
  * page of its own. With -s the simulator owns time: it takes the callbacks one by one and says what
- * each costs. With -f the callback of one device fails, and everything is rolled back.
+ * each costs. With -f the callback of one device fails, and everything is rolled back. With -w the
+ * driver's callbacks run in several threads.
  *
  * cc $(pkg-config --cflags luo) simulator.c $(pkg-config --libs luo)
  */
@@ -32,6 +33,7 @@ struct simulator {
 	int32_t nr_devices;
 	int32_t nr_bridges;
 	int32_t fail_at;	/* device whose PREPARE fails, or -1 */
+	int workers;
 	int64_t now;		/* simulated time, ns */
 	int64_t nr_calls[5];	/* by event */
 	uint8_t *regs;
@@ -191,7 +193,7 @@ static struct luo_kernel *new_kernel(struct simulator *sim, struct luo_machine *
 {
 	struct luo_ops driver = {
 		.prepare = save, .reboot = stop, .restore = resume, .finish = count,
-		.cancel = count, .ctx = sim, .state_size = REGS
+		.cancel = count, .ctx = sim, .state_size = REGS, .thread_safe = 1
 	};
 	struct luo_ops nothing = { 0 };
 	struct luo_subsystem timer = {
@@ -199,7 +201,9 @@ static struct luo_kernel *new_kernel(struct simulator *sim, struct luo_machine *
 		.reboot = timer_reboot, .cancel = timer_cancel, .restore = timer_restore,
 		.finish = timer_finish, .ctx = sim
 	};
-	struct luo_options options = { .clock = steps ? simulated_time : NULL, .clock_ctx = sim };
+	struct luo_options options = {
+		.workers = sim->workers, .clock = steps ? simulated_time : NULL, .clock_ctx = sim
+	};
 	struct luo_kernel *kernel;
 
 	must("kernel_new", luo_kernel_new(machine, &options, &kernel));
@@ -279,12 +283,13 @@ int main(int argc, char **argv)
 	int option, fd, rc, steps = 0;
 	int32_t fail = -1;
 
-	while ((option = getopt(argc, argv, "n:m:r:f:s")) != -1) {
+	while ((option = getopt(argc, argv, "n:m:r:f:w:s")) != -1) {
 		switch (option) {
 		case 'n': sim.nr_devices = atoi(optarg); break;
 		case 'm': nbytes = strtoull(optarg, NULL, 0); break;
 		case 'r': file = optarg; break;
 		case 'f': fail = atoi(optarg); break;
+		case 'w': sim.workers = atoi(optarg); break;
 		case 's': steps = 1; break;
 		default: return 2;
 		}
@@ -324,9 +329,7 @@ int main(int argc, char **argv)
 	printf("prepare %d\n", rc);
 	if (show_state(old) == LUO_PREPARED) {
 		printf("preserved %d\n", flags_set(&sim, old, LUO_PRESERVED));
-		if (steps)
-			must("reboot", step_through(&sim, old, LUO_REBOOT));
-		must("kexec", luo_kexec(old));
+		must("kexec", steps ? step_through(&sim, old, LUO_KEXEC) : luo_kexec(old));
 		printf("the old kernel: %d\n", luo_get_handover(old, &handover));
 		show_state(next);
 		printf("reclaimed %d\n", flags_set(&sim, next, LUO_RECLAIMED));

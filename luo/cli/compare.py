@@ -39,8 +39,7 @@ _DOCUMENT = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command()
-@click.argument("a", type=_DOCUMENT, metavar="A.json")
-@click.argument("b", type=_DOCUMENT, metavar="B.json")
+@click.argument("files", type=_DOCUMENT, metavar="A.json B.json [A.json B.json]...", nargs=-1)
 @click.option(
     "--only",
     multiple=True,
@@ -62,22 +61,26 @@ _DOCUMENT = click.Path(exists=True, dir_okay=False, path_type=Path)
     help="Write the comparison; '-' is standard output.",
 )
 def compare(
-    a: Path,
-    b: Path,
+    files: tuple[Path, ...],
     only: tuple[str, ...],
     fail_slower: float | None,
     everything: bool,
     json_file: str | None,
 ) -> None:
-    """Compare two documents of 'luo run --repeat N --json', A the one from before.
+    """Compare documents of 'luo run --repeat N --json', A the one from before.
 
-    Medians, their ratio, and an interval that holds with 95 % confidence for all phases together,
-    and for all callbacks together. Take 8 updates or more.
+    Shows medians, how much B differs, and an interval that holds with 95 % confidence for all
+    phases together, and for all callbacks together. Take 8 updates or more of each. On a busy
+    machine measure in turns, and give all documents: A B A B …; then each is one figure.
     """
+    if not files or len(files) % 2:
+        raise click.UsageError("A.json B.json: one of before for each of now")
     if json_file not in (None, "-"):
         check_writable(str(json_file))
     with wrong_input():
-        document = compared(read(a), read(b), only=only, fail_slower=fail_slower)
+        document = compared(
+            [*map(read, files[::2])], [*map(read, files[1::2])], only=only, fail_slower=fail_slower
+        )
     if json_file is not None:
         write_json(json_file, document)
     console = Console(stderr=json_file == "-", highlight=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -19,11 +20,10 @@ def main() -> None:
 @click.argument("directory", type=click.Path(file_okay=False, path_type=Path), metavar="DIR")
 def build(directory: Path) -> None:
     """Build libluo.so and luo.pc in DIR, for this Python and the luo that it has."""
-    try:
-        with wrong_input():
-            click.echo(build_library(directory))
-    except ImportError as error:
-        raise Wrong(f"{error}; install luo-kho[embed]") from error
+    if find_spec("setuptools") is None:
+        raise Wrong("build: no setuptools: install it with pip install 'luo-kho[embed]'")
+    with wrong_input():
+        click.echo(build_library(directory))
 
 
 main(prog_name="python -m luo.embed")

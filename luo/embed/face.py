@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from luo.device import Bus, DeviceBatch, Driver, LiveUpdateOps, batch, native
 from luo.errors import FdtError, HandoverError, KernelPanic, StateError, from_errno
 from luo.handover import Handover
-from luo.kernel import Kernel
+from luo.kernel import Kernel, KernelImage, RemoteKernel
 from luo.machine import DeviceTree, Machine
 from luo.memory import PhysicalMemory
 from luo.notifier import RESTORE, Context, Event, Priority, Step, Subsystem
@@ -46,6 +46,7 @@ _CODES: Final = (
 
 _EVENTS: Final = ("PREPARE", "REBOOT", "FINISH", "CANCEL", RESTORE)
 _CALLBACKS: Final = ("prepare", "reboot", "finish", "cancel", "restore")
+_KEXEC: Final = 5
 _STEPS: Final = {"subsystem": 1, "driver": 2, "bus": 3}
 _FLAGS: Final = ("requested", "preserved", "reclaimed")
 _TEXT_BYTES: Final = 1024
@@ -94,8 +95,9 @@ class _Kernel:
         self.drivers: list[Driver] = []
         self.buses: list[Bus] = []
         self.subsystems: list[Subsystem] = []
-        self.kernel: Kernel | None = None
-        self.steps: Generator[Step, None, None] | None = None
+        self.kernel: Kernel | RemoteKernel | None = None
+        self.next: _Kernel | None = None  # the one that is loaded
+        self.steps: Generator[Step, None, object] | None = None
         self.step: Step | None = None  # the next one, or the one that has been handed out
         self.handed = False
         self.number = 0
@@ -110,7 +112,7 @@ class _Kernel:
                 subsystems=self.subsystems,
                 **self.options,
             )
-        return self.kernel
+        return _local(self.kernel)
 
     def end_steps(self) -> None:
         """Forget the event that was stepped through, which has ended; or end it."""
@@ -155,12 +157,12 @@ class Face:
         return call
 
     def _refuse(self, name: str, error: BaseException) -> int:
-        code = next((number for kind, number in _CODES if isinstance(error, kind)), errno.EIO)
+        code = next((number for kind, number in _CODES if isinstance(error, kind)), 0)
         if isinstance(error, OSError) and error.errno:
             code = error.errno
         text = str(error)
-        if code == errno.EIO:
-            text = f"{type(error).__name__}: {text}"
+        if not code:  # a mistake of ours
+            code, text = errno.EIO, f"{type(error).__name__}: {text}"
             traceback.print_exception(error)
         raw = f"{name}: {text}".encode("utf-8", "replace")[: _TEXT_BYTES - 1] + b"\0"
         self._ffi.memmove(self._lib.luo_text_buffer(), raw, len(raw))
@@ -189,12 +191,16 @@ class Face:
         box: _Kernel = self._find(kernel, _Kernel, "kernel")
         return box
 
-    def _kernel(self, kernel: Any) -> Kernel:
-        """Return the kernel of a handle that has booted or was loaded."""
+    def _running(self, kernel: Any) -> Kernel | RemoteKernel:
+        """Return the kernel of a handle, which has booted or was loaded; in whatever process."""
         made = self._box(kernel).kernel
         if made is None:
             raise StateError(errno.EOPNOTSUPP, "the kernel has neither booted nor been loaded")
         return made
+
+    def _kernel(self, kernel: Any) -> Kernel:
+        """Return the kernel of a handle, for what only one in this process can be asked."""
+        return _local(self._running(kernel))
 
     def _new_box(self, kernel: Any) -> _Kernel:
         """Return the kernel of a handle that is not made yet."""
@@ -487,32 +493,33 @@ class Face:
     # ---- live update ----
 
     def luo_state(self, kernel: Any, state: Any) -> None:
-        state[0] = int(self._kernel(kernel).luo.state)
+        state[0] = int(self._running(kernel).luo.state)
 
     def luo_request(self, kernel: Any, glob: Any, on: int) -> None:
-        self._kernel(kernel).devices.request(self._text(glob), bool(on))
+        self._running(kernel).devices.request(self._text(glob), bool(on))
 
     def luo_request_devices(self, kernel: Any, devices: Any, count: int, on: int) -> None:
         if count < 0:
             raise ValueError(f"request: {count} devices")
         numbers = self._array(devices, count, np.int32)
-        self._kernel(kernel).devices.request(numbers, bool(on))
+        self._running(kernel).devices.request(numbers, bool(on))
 
     def luo_flags(self, kernel: Any, flag: int, flags: Any, count: int) -> None:
         if not 0 <= flag < len(_FLAGS) or count < 0:
             raise ValueError(f"flag {flag} of {count} devices")
-        devices = self._kernel(kernel).devices
-        devices.rescan()
-        column = getattr(devices, _FLAGS[flag])
+        running = self._running(kernel)
+        if isinstance(running, Kernel):
+            running.devices.rescan()
+        column = getattr(running.devices, _FLAGS[flag])
         if count > len(column):
             raise ValueError(f"flags of {count} devices: there are {len(column)}")
         self._array(flags, count, np.uint8)[:] = column[:count]
 
     def luo_prepare(self, kernel: Any) -> None:
-        self._kernel(kernel).luo.prepare()
+        self._running(kernel).luo.prepare()
 
     def luo_cancel(self, kernel: Any) -> None:
-        self._kernel(kernel).luo.cancel()
+        self._running(kernel).luo.cancel()
 
     def luo_reboot(self, kernel: Any) -> None:
         luo = self._kernel(kernel).luo
@@ -520,20 +527,32 @@ class Face:
             raise StateError(errno.EINVAL, f"REBOOT: needs PREPARED, it is {luo.state.name}")
 
     def luo_finish(self, kernel: Any, unreclaimed: Any) -> None:
-        result = self._kernel(kernel).luo.finish()
+        result = self._running(kernel).luo.finish()
         if unreclaimed != self._ffi.NULL:
             unreclaimed[0] = len(result.unreclaimed)
 
     def luo_kexec_load(self, kernel: Any, following: Any) -> None:
-        old = self._kernel(kernel)
+        box = self._box(kernel)
         if following == self._ffi.NULL:
-            old.kexec_unload()
+            self._running(kernel).kexec_unload()
+            box.next = None
             return
-        box = self._box(following)
-        old.kexec_load(box.made(self._machine(box.box)))
+        loaded = self._box(following)
+        self._kernel(kernel).kexec_load(loaded.made(self._machine(loaded.box)))
+        box.next = loaded
+
+    def luo_kexec_load_image(self, kernel: Any, image: Any, result: Any) -> None:
+        box = self._box(kernel)
+        self._running(kernel).kexec_load(KernelImage(self._text(image)))
+        box.next = _Kernel(box.box, {})
+        box.box.kernels += 1
+        result[0] = self._hold("kernel", box.next)
 
     def luo_kexec(self, kernel: Any) -> None:
-        self._kernel(kernel).kexec()
+        box = self._box(kernel)
+        running = self._running(kernel).kexec()
+        if box.next is not None:
+            box.next.kernel = running
 
     # ---- one callback at a time ----
 
@@ -541,8 +560,9 @@ class Face:
         box, old = self._box(kernel), self._kernel(kernel)
         if box.steps is not None:
             raise StateError(errno.EDEADLK, "begin: an event has been begun, and has not ended")
+        old.luo.refuse_callback("begin")
         box.number = 0
-        box.steps = old.luo.steps(Event(event))
+        box.steps = old.kexec_steps() if event == _KEXEC else old.luo.steps(Event(event))
         self._advance(box)  # the state is looked at now, not at the first step
 
     @staticmethod
@@ -550,7 +570,9 @@ class Face:
         """Go on to the next step; without one the event is complete."""
         assert box.steps is not None
         try:
-            box.step, box.handed = next(box.steps, None), False
+            # Steps do not overlap here, so that there is nobody to wait for.
+            steps = (step for step in box.steps if step.kind != "barrier")
+            box.step, box.handed = next(steps, None), False
         except BaseException:
             box.end_steps()
             raise
@@ -577,21 +599,24 @@ class Face:
         step.devices = found.devices
 
     def luo_complete(self, step: Any, ns: int) -> None:
-        box, kernel = self._box(step.kernel), self._kernel(step.kernel)
+        box = self._box(step.kernel)
         if box.step is None or not box.handed or box.number != step.number or box.step.done:
             raise StateError(errno.EALREADY, f"step {step.number}: has run, or its event has ended")
         given = itertools.chain((ns,), itertools.repeat(0))  # what a rollback calls costs nothing
-        recorder = kernel.recorder
-        before = recorder.cost
+        # Behind the jump it is the next kernel's step.
+        kernels = [one.kernel for one in (box, box.next) if one is not None]
+        recorders = [kernel.recorder for kernel in kernels if isinstance(kernel, Kernel)]
         if ns >= 0:
-            recorder.cost = lambda label, device, devices: next(given)
+            for recorder in recorders:
+                recorder.cost = lambda label, device, devices: next(given)
         try:
             box.step.run()
         except BaseException:
             box.end_steps()
             raise
         finally:
-            recorder.cost = before
+            for recorder in recorders:
+                recorder.cost = None
 
     def luo_abort(self, kernel: Any) -> None:
         box = self._box(kernel)
@@ -637,7 +662,7 @@ class Face:
     # ---- what it cost ----
 
     def luo_profile(self, kernel: Any, rows: Any, room: int, count: Any) -> None:
-        found = self._kernel(kernel).profile.rows()
+        found = self._running(kernel).profile.rows()
         for target, row in zip(self._room(rows, room), found, strict=False):
             for name in ("subsystem", "event", "kind", "name"):
                 setattr(target, name, self._string(row[name]))
@@ -646,7 +671,7 @@ class Face:
         count[0] = len(found)
 
     def luo_phases(self, kernel: Any, rows: Any, room: int, count: Any) -> None:
-        running = self._kernel(kernel)
+        running = self._running(kernel)
         arrival = {} if running.arrival is None else running.arrival.phases
         found = {**arrival, **running.phases}
         for target, (name, ns) in zip(self._room(rows, room), found.items(), strict=False):
@@ -657,6 +682,12 @@ class Face:
         if room < 0 or (room and rows == self._ffi.NULL):
             raise ValueError(f"rows: room for {room}")
         return [rows[i] for i in range(room)]
+
+
+def _local(kernel: Kernel | RemoteKernel) -> Kernel:
+    if isinstance(kernel, RemoteKernel):
+        raise StateError(errno.EOPNOTSUPP, "the kernel is in another process")
+    return kernel
 
 
 def _sizes(column: str, devices: DeviceBatch) -> NDArray[np.uint64]:

@@ -122,8 +122,8 @@ LUO_PUBLIC int luo_init(int abi)
 	if (rc < 0)
 		return rc;
 	if (strncmp(Py_GetVersion(), PY_VERSION, length + 1))
-		return luo_refuse(ENOEXEC, "Python %.16s runs here, libluo.so was built for %s",
-				  Py_GetVersion(), PY_VERSION);
+		return luo_refuse(ENOEXEC, "Python %.*s runs here, libluo.so was built for %s",
+				  (int)strcspn(Py_GetVersion(), " "), Py_GetVersion(), PY_VERSION);
 	luo_promote_python();
 	if (cffi_start_python() < 0)
 		return luo_refuse(ENOEXEC, "%s: luo cannot be imported", luo_python);

@@ -1,5 +1,5 @@
 /*
- * luo_embed.h: the engine inside a C program, which links to libluo.so. Included by luo.h.
+ * luo_embed.h: the engine inside a C program that links to libluo.so. Included by luo.h.
  *
  * Every function but luo_init() and luo_last_error() returns 0, or -errno with a text for
  * luo_last_error(). A pointer that is NULL is -EINVAL unless it is said what NULL means; so are
@@ -226,6 +226,13 @@ int luo_finish(struct luo_kernel *kernel, int32_t *unreclaimed);
 /* Load the next kernel, of the same machine and not booted; NULL drops the one that is loaded. */
 int luo_kexec_load(struct luo_kernel *kernel, struct luo_kernel *next);
 /*
+ * Load a kernel image in a process of its own: "package.module:factory", a function in Python that
+ * is importable there and makes a kernel of a machine, as "luo.drivers:kernel" does. RAM must be
+ * one mapping by fd. Once it runs, next answers for its state, events, requests, flags and costs;
+ * what else one can ask a kernel is -EOPNOTSUPP, and so is everything before it runs.
+ */
+int luo_kexec_load_image(struct luo_kernel *kernel, const char *image, struct luo_kernel **next);
+/*
  * REBOOT, unless it has been stepped through; jump; boot and restore what is loaded. The kernel is
  * gone then, and `next` runs. A failure before the commit point cancels the update: the state is
  * NORMAL, and `next` is gone.
@@ -250,7 +257,14 @@ struct luo_step {
 	int32_t devices;		/* how many it serves */
 };
 
-/* Begin PREPARE, REBOOT, FINISH or CANCEL. The state is held until the event has ended. */
+/* For luo_begin(), in place of an event: REBOOT, the jump, boot, and RESTORE of the next kernel. */
+#define LUO_KEXEC 5
+
+/*
+ * Begin PREPARE, REBOOT, FINISH, CANCEL or LUO_KEXEC. The state is held until the event has ended.
+ * LUO_KEXEC is stepped through by the kernel that began it, to the end, although that is gone after
+ * the last step of REBOOT; the next kernel must be of this process.
+ */
 int luo_begin(struct luo_kernel *kernel, int event);
 /* The next callback, which has not run. -EBUSY: the one before it has not, either. */
 int luo_next(struct luo_kernel *kernel, struct luo_step *step);
@@ -259,7 +273,10 @@ int luo_next(struct luo_kernel *kernel, struct luo_step *step);
  * rolled everything back, and the event has ended. -EALREADY: it has run, or its event has ended.
  */
 int luo_complete(const struct luo_step *step, int64_t ns);
-/* End it early: PREPARE and REBOOT are rolled back, FINISH and CANCEL completed. */
+/*
+ * End it early: PREPARE and REBOOT are rolled back, FINISH and CANCEL completed; LUO_KEXEC is rolled
+ * back before the jump, and completed after it.
+ */
 int luo_abort(struct luo_kernel *kernel);
 
 /* ---- memory of the simulated kernel ---- */

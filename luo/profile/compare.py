@@ -31,6 +31,7 @@ __all__ = ["CONFIDENCE", "BadDocument", "compare", "interval", "read"]
 CONFIDENCE: Final = 0.95
 _MOST_RUNS: Final = 1000  # of one side; of more, every second, third, … is taken
 _COUNTED: Final = 100**3  # up to 100 runs a side the distribution is counted out
+_UNSTEADY: Final = 0.01  # how often a steady document may be called unsteady
 _NAMED: Final = 3  # rows that a warning names
 
 #: What makes figures differ though no callback is to blame: where it is in the document, and what
@@ -75,21 +76,25 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def compare(
-    a: Mapping[str, Any],
-    b: Mapping[str, Any],
+    a: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    b: Mapping[str, Any] | Sequence[Mapping[str, Any]],
     *,
     only: Sequence[str] = (),
     fail_slower: float | None = None,
 ) -> dict[str, Any]:
-    """Compare two ``luo-run/1`` documents.
+    """Compare two ``luo-run/1`` documents, or several of each.
+
+    Updates of one document share what the machine was at, and where its memory lay, and so say
+    nothing of how much that makes. Of several documents each is therefore one figure, its median:
+    taken in turns, A B A B, they tell on a busy machine, too.
 
     There are three families of rows: the blackout, the phases, and the callbacks. The intervals of
     a family hold all together with a confidence of 95 % (Bonferroni): among hundreds of callbacks
     that are as they were, some would else look slower by chance.
 
     Args:
-        a: the document from before.
-        b: the document of now.
+        a: the document from before, or several.
+        b: the document of now, or several.
         only: the rows to compare, as shell patterns of their names; empty: all.
         fail_slower: how much slower than *a* is too slow: 0.1 for 10 %. None judges nothing.
 
@@ -103,9 +108,10 @@ def compare(
         BadDocument: one of them is not such a document.
         ValueError: a pattern of *only* that no row matches.
     """
-    for document in (a, b):
+    sides = [[side] if isinstance(side, Mapping) else list(side) for side in (a, b)]
+    for document in (*sides[0], *sides[1]):
         _check(document)
-    times = [_times(document["runs"]) for document in (a, b)]
+    times = [_times(side) for side in sides]
     names = sorted({*times[0], *times[1]}, key=lambda name: _place(name, times))
     for pattern in only:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -113,13 +119,13 @@ def compare(
     if only:
         names = [name for name in names if any(fnmatchcase(name, pattern) for pattern in only)]
     family_sizes = Counter(_family(name) for name in names if name in times[0] and name in times[1])
-    exact = a.get("clock") == b.get("clock") == "virtual"
+    exact = all(document.get("clock") == "virtual" for side in sides for document in side)
     rows = []
     for name in names:
         level = (1 - CONFIDENCE) / (family_sizes[_family(name)] or 1)
         rows.append({"name": name, "kind": _kind(name)} | _judged(times, name, level, exact))
     judged = [row for row in rows if row["low"] is not None]
-    warnings, failed = _too_few(rows, family_sizes), []
+    warnings, failed = [*_too_few(rows, family_sizes), *_unsteady(sides)], []
     if fail_slower is not None:
         failed = [row for row in judged if row["low"] > 1 + fail_slower]
         failed.sort(key=lambda row: -row["low"])
@@ -131,8 +137,12 @@ def compare(
         "schema": "luo-compare/1",
         "confidence": CONFIDENCE,
         "fail_slower": fail_slower,
-        "runs": {"a": len(a["runs"]), "b": len(b["runs"])},
-        "differences": _differences(a, b),
+        "documents": {letter: len(side) for letter, side in zip("ab", sides, strict=True)},
+        "runs": {
+            letter: sum(len(document["runs"]) for document in side)
+            for letter, side in zip("ab", sides, strict=True)
+        },
+        "differences": _differences(sides[0][0], sides[1][0]),
         "rows": rows,
         "warnings": warnings,
         "failed": [row["name"] for row in failed],
@@ -190,10 +200,15 @@ def _cut(few: int, many: int, tail: float) -> int:
 # ---- rows ----
 
 
-def _times(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Return the nanoseconds of each phase and callback, in the runs that have it."""
+def _times(documents: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Return the nanoseconds of each phase and callback: of each run, or median, that has it."""
     times: dict[str, list[float]] = {}
-    for run in runs:
+    if len(documents) > 1:
+        for document in documents:
+            for name, runs in _times([document]).items():
+                times.setdefault(name, []).append(float(np.median(runs)))
+        return times
+    for run in documents[0]["runs"]:
         for name, ns in [*run["phases_ns"].items(), *run["callbacks_ns"].items()]:
             times.setdefault(name, []).append(ns)
     return times
@@ -248,6 +263,23 @@ def _too_few(rows: Iterable[Mapping[str, Any]], family_sizes: Mapping[str, int])
             needed += 1
         what = family if family == "blackout" else f"{count} {family}{'s' if count > 1 else ''}"
         warnings.append(f"too few runs to tell about {what}: take {needed} or more on both sides")
+    return warnings
+
+
+def _unsteady(sides: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Say so if a single document is at odds with itself: its halves differ."""
+    warnings = []
+    for letter, side in zip("AB", sides, strict=True):
+        blackouts = _times(side).get("blackout", [])
+        half = len(blackouts) // 2
+        if len(side) > 1 or half == 0:
+            continue
+        _, low, high = interval(blackouts[:half], blackouts[half:], _UNSTEADY)
+        if low is not None and high is not None and not low <= 1 <= high:
+            warnings.append(
+                f"{letter} is unsteady, its blackout changed on the way: "
+                "was the machine busy? Compare several documents, taken in turns"
+            )
     return warnings
 
 

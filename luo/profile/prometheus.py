@@ -8,6 +8,7 @@ so that series of several hosts can be added.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, TypeAlias
 
@@ -117,7 +118,7 @@ def _histogram(row: Mapping[str, Any]) -> Iterator[_Sample]:
     labels = _labels(row)
     counts = [0] * len(LE_NS)
     for _, high, count in row.get("histogram", ()):
-        counts[next(at for at, le in enumerate(LE_NS) if high - 1 <= le)] += count
+        counts[bisect_left(LE_NS, high - 1)] += count
     counts[-1] += row["calls"] - sum(counts)
     total = 0
     for le, count in zip(LE_NS, counts, strict=True):

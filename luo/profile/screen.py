@@ -87,10 +87,12 @@ def show_comparison(
     if not everything:
         shown = shown[: len(PHASES) + _DIFFERING_SHOWN]
     left = Counter(row["verdict"] for row in rows if row not in shown)
-    runs = document["runs"]
-    parts: list[RenderableType] = [
-        Text(f"A: {runs['a']:,} updates, B: {runs['b']:,}; medians, and how B differs from A")
-    ]
+    taken = (
+        f"{letter.upper()}: {document['runs'][letter]:,} updates"
+        + (f" in {count:,} documents" if count > 1 else "")
+        for letter, count in document["documents"].items()
+    )
+    parts: list[RenderableType] = [Text(f"{', '.join(taken)}; medians, and how B differs from A")]
     for row in document["differences"]:
         parts.append(Text(f"not the same {row['what']}: A {row['a']}, B {row['b']}", "yellow"))
     parts += [Text(), _comparison(shown, document["confidence"], console.width)]

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, zip_longest
-from typing import Any, Final, cast
+from typing import Any, Final, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from luo._kho import SPAN
 from luo.report import Report, Track, version
 
 __all__ = [
@@ -42,6 +43,7 @@ _NEW: Final = "new kernel"
 _OLD_PHASES: Final = ("prepare", "reboot", "cancel")
 _NEW_PHASES: Final = ("jump", "boot", "restore", "finish")
 _STATE_AFTER: Final = {"prepare": "prepared", "restore": "updated"}
+_NO_SLICE: Final = "no callback has a slice: sums alone"
 _FIGURES: Final = ("calls", "devices", "total_ns", "min_ns", "p50_ns", "p99_ns", "max_ns")
 _NR_ROWS: Final = 50  # sums that a phase carries, the dearest
 _NR_COUNTERS: Final = 32
@@ -49,13 +51,17 @@ _NR_BINS: Final = 1000  # of the counter of callbacks that run
 _CHUNK: Final = 1 << 18  # spans looked at in one go, 8 MiB
 
 
+_Phases: TypeAlias = Sequence[tuple[str, int, int]]  # name, begin, end
+_Kernels: TypeAlias = Sequence[tuple[str, _Phases]]
+
+
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """A time on a lane; an instant, if it ends when it begins and is said to be one.
+    """Something on a lane that took time, or an instant.
 
     Attributes:
         name, categories: what it is.
-        begin_ns, end_ns: on the clock of the kernels; *end_ns* None is an instant.
+        begin_ns, end_ns: on the clock of the kernels; *end_ns* is None for an instant.
         args: what is said of it: str, int, float, or a mapping of these.
     """
 
@@ -167,7 +173,7 @@ def from_report(report: Report, spans: int = NR_SPANS) -> Trace:
         dropped = int(track.profile.dropped)
         remarks, counters = [], []
         if not seen:
-            remarks.append("no callback has a slice: sums alone")
+            remarks.append(_NO_SLICE)
         elif len(mine) < seen:
             remarks.append(f"slices of the {len(mine):,} longest of {seen:,} callbacks")
         if dropped:
@@ -195,7 +201,7 @@ def _path_of(track: Track) -> Callable[[int], str]:
     return str if tree is None else cast("Callable[[int], str]", tree.path)
 
 
-def _phases_of(track: Track) -> list[tuple[str, int, int]]:
+def _phases_of(track: Track) -> _Phases:
     """Return name, begin and end of the phases of *track* that are of this update."""
     wanted = _NEW_PHASES if track.name == _NEW else _OLD_PHASES
     return sorted(
@@ -231,16 +237,9 @@ def _longest(
             kept.append(chunk)
             if sum(map(len, kept)) > most + _CHUNK:
                 kept = _cut(kept, most)
-        chosen.append(np.concatenate(kept) if kept else np.empty(0, _NO_SPAN))
+        chosen.append(np.concatenate(kept) if kept else np.empty(0, SPAN))
         seen.append(count)
     return _cut(chosen, most), seen
-
-
-#: What a recorder with no buffer has; the fields that are read here.
-_NO_SPAN: Final = np.dtype(
-    [(name, "i8" if name.endswith("ns") else "i4")
-     for name in ("begin_ns", "ns", "key", "device", "devices", "worker")]
-)  # fmt: skip
 
 
 def _cut(parts: Sequence[NDArray[np.void]], most: int) -> list[NDArray[np.void]]:
@@ -314,7 +313,7 @@ def _slices(
             yield Slice(name, categories, begin, begin + ns, args)
 
 
-def _running(spans: Iterable[NDArray[np.void]], phases: Sequence[tuple[str, int, int]]) -> Counter:
+def _running(spans: Iterable[NDArray[np.void]], phases: _Phases) -> Counter:
     """Return how many callbacks ran at a time, with or without a slice: the mean of each bin."""
     first, last = _bounds(phases)
     width = max(1, -(-(last - first) // _NR_BINS))
@@ -333,6 +332,7 @@ def _running(spans: Iterable[NDArray[np.void]], phases: Sequence[tuple[str, int,
     level = np.round(busy / width + np.cumsum(covered), 3)
     change = np.flatnonzero(np.diff(level, prepend=-1))
     points = [(first + at * width, float(level[at])) for at in change.tolist()]
+    points = [point for point in points if point[0] < last]
     return Counter("callbacks running", "callbacks", [*points, (last, 0.0)])
 
 
@@ -347,41 +347,17 @@ def from_document(document: Mapping[str, Any]) -> Trace:
     Raises:
         LookupError, TypeError, ValueError: it is none.
     """
-    runs = document["runs"]
-    timeline = document.get("timeline")
-    blackout = None
-    remarks = ["no callback has a slice: sums alone"]
-    if timeline:
-        origin = int(timeline["begin_ns"])
-        kernels = [
-            (
-                str(kernel["name"]),
-                [
-                    (str(name), origin + int(begin), origin + int(end))
-                    for name, begin, end in kernel["phases"]
-                ],
-            )
-            for kernel in timeline["kernels"]
-        ]
-        if timeline.get("blackout"):
-            begin, end = timeline["blackout"]
-            blackout = (origin + int(begin), origin + int(end))
+    runs, source = document["runs"], document["source"]
+    remarks = [_NO_SLICE]
+    if len(runs) > 1:
+        remarks.append(f"sums of {len(runs):,} updates in the phases, their means as counters")
+    if document.get("timeline"):
+        kernels, blackout = _measured(document["timeline"])
+        figures = runs
     else:
         remarks.append("medians of the phases, laid end to end")
-        spent = document.get("dry_reboot_ns") or document["phases_ns"]
-        at = 0
-        kernels = []
-        for name, names in ((_OLD, _OLD_PHASES), (_NEW, _NEW_PHASES)):
-            phases = []
-            for phase in names:
-                ns = int(spent.get(phase, 0))
-                if ns:
-                    phases.append((phase, at, at + ns))
-                    at += ns
-            kernels.append((name, phases))
-        if spent.get("blackout"):
-            begin = int(spent["prepare"])
-            blackout = (begin, begin + int(spent["blackout"]))
+        kernels, blackout = _end_to_end(document.get("dry_reboot_ns") or document["phases_ns"])
+        figures = ()
     processes = []
     for pid, (name, phases) in enumerate(kernels, 1):
         events = {_EVENT_OF.get(phase) for phase, _, _ in phases}
@@ -395,14 +371,47 @@ def from_document(document: Mapping[str, Any]) -> Trace:
                 tuple(_costs(phases, rows, max(1, len(runs)))),
             )
         )
-    source = document["source"]
     about = {
         "host": str(source.get("path") or source.get("kind", "")),
         "updates": len(runs),
         "luo_version": str(document["luo_version"]),
     }
     every = [phase for _, phases in kernels for phase in phases]
-    return _trace(processes, every, blackout, runs if timeline else (), about)
+    return _trace(processes, every, blackout, figures, about)
+
+
+def _measured(timeline: Mapping[str, Any]) -> tuple[_Kernels, tuple[int, int] | None]:
+    """Return the kernels' phases, and the blackout, of a document's *timeline*."""
+    origin = int(timeline["begin_ns"])
+    kernels = [
+        (
+            str(kernel["name"]),
+            [
+                (str(phase), origin + int(begin), origin + int(end))
+                for phase, begin, end in kernel["phases"]
+            ],
+        )
+        for kernel in timeline["kernels"]
+    ]
+    if not timeline.get("blackout"):
+        return kernels, None
+    begin, end = timeline["blackout"]
+    return kernels, (origin + int(begin), origin + int(end))
+
+
+def _end_to_end(spent: Mapping[str, Any]) -> tuple[_Kernels, tuple[int, int] | None]:
+    """Return what :func:`_measured` does, of how long each phase took."""
+    at, kernels = 0, []
+    for name, names in ((_OLD, _OLD_PHASES), (_NEW, _NEW_PHASES)):
+        phases = []
+        for phase in names:
+            ns = int(spent.get(phase, 0))
+            if ns:
+                phases.append((phase, at, at + ns))
+                at += ns
+        kernels.append((name, phases))
+    begin, ns = int(spent.get("prepare", 0)), int(spent.get("blackout", 0))
+    return kernels, (begin, begin + ns) if ns else None
 
 
 # ---- both ----
@@ -410,7 +419,7 @@ def from_document(document: Mapping[str, Any]) -> Trace:
 
 def _trace(
     kernels: Sequence[Process],
-    phases: Sequence[tuple[str, int, int]],
+    phases: _Phases,
     blackout: tuple[int, int] | None,
     runs: Sequence[Mapping[str, Any]],
     about: Mapping[str, Any],
@@ -439,7 +448,7 @@ def _of_blackout(blackout: tuple[int, int], runs: Sequence[Mapping[str, Any]]) -
     return {"blackout_ns": figure, "digests_ns": max(0, blackout[1] - blackout[0] - figure)}
 
 
-def _bounds(phases: Sequence[tuple[str, int, int]]) -> tuple[int, int]:
+def _bounds(phases: _Phases) -> tuple[int, int]:
     """Return when the first of *phases* begins and the last ends; zeros if there is none."""
     return (
         min((begin for _, begin, _ in phases), default=0),
@@ -447,9 +456,7 @@ def _bounds(phases: Sequence[tuple[str, int, int]]) -> tuple[int, int]:
     )
 
 
-def _phase_slices(
-    phases: Sequence[tuple[str, int, int]], rows: Sequence[Mapping[str, Any]]
-) -> Iterator[Slice]:
+def _phase_slices(phases: _Phases, rows: Sequence[Mapping[str, Any]]) -> Iterator[Slice]:
     """Yield the phases, with the sums of their callbacks, and the states between them."""
     begins = [begin for _, begin, _ in phases[1:]]
     for (name, begin, end), following in zip_longest(phases, begins):
@@ -472,9 +479,7 @@ def _phase_slices(
             yield Slice(f"state {state}", ("state",), end, following)
 
 
-def _costs(
-    phases: Sequence[tuple[str, int, int]], rows: Iterable[Mapping[str, Any]], runs: int = 1
-) -> list[Counter]:
+def _costs(phases: _Phases, rows: Iterable[Mapping[str, Any]], runs: int = 1) -> list[Counter]:
     """Return what the callbacks of the dearest names took together, phase by phase."""
     costs: dict[str, dict[str, float]] = {}
     for row in rows:

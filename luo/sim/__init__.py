@@ -67,7 +67,15 @@ class Clock:
     def __call__(self) -> int:
         """Return the time, in nanoseconds."""
         begin, self._begin = self._begin, None
-        return max(self._ahead, round(self.env.now * self._unit)) if begin is None else begin
+        return max(self._ahead, self._now()) if begin is None else begin
+
+    def _now(self) -> int:
+        return round(self.env.now * self._unit)
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the environment is to catch up."""
+        return self._ahead > self._now()
 
     def advance(self, ns: int) -> None:
         """Be *ns* nanoseconds ahead of the environment, which is to catch up."""
@@ -290,7 +298,8 @@ class Host:
 
     def _catch_up(self, old: Kernel) -> _Waiting[None]:
         """Let the time pass that the engine took for what it did at once."""
-        yield from self._wait(old, self.clock.until(self.clock()))
+        if self.clock.is_ahead:
+            yield from self._wait(old, self.clock.until(self.clock()))
 
     def _play(
         self, old: Kernel, steps: Generator[Step, None, _Result], event: str

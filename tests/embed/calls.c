@@ -316,6 +316,7 @@ static void test_host_ram(void)
 {
 	struct luo_machine *machine = machine_without_ram();
 	char *ram = mmap(NULL, 2 * RAM, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	struct luo_kernel *kernel, *next;
 	void *bytes;
 
 	mprotect(ram + RAM / 2, RAM / 2, PROT_NONE);
@@ -323,6 +324,11 @@ static void test_host_ram(void)
 	OK(luo_machine_add_host_ram(machine, MIB + RAM, RAM, ram + RAM, 0));
 	OK(luo_machine_bytes(machine, MIB + 4096, 8, &bytes));
 	EXPECT((char *)bytes == ram + 4096, 1);
+	kernel = small_kernel(machine);
+	OK(luo_boot(kernel, NULL));
+	EXPECT(luo_kexec_load_image(kernel, "luo.drivers:kernel", &next), -EOPNOTSUPP);
+	SAYS("it has no file");
+	OK(luo_kernel_free(kernel));
 	update(machine);
 	munmap(ram, 2 * RAM);
 }
@@ -476,6 +482,45 @@ static void test_handover(void)
 	OK(luo_machine_free(machine));
 }
 
+/* The next kernel in a process of its own, with drivers in Python; C callbacks before the jump. */
+static void test_image(void)
+{
+	struct luo_machine *machine = small_machine();
+	struct luo_kernel *old = small_kernel(machine), *next = NULL;
+	struct luo_cost rows[8];
+	struct luo_handover handover;
+	uint8_t reclaimed[5] = { 0 };
+	int32_t unreclaimed = -1, nr = 0;
+
+	OK(luo_boot(old, NULL));
+	OK(luo_request(old, "*", 1));
+	EXPECT(luo_kexec_load_image(old, "no colon", &next), -EINVAL);
+	EXPECT(luo_kexec_load_image(old, "luo.nowhere:kernel", &next), -ENOEXEC);
+	EXPECT(next == NULL, 1);
+	OK(luo_kexec_load_image(old, "luo.drivers:kernel", &next));
+	EXPECT(state(next), -EOPNOTSUPP);
+	OK(luo_prepare(old));
+	OK(luo_kexec(old));
+	EXPECT(state(old), -ESHUTDOWN);
+	EXPECT(state(next), LUO_UPDATED);
+	OK(luo_flags(next, LUO_RECLAIMED, reclaimed, 5));
+	EXPECT(reclaimed[0] + reclaimed[4], 2);
+	EXPECT(luo_begin(next, LUO_FINISH), -EOPNOTSUPP);
+	EXPECT(luo_get_handover(next, &handover), -EOPNOTSUPP);
+	OK(luo_finish(next, &unreclaimed));
+	EXPECT(unreclaimed, 0);
+	OK(luo_profile(next, rows, 8, &nr));
+	EXPECT(nr > 0, 1);
+	EXPECT(calls_of[LUO_PREPARE], 4);
+	EXPECT(calls_of[LUO_RESTORE], 0);
+	OK(luo_request(next, "root/a", 1));
+	OK(luo_prepare(next));
+	OK(luo_cancel(next));
+	OK(luo_kernel_free(next));
+	OK(luo_kernel_free(old));
+	OK(luo_machine_free(machine));
+}
+
 static void test_unreclaimed(void)
 {
 	struct luo_machine *machine = small_machine();
@@ -597,6 +642,7 @@ static void test_costs(void)
 	EXPECT(nr, 1);
 	EXPECT(strcmp(rows[0].event, "RESTORE"), 0);
 	EXPECT(rows[0].total_ns, 4 * 7);
+	EXPECT(luo_begin(old, LUO_KEXEC), -ESHUTDOWN);
 	OK(luo_profile(old, NULL, 0, &nr));
 	EXPECT(nr, 1);
 	OK(luo_phases(next, phases, 16, &nr));
@@ -608,6 +654,50 @@ static void test_costs(void)
 	EXPECT(seen, 2);
 	OK(luo_kernel_free(old));
 	OK(luo_kernel_free(next));
+	OK(luo_machine_free(machine));
+}
+
+/* The whole blackout one callback at a time: also what the next kernel restores. */
+static void test_kexec_steps(void)
+{
+	struct luo_machine *machine = small_machine();
+	struct luo_kernel *old = small_kernel(machine), *next = small_kernel(machine);
+	struct luo_cost row;
+	struct luo_step step;
+	int32_t nr = 0;
+
+	OK(luo_boot(old, NULL));
+	OK(luo_request(old, "*", 1));
+	EXPECT(luo_begin(old, LUO_KEXEC), -EINVAL);
+	SAYS("no kernel is loaded");
+	OK(luo_kexec_load(old, next));
+	OK(luo_prepare(old));
+	run_steps(old, LUO_KEXEC, 1000);
+	EXPECT(state(old), -ESHUTDOWN);
+	EXPECT(state(next), LUO_UPDATED);
+	EXPECT(calls_of[LUO_RESTORE], 4);
+	OK(luo_profile(next, &row, 1, &nr));
+	EXPECT(nr, 1);
+	EXPECT(row.total_ns, 10000);
+	EXPECT(luo_next(old, &step), -EINVAL);
+	OK(luo_finish(next, NULL));
+
+	/* ended early, behind the jump: the rest is done */
+	OK(luo_kernel_free(old));
+	old = next;
+	next = small_kernel(machine);
+	OK(luo_request(old, "*", 1));
+	OK(luo_kexec_load(old, next));
+	OK(luo_prepare(old));
+	OK(luo_begin(old, LUO_KEXEC));
+	OK(luo_next(old, &step));
+	OK(luo_complete(&step, 5));
+	OK(luo_abort(old));
+	EXPECT(state(old), -ESHUTDOWN);
+	EXPECT(state(next), LUO_UPDATED);
+	EXPECT(calls_of[LUO_RESTORE], 8);
+	OK(luo_kernel_free(next));
+	OK(luo_kernel_free(old));
 	OK(luo_machine_free(machine));
 }
 
@@ -710,8 +800,9 @@ static const struct {
 	{ "split_ram", test_split_ram }, { "two_files", test_two_files },
 	{ "host_ram", test_host_ram }, { "kernels", test_kernels },
 	{ "callback_errno", test_callback_errno }, { "reentry", test_reentry },
-	{ "handover", test_handover }, { "unreclaimed", test_unreclaimed },
-	{ "steps", test_steps }, { "costs", test_costs }, { "pages", test_pages },
+	{ "handover", test_handover }, { "image", test_image }, { "unreclaimed", test_unreclaimed },
+	{ "steps", test_steps }, { "costs", test_costs },
+	{ "kexec_steps", test_kexec_steps }, { "pages", test_pages },
 	{ "threads", test_threads }
 };
 

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from . import reference
-from .conftest import ASAN, without_environment
+from .conftest import without_environment
 
 SOURCE = "examples/c/simulator.c"
 MIB = 256
@@ -76,27 +76,30 @@ def test_simulator_that_steps_leaves_the_bytes_of_the_bulk_update(compiled, tmp_
     steps = simulate(program, tmp_path / "steps", "-n", 5000, "-s")
 
     assert (bulk.returncode, steps.returncode) == (0, 0), bulk.stderr + steps.stderr
-    # 5,000 devices at 800 ns and a subsystem at 5 µs, in PREPARE, REBOOT and FINISH
-    simulated = 3 * (5000 * 800 + 5000)
+    # 5,000 devices at 800 ns and a subsystem at 5 µs, in PREPARE, REBOOT, RESTORE and FINISH
+    simulated = 4 * (5000 * 800 + 5000)
     assert steps.stdout == bulk.stdout + f"simulated {simulated} ns\n"
-    assert "FINISH   driver     sim           5000 calls,     4.000 ms" in steps.stderr
+    for event in ("RESTORE", "FINISH "):
+        assert f"{event}  driver     sim           5000 calls,     4.000 ms" in steps.stderr
     assert ram(tmp_path / "steps") == ram(tmp_path / "bulk")
 
 
-@pytest.mark.parametrize("arguments", [(), ("-s",), ("-f", "7")], ids=["bulk", "steps", "failure"])
-def test_simulator_under_asan_leaks_nothing(arguments, compiled, tmp_path):
+@pytest.mark.parametrize(
+    "arguments",
+    [("-n", "100000", "-w", "2"), ("-n", "2000", "-s"), ("-n", "2000", "-f", "7")],
+    ids=["bulk", "steps", "failure"],
+)
+def test_simulator_under_asan_leaks_nothing(arguments, compiled, asan, tmp_path):
     """No report of any kind: what Python keeps to its end is in reach."""
-    program = compiled(SOURCE, *ASAN)
+    program = compiled(SOURCE, *asan)
 
-    done = simulate(
-        program, tmp_path / "ram", "-n", 2000, *arguments, env={"PYTHONMALLOC": "malloc"}
-    )
+    done = simulate(program, tmp_path / "ram", *arguments, env={"PYTHONMALLOC": "malloc"})
 
     assert done.returncode == 0, done.stderr
     assert "Sanitizer" not in done.stderr
 
 
-def test_simulator_that_leaks_is_caught_by_asan(compiled, tmp_path):
+def test_simulator_that_leaks_is_caught_by_asan(compiled, asan, tmp_path):
     """The test above can fail: what C forgets is reported, Python or not."""
     source = tmp_path / "leak.c"
     source.write_text(
@@ -105,7 +108,7 @@ def test_simulator_that_leaks_is_caught_by_asan(compiled, tmp_path):
         "for (int i = 0; i < 3; i++) kept = malloc(777);\nkept = NULL; return 0; }\n"
     )
 
-    done = without_environment(compiled(source, *ASAN), env={"PYTHONMALLOC": "malloc"})
+    done = without_environment(compiled(source, *asan), env={"PYTHONMALLOC": "malloc"})
 
     assert done.returncode != 0
     assert "detected memory leaks" in done.stderr

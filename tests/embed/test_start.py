@@ -69,6 +69,16 @@ def test_init_without_the_python_of_the_build_is_enoent(probe, library, tmp_path
     assert "the Python that libluo.so was built for" in done.stderr
 
 
+def test_init_of_a_python_that_does_not_start_is_enoexec(probe, library):
+    """Not even Python's own start may end the program: there is a number, and a reason."""
+    done = without_environment(probe, library, env={"PYTHONMALLOC": "no such thing"})
+
+    assert done.stdout == f"luo_init {-errno.ENOEXEC}\n{NOT_STARTED}"
+    assert done.stderr == (
+        f"luo_init: {sys.executable} does not start: PYTHONMALLOC: unknown allocator\n"
+    )
+
+
 def test_init_of_a_python_without_luo_is_enoexec(probe, library, tmp_path):
     """An environment that has lost luo starts, and luo_init() says so."""
     venv.create(tmp_path / "bare", symlinks=True)
@@ -86,6 +96,20 @@ def test_init_of_a_python_without_luo_is_enoexec(probe, library, tmp_path):
     assert done.stdout == f"luo_init {-errno.ENOEXEC}\n{NOT_STARTED}"
     assert "ModuleNotFoundError: No module named " in done.stderr
     assert done.stderr.endswith(f"luo_init: {python}: luo cannot be imported\n")
+
+
+def test_init_in_another_python_is_enoexec(probe, library, tmp_path):
+    """Of another minor version than the one that built the library: it is not used."""
+    other = tmp_path / "libluo.so"
+    version = sys.version.split()[0].encode() + b"\0"
+    raw = library.read_bytes()
+    assert version in raw
+    other.write_bytes(raw.replace(version, version.replace(b"3.", b"2.")))
+
+    done = without_environment(probe, other)
+
+    assert done.stdout == f"luo_init {-errno.ENOEXEC}\n{NOT_STARTED}"
+    assert done.stderr.startswith(f"luo_init: Python {sys.version.split()[0]} runs here, libluo.so")
 
 
 JOIN = """

@@ -157,6 +157,35 @@ def test_compare_virtual_clock_without_noise_needs_one_run():
     assert compared["warnings"] == []
 
 
+def test_compare_several_documents_takes_each_as_one_figure():
+    """Its median; what differs between documents is then no difference between A and B."""
+    rng = np.random.default_rng(3)
+
+    def one(middle):
+        return document((middle * rng.lognormal(0, 0.02, 20)).tolist())
+
+    level = [10, 14, 9, 12, 8, 13]
+    alone = compare(one(10), one(14))
+    before, after = [one(ms) for ms in level], [one(ms) for ms in reversed(level)]
+    several = compare(before, after)
+    slower = compare(before, [one(2 * ms) for ms in level], fail_slower=0.1)
+
+    assert rows(alone)["blackout"]["verdict"] == "slower"
+    assert rows(several)["blackout"]["verdict"] == "no difference"
+    assert slower["failed"] == ["blackout"]
+    assert several["documents"] == {"a": 6, "b": 6}
+    assert several["runs"] == {"a": 120, "b": 120}
+
+
+def test_compare_document_that_drifts_is_warned_of():
+    """Its first half is not like its second; a steady one is."""
+    steady, drifting = document(EIGHT * 2), document([*EIGHT, *(2 * ms for ms in EIGHT)])
+
+    (warning,) = compare(steady, drifting)["warnings"]
+    assert warning.startswith("B is unsteady")
+    assert compare(steady, steady)["warnings"] == []
+
+
 def test_compare_only_takes_patterns_and_refuses_one_that_matches_nothing():
     """The names that there are are in the error."""
     run = document(EIGHT, {"a/a/REBOOT": EIGHT, "b/b/REBOOT": EIGHT})
@@ -312,7 +341,9 @@ def test_compare_command_json_has_standard_output_for_itself(files):
     [
         (["a.json", "none.json"], "does not exist"),
         (["a.json", "."], "directory"),
-        (["a.json"], "Missing argument"),
+        ([], "A.json B.json"),
+        (["a.json"], "A.json B.json"),
+        (["a.json", "b.json", "a.json"], "A.json B.json"),
         (["a.json", "bad.json"], "bad.json: not a luo-run/1 document"),
         (["a.json", "b.json", "--fail-slower", "fast"], "'fast': a percentage"),
         (["a.json", "b.json", "--fail-slower", "0.1"], "a percentage"),

@@ -351,6 +351,27 @@ def test_export_to_a_full_device_is_one_line(luo, document):
     assert (status, err) == (2, "luo: --folded /dev/full: No space left on device\n")
 
 
+@pytest.mark.parametrize("option", ["--folded", "--trace"])
+def test_export_where_nobody_may_make_files_is_one_line(luo, document, option):
+    """Not even who may do anything."""
+    status, _, err = luo("export", document, option, "/proc/luo.json")
+
+    assert status == 2
+    assert err.startswith(f"luo: {option} /proc/luo.json: ")
+    assert err.count("\n") == 1
+
+
+def test_export_to_a_link_writes_what_it_leads_to(luo, document, tmp_path):
+    """And the link stays one."""
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    (tmp_path / "file").touch()
+    status, *_ = luo("export", document, "--folded", tmp_path / "link")
+
+    assert status == 0
+    assert (tmp_path / "link").is_symlink()
+    assert STACK.fullmatch((tmp_path / "file").read_text())
+
+
 def test_export_without_perfetto_names_the_extra(luo, document, tmp_path, monkeypatch):
     """And the form that needs none."""
     monkeypatch.setitem(__import__("sys").modules, "luo.profile.perfetto", None)

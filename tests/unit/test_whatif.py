@@ -104,11 +104,14 @@ def fastest(models):
 def compare(base, changed, predict):
     """Whether *predict* makes of the updates *base* what the updates *changed* really take.
 
-    Of the middle ones; or on a machine where something is always in the way, of the fastest.
+    Of the middle ones; or on a machine where something is always in the way, of the fastest. Where
+    equal updates never take the same, there is nothing to compare with.
     """
-    errors = []
+    errors, quiet = [], False
     for _ in range(ATTEMPTS):
         pairs = [(base(), changed()) for _ in range(ROUNDS)]
+        for equal in zip(*pairs, strict=True):
+            quiet |= WhatIf.median(equal).blackout_ns < 1.05 * fastest(equal).blackout_ns
         for of, real_of in ((WhatIf.median, statistics.median), (fastest, min)):
             was = of([one for one, _ in pairs])
             real = real_of(other.blackout_ns for _, other in pairs)
@@ -116,6 +119,8 @@ def compare(base, changed, predict):
             if abs(errors[-1]) <= 0.10:
                 assert abs(was.blackout_ns / real - 1) > 0.15  # else anything would do
                 return
+    if not quiet:
+        pytest.skip("equal updates take 5 % more or less on this machine, each time")
     pytest.fail(f"off by {[f'{error:+.1%}' for error in errors]}")
 
 

@@ -185,20 +185,20 @@ def sleeping(tmp_path_factory):
     return table
 
 
-@pytest.mark.parametrize("marked", [True, False])
-def test_workers_take_what_updates_with_workers_take(marked, sleeping):
-    """Within 10 % for two threads; also where the callbacks are not thread-safe as yet."""
+@pytest.mark.parametrize(("safe", "was", "would_be"), [(True, 1, 2), (False, 1, 2), (True, 2, 1)])
+def test_workers_take_what_updates_with_workers_take(safe, was, would_be, sleeping):
+    """Within 10 %, up and down; also where the callbacks are not thread-safe as yet."""
     tree = DeviceTree()
     tree.add_many(("bridge", 0, 2), [-1, -1], "pci", "portdrv")
     state = np.arange(700, dtype=np.uint64).view(np.uint8).reshape(-1, 8)
     tree.add_many(("dev", 0, 700), [i % 2 for i in range(700)], "pci", "nic", state=state)
+    tree.add("disk", "bridge0", "pci", "nvme")
     machine = Machine("64MiB", tree)
     nvme = spinning(reboot=5000)  # one after the other
-    tree.add("disk", "bridge0", "pci", "nvme")
     compare(
-        lambda: model_of(machine, {"nic": sleeping(20, marked), "nvme": nvme}),
-        lambda: model_of(machine, {"nic": sleeping(20, True), "nvme": nvme}, workers=2),
-        lambda model: model.with_workers(2, thread_safe=not marked),
+        lambda: model_of(machine, {"nic": sleeping(20, safe), "nvme": nvme}, workers=was),
+        lambda: model_of(machine, {"nic": sleeping(20, True), "nvme": nvme}, workers=would_be),
+        lambda model: model.with_workers(would_be, thread_safe=not safe),
     )
 
 

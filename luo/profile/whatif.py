@@ -42,7 +42,9 @@ __all__ = ["Answer", "Link", "Part", "WhatIf"]
 #: several threads.
 _WHOLE, _SINGLE, _THREADS = 0, 1, 2
 
-_MAX_FOLIOS: Final = 1 << 24  # laid out to measure what a map costs; more are reckoned from these
+#: Laid out to measure what a map costs; what is more is reckoned from these.
+_MAX_FOLIOS: Final = 1 << 24
+_MAX_PAGES: Final = 1 << 28
 _NR_MEASURED: Final = 7
 _NR_MOVED: Final = 8
 _NR_DEVICES: Final = 64
@@ -359,16 +361,14 @@ class WhatIf:
             raise ValueError("pages: the report does not say what was handed over")
         if abi.generation(self._kho_abi).restore_order_cap:  # larger ones go over in pieces
             order = min(order, _MAX_ORDER)
-        whole, rest = divmod(
-            sum(n << own for own, n in self.folios.items() if own < order), 1 << order
-        )
+        small = {own: n for own, n in self.folios.items() if own < order}
+        whole, rest = divmod(sum(n << own for own, n in small.items()), 1 << order)
         if not whole:
             return self
-        folios = {own: n for own, n in self.folios.items() if own >= order}
-        folios[order] = folios.get(order, 0) + whole
-        if rest:
-            folios[0] = rest
-        saved = _saved_by(self.folios, folios, self._kho_abi)
+        made = {order: whole, 0: rest} if rest else {order: whole}
+        saved = _saved_by(small, made, self._kho_abi)
+        kept = {own: n for own, n in self.folios.items() if own >= order}
+        folios = kept | made | {order: kept.get(order, 0) + whole}
         reboot, restore = self._phases
         kvm = np.array([label[:2] == ("kvm", RESTORE) for label in self._labels], np.bool_)
         ns = np.where(kvm[restore.key], np.maximum(0, restore.ns - saved["map"]), restore.ns)
@@ -485,7 +485,8 @@ def _threads_ns(count: int, callbacks: int) -> float:
 
 def _saved_by(now: Mapping[int, int], then: Mapping[int, int], kho_abi: str) -> dict[str, float]:
     """Return what a map of *then* saves, by phase; ``"map"`` is what taking folios back takes."""
-    share = max(1.0, sum(now.values()) / _MAX_FOLIOS)
+    pages = sum(n << order for order, n in now.items())
+    share = max(1.0, sum(now.values()) / _MAX_FOLIOS, pages / _MAX_PAGES)
     smaller = [{order: round(n / share) for order, n in of.items()} for of in (now, then)]
     spent = [[_update(folios, kho_abi) for folios in smaller] for _ in range(_NR_MEASURED)]
     # The least of each: whatever else the machine does can only add to it.

@@ -6,6 +6,7 @@ import shutil
 import statistics
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +239,16 @@ def test_pages_take_what_updates_with_such_guests_take(tmp_path):
     compare(
         lambda: update(hosts[0]), lambda: update(hosts[1]), lambda model: model.with_pages("2MiB")
     )
+
+
+def test_pages_put_smaller_folios_together_and_leave_the_rest():
+    """What is left over stays small; larger ones are as they were; too few change nothing."""
+    model = model_of(machine_of(nic=1), {"nic": spinning(reboot=1)})
+    guests = replace(model, folios={0: 1025, 3: 1, 9: 4, 18: 2})
+
+    assert guests.with_pages("2MiB").folios == {0: 9, 9: 4 + 2, 18: 2}
+    assert guests.with_pages(16384).folios == {0: 1, 2: 256, 3: 1, 9: 4, 18: 2}
+    assert guests.with_pages("4KiB") is guests
 
 
 # ---- where the figures come from ----

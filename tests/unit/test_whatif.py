@@ -111,8 +111,10 @@ def compare(base, changed, predict):
     errors, quiet = [], False
     for _ in range(ATTEMPTS):
         pairs = [(base(), changed()) for _ in range(ROUNDS)]
-        for equal in zip(*pairs, strict=True):
-            quiet |= WhatIf.median(equal).blackout_ns < 1.05 * fastest(equal).blackout_ns
+        quiet |= all(
+            WhatIf.median(equal).blackout_ns < 1.05 * fastest(equal).blackout_ns
+            for equal in zip(*pairs, strict=True)
+        )
         for of, real_of in ((WhatIf.median, statistics.median), (fastest, min)):
             was = of([one for one, _ in pairs])
             real = real_of(other.blackout_ns for _, other in pairs)

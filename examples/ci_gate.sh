@@ -9,8 +9,8 @@
 # Without baseline.json this run becomes it, if it keeps to its budgets: have CI keep the file, and
 # delete it when slower is what you want. This run is beside it, as baseline.json.new.
 #
-# Both runs must be of one kind of machine. Where machines differ, or are busy with other things,
-# 'luo run --clock virtual --cost FILE' in both takes noise out.
+# Both runs must be of one kind of machine. Where machines differ, or are busy with other things, a
+# virtual clock takes noise out: REPEAT=1, and --clock virtual --cost FILE among the options.
 set -u
 
 if [ $# -lt 1 ]; then

@@ -364,7 +364,7 @@ class Kernel:
     @property
     def profile(self) -> Profile:
         """What its callbacks cost; stays readable after the kernel is gone."""
-        return Profile(self.recorder, self.machine.devices)
+        return Profile.of(self.recorder, self.machine.devices, self.arrival)
 
     @property
     def phases(self) -> dict[str, int]:

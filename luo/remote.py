@@ -417,7 +417,7 @@ class RemoteKernel:
         recorder = CallRecorder()
         recorder.load(told["labels"], spans, costs, told["dropped"])
         recorder.merge(told["calls"])
-        return Profile(recorder, self.machine.devices)
+        return Profile.of(recorder, self.machine.devices, self.arrival)
 
     @property
     def marks(self) -> dict[str, tuple[int, int]]:

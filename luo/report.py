@@ -28,6 +28,7 @@ __all__ = [
     "Track",
     "budget_names",
     "describe",
+    "p95",
     "parse_budgets",
     "parse_duration",
     "version",
@@ -377,7 +378,7 @@ class Report:
             raise ValueError("budgets: no update has come to its end")
         figures = [_figures(run) for run in self.runs]
         names = dict.fromkeys(name for run in figures for name in run)
-        spent = {name: _p95([run.get(name, 0) for run in figures]) for name in names}
+        spent = {name: p95([run.get(name, 0) for run in figures]) for name in names}
         judged: list[dict[str, Any]] = []
         for name, limit in budgets.items():
             allowed = parse_duration(limit) if isinstance(limit, str) else limit
@@ -420,13 +421,17 @@ class Report:
             return []
         # The sums know no event: in blackout or out of it is as near as they come.
         costs = np.zeros_like(self._costs)
-        row = int(event in BLACKOUT_EVENTS)
-        costs[row] = self._costs[row] / len(self.runs)
-        table = device_costs(self._tree, costs)
-        table = table[(table["driver"] == name) | (table["bus"] == name)]
+        row, known = int(event in BLACKOUT_EVENTS), costs.shape[1]
+        for ids, names in (
+            (self._tree.driver_ids, self._tree.driver_names),
+            (self._tree.bus_ids, self._tree.bus_names),
+        ):
+            if name in names:
+                mine = np.flatnonzero(ids[:known] == names.index(name))
+                costs[row, mine] = self._costs[row, mine] / len(self.runs)
         return [
             {"path": device["path"].item(), "ns": device["total_ns"].item()}
-            for device in table[:_NR_WORST]
+            for device in device_costs(self._tree, costs, _NR_WORST)
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -467,24 +472,30 @@ class Report:
         return [{name: row[name] for name in row if name != "device"} for row in rows]
 
     def _timeline(self) -> dict[str, Any] | None:
-        """Return when the phases of the last update ran, from the begin of PREPARE."""
+        """Return when the phases of the last update ran, from the begin of the first."""
         if self.blackout is None:
             return None
-        begin = self.tracks[0].marks["prepare"][0]
-
-        def since(marks: tuple[int, int]) -> list[int]:
-            return [at - begin for at in marks]
-
+        kernels = {
+            track.name: {
+                name: mark for name, mark in track.marks.items() if name in _TIMELINE[track.name]
+            }
+            for track in self.tracks
+        }
+        begin = min(mark[0] for phases in kernels.values() for mark in phases.values())
         return {
             "begin_ns": begin,
             "kernels": [
                 {
-                    "name": track.name,
-                    "phases": [[name, *since(track.marks[name])] for name in _TIMELINE[track.name]],
+                    "name": kernel,
+                    "phases": [
+                        [name, phases[name][0] - begin, phases[name][1] - begin]
+                        for name in _TIMELINE[kernel]
+                        if name in phases
+                    ],
                 }
-                for track in self.tracks
+                for kernel, phases in kernels.items()
             ],
-            "blackout": since(self.blackout),
+            "blackout": [at - begin for at in self.blackout],
         }
 
     def to_json(self) -> str:
@@ -525,7 +536,7 @@ def _is_part(name: str, whole: str) -> bool:
     return event in _EVENTS.get(whole, ()) or whole == f"{subsystem}/{event}"
 
 
-def _p95(values: list[int]) -> int:
+def p95(values: list[int]) -> int:
     """Return the 95th percentile by nearest rank, which is a value that occurred."""
     return sorted(values)[-(-95 * len(values) // 100) - 1]
 

@@ -204,13 +204,13 @@ mlx5_core = luo.Driver("mlx5_core", luo.LiveUpdateOps(
 """
 
 
-def gate(cwd, reboot="pass", **environment):
+def gate(cwd, reboot="pass", *options, **environment):
     """Run the gate over a driver whose REBOOT does *reboot*, with generous limits."""
     (cwd / "mine.py").write_text(GATED.format(reboot=reboot))
     limits = {"BUDGET": "blackout=60s", "LIMIT": "10000%", "REPEAT": "8"}
     return subprocess.run(
         ["sh", EXAMPLES / "ci_gate.sh", "base.json", "--preset", "cloud", "--devices", "100",
-         "--drivers", "mine.py"],
+         "--drivers", "mine.py", *options],
         cwd=cwd,
         text=True,
         capture_output=True,
@@ -232,6 +232,26 @@ def test_ci_gate_stores_a_baseline_and_stops_what_is_slower(tmp_path):
     assert "stored as base.json" in first.stdout
     assert "nothing is more than 10000 % slower" in second.stdout
     assert "devices/mlx5_core/REBOOT: x" in slower.stdout.partition("10000 % slower:")[2]
+
+
+def test_ci_gate_with_a_virtual_clock_needs_one_update(tmp_path):
+    """No noise: 5 % slower passes a limit of 10 %, 12 % slower does not; budgets are exact."""
+
+    def virtual(us, budget_us):
+        (tmp_path / "cost.toml").write_text(f'rules."devices/mlx5_core/REBOOT" = "{us}us"\n')
+        options = ("--clock", "virtual", "--cost", "cost.toml")
+        budget = f"devices/mlx5_core/REBOOT={budget_us}us"
+        return gate(tmp_path, "pass", *options, REPEAT="1", LIMIT="10%", BUDGET=budget).returncode
+
+    assert virtual(100, 10**6) == 0
+    calls = next(
+        row["calls"]
+        for row in json.loads((tmp_path / "base.json").read_text())["callbacks"]
+        if (row["name"], row["event"]) == ("mlx5_core", "REBOOT")
+    )
+    assert virtual(105, 105 * calls) == 0
+    assert virtual(105, 105 * calls - 1) == 3
+    assert virtual(112, 10**6) == 3
 
 
 def test_ci_gate_over_budget_is_status_3_with_and_without_a_baseline(tmp_path):

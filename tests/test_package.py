@@ -36,7 +36,7 @@ def test_installed_package_has_types_presets_and_no_c_file():
     """Stub, header and presets are shipped; fragments and generated C are not."""
     names = {path.name for path in Path(luo.__file__).parent.rglob("*")}
 
-    assert {"_kho.pyi", "_kho.pxd", "py.typed", "cloud.toml"} <= names
+    assert {"_kho.pyi", "_kho.pxd", "py.typed", "cloud.toml", "page.html"} <= names
     assert not [name for name in names if name.endswith((".c", ".pxi"))]
 
 

@@ -19,7 +19,7 @@ from luo.cli.host import collected
 from luo.profile import chrome, folded, prometheus, trace
 from luo.report import Report
 
-__all__ = ["Exports", "export", "export_options"]
+__all__ = ["Exports", "export", "export_options", "output", "read_document"]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -87,11 +87,9 @@ class Exports:
             writer, binary = _writer(self.trace)
             most = trace.NR_SPANS if self.spans is None else self.spans
             drawn = (
-                trace.from_document(document)
-                if report is None
-                else (trace.from_report(report, most))
+                trace.from_document(document) if report is None else trace.from_report(report, most)
             )
-            with _output("--trace", self.trace, binary) as stream:
+            with output("--trace", self.trace, binary) as stream:
                 writer.write(drawn, stream)
         for option, file, lines in (
             ("--folded", self.folded, folded.callbacks),
@@ -103,7 +101,7 @@ class Exports:
                 if file == "-":
                     click.echo(text, nl=False)
                     continue
-                with _output(option, file) as stream:
+                with output(option, file) as stream:
                     stream.write(text)
 
 
@@ -125,11 +123,11 @@ def _writer(file: str) -> tuple[ModuleType, bool]:
 
 
 @contextlib.contextmanager
-def _output(option: str, file: str, binary: bool = False) -> Iterator[IO[Any]]:
+def output(option: str, file: str, binary: bool = False) -> Iterator[IO[Any]]:
     """Open *file*, which *option* names; a regular one takes its place when it is whole."""
     path = Path(file)
     try:
-        whole = not path.exists() or stat.S_ISREG(path.stat().st_mode)
+        whole = not path.exists() or stat.S_ISREG(path.lstat().st_mode)
         part = path.with_name(f".{path.name}.{os.getpid()}") if whole else path
         try:
             with part.open("wb" if binary else "w", encoding=None if binary else "utf-8") as stream:
@@ -190,14 +188,14 @@ def export(run: Path, **files: str | None) -> None:
         raise click.UsageError("write what? --trace, --folded, --folded-tree, --prometheus")
     exports.check()
     with wrong_input():
-        document = _read(run)
+        document = read_document(run)
     try:
         exports.write(document)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise Wrong(f"{run}: this luo-run/1 document is not whole: {error!r}") from error
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_document(path: Path) -> dict[str, Any]:
     """Read a ``luo-run/1`` document.
 
     Raises:

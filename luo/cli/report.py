@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import click
 
 from luo.cli.errors import Wrong, check_writable, wrong_input
+from luo.cli.export import output, read_document
 
 __all__ = ["report"]
 
@@ -20,24 +19,29 @@ __all__ = ["report"]
 @click.option(
     "-o",
     "--output",
+    "output_file",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
     help="The page. [default: RUN.html]",
 )
-def report(run: Path, other: Path | None, output: Path | None) -> None:
+def report(run: Path, other: Path | None, output_file: Path | None) -> None:
     """Make a page of what 'luo run --json' wrote; OTHER.json is an earlier run to compare with.
 
     The page is one file that loads nothing: figures, their tables, light and dark.
     """
     pages = _pages()
-    target = run.with_suffix(".html") if output is None else output
+    target = run.with_suffix(".html") if output_file is None else output_file
     check_writable(str(target), "-o")
+    given = [path for path in (run, other) if path is not None]
     with wrong_input():
-        documents = [_read(path) for path in (run, other) if path is not None]
+        documents = [read_document(path) for path in given]
+        if target.exists() and any(map(target.samefile, given)):
+            raise Wrong(f"-o {target}: the page is made of it")
         names = (run.name, "" if other is None else other.name)
         text = pages.page(*documents, names=names)
-        target.write_text(text, "utf-8")
-    click.echo(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
+    with output("-o", str(target)) as stream:
+        stream.write(text)
+    click.echo(f"{target}: {len(text.encode()) / 1e6:.1f} MB")
 
 
 def _pages() -> ModuleType:
@@ -47,10 +51,3 @@ def _pages() -> ModuleType:
     except ImportError as error:
         raise Wrong(f"report: {error}: install it with pip install 'luo-kho[report]'") from error
     return page
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise Wrong(f"{path}: not a luo-run/1 document: {error}") from error

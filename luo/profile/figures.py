@@ -18,8 +18,9 @@ from typing import Any, Final, TypeAlias
 
 from luo.profile.compare import BadDocument, compare
 from luo.profile.screen import duration
+from luo.report import p95
 
-__all__ = ["Column", "Part", "Section", "Table", "capped", "columns", "p95", "sections", "words"]
+__all__ = ["Column", "Part", "Section", "Table", "capped", "columns", "sections", "words"]
 
 Document: TypeAlias = Mapping[str, Any]
 Span: TypeAlias = tuple[str, int, int]  # a phase, its begin and its end in ns
@@ -146,12 +147,6 @@ def words(text: object) -> str:
     return said if len(said) <= _NR_CHARACTERS else f"{said[:_NR_CHARACTERS]}…"
 
 
-def p95(values: Iterable[int]) -> int:
-    """Return the 95th percentile by nearest rank, which is a value that occurred."""
-    ordered = sorted(values)
-    return ordered[-(-95 * len(ordered) // 100) - 1]
-
-
 # ---- the sections ----
 
 
@@ -268,7 +263,7 @@ def _costs(document: Document) -> Section | None:
     _label(part, drawn)
     lead = f"What callbacks took{each}. REBOOT and RESTORE, in warm colours, are in blackout."
     if _LATE in there:
-        lead += f" {_LATE} is what is restored after the last device, which ends it."
+        lead += f" What is restored after the last device, which ends it, is {_LATE}."
     return Section("costs", "Cost by subsystem and event", lead, [part])
 
 
@@ -436,12 +431,18 @@ def _tree(document: Document) -> Section | None:
     bar = {"title": {"text": "in blackout", "side": "top"}, "orientation": "h", "thickness": 10}
     bar |= {"tickformat": ".0%", "len": 0.5, "y": 0, "yanchor": "top", "ypad": 4, "nticks": 3}
     marker = {"colors": shares, "colorscale": [[0, "@cold"], [1, "@hot"]], "cmin": 0, "cmax": 1}
-    marker |= {"line": {"width": 1, "color": "@card"}, "colorbar": bar, "showscale": True}
+    marker |= {
+        "line": {"width": 1 if len(rows) < 64 else 0.3, "color": "@card"},
+        "colorbar": bar,
+        "showscale": True,
+    }
     icicle = {
         "type": "icicle",
         "ids": [f"/{row['path']}" for row in rows],
         "parents": ["" if row["parent"] is None else f"/{row['parent']}" for row in rows],
-        "labels": [plain(name.rpartition("/")[2]) for name in names],
+        "labels": [
+            "others" if name.endswith("/…") else plain(name.rpartition("/")[2]) for name in names
+        ],
         # What a subtree has beyond its parts: rounded sums need not be those of the parts.
         "values": [max(0, row["total_ns"] - below.get(row["path"], 0)) / 1e9 for row in rows],
         "branchvalues": "remainder",

@@ -19,13 +19,18 @@ import jinja2
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
-from luo.profile.figures import Section, Table, capped, columns, p95, sections, words
+from luo.profile.figures import Section, Table, capped, columns, sections, words
 from luo.profile.screen import duration, size
+from luo.report import p95
 
 __all__ = ["page"]
 
 _SCHEMA: Final = "luo-run/1"
 _IN_BLACKOUT: Final = ("REBOOT", "RESTORE")
+_ERROR: Final = dict.fromkeys(("errno_name", "file", "line", "rolled_back"))
+_TROUBLE: Final = ("event", "kind", "name", "device", "message")
+#: What reading a document may come to, in which something is not what it should be.
+_NOT_WHOLE: Final = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 _NOTHING: Final = "–"  # noqa: RUF001  what a table shows where there is no value
 
 
@@ -46,20 +51,13 @@ def page(
         ValueError: *document* or *other* is no ``luo-run/1`` document.
     """
     for name, given in zip(names, (document, other), strict=True):
-        if given is None:
-            continue
-        schema = given.get("schema") if isinstance(given, Mapping) else None
-        if schema != _SCHEMA:
-            raise ValueError(
-                f"{name}: not a {_SCHEMA} document" + (f" but {schema}" * bool(schema))
-            )
+        if given is not None and given.get("schema") != _SCHEMA:
+            raise ValueError(f"{name}: no {_SCHEMA} document")
     try:
         return _render(document, sections(document, other, names))
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"{names[0]}: not a {_SCHEMA} document that can be drawn: {why}"
-        ) from error
+    except (*_NOT_WHOLE, RecursionError) as error:
+        why = words(repr(error))
+        raise ValueError(f"{names[0]}: this {_SCHEMA} document is not whole: {why}") from error
 
 
 def _render(document: Mapping[str, Any], shown: list[Section]) -> str:
@@ -90,7 +88,7 @@ def _render(document: Mapping[str, Any], shown: list[Section]) -> str:
         title=words(f"Live update of {_where(document)}"),
         facts=_facts(document),
         headline=_headline(document),
-        error=document["error"],
+        error=document["error"] and _ERROR | document["error"],
         budgets=_budgets(document),
         troubles=_troubles(document),
         states=_states(document),
@@ -236,9 +234,6 @@ def _troubles(document: Mapping[str, Any]) -> list[Table]:
             cells = [tuple(str(row.get(key, "")) for key in keys) for row in rows]
             tables.append(capped(caption, columns("text", *keys), cells))
     return tables
-
-
-_TROUBLE: Final = ("event", "kind", "name", "device", "message")
 
 
 # ---- HTML ----

@@ -120,7 +120,7 @@ class Phase:
             while before[at] > 0:
                 at = self._cause(ends, float(before[at]), at)
                 chain.append(at)
-        return sorted(chain)  # who must come first was called first
+        return sorted(chain)  # as they were called
 
     def _before(self, upward: bool) -> _Floats:
         """Return how long the longest chain of device calls is that must end before each call.
@@ -131,10 +131,8 @@ class Phase:
         forest = self.forest
         before = np.zeros(len(self.ns))
         ready = np.zeros(len(forest.depths))  # when what comes first for a device has ended
-        # Pairs by depth, then by side; those of a call stay together.
-        late = self.bus[self.call] == upward
-        rank = forest.depths[self.device] * (-2 if upward else 2) + late
-        order = np.lexsort((self.call, rank))
+        rank = self._rank(upward)
+        order = np.lexsort((self.call, rank))  # those of a call stay together
         edges = np.flatnonzero(np.diff(rank[order])) + 1
         groups = {int(rank[group[0]]): group for group in np.split(order, edges) if group.size}
         depths = forest.by_depth()
@@ -154,10 +152,17 @@ class Phase:
                 np.maximum.at(ready, forest.parents[rows], ready[rows])
         return before
 
+    def _rank(self, upward: bool) -> _Index:
+        """Return a number for each pair: who may have to wait has a higher one."""
+        late: _Mask = self.bus[self.call] == upward
+        rank: _Index = self.forest.depths[self.device] * (-2 if upward else 2) + late
+        return rank
+
     def _cause(self, ends: _Floats, when: float, at: int) -> int:
         """Return the call whose end at *when* the call *at* waited for."""
-        forest, mine = self.forest, self.served(at)
-        pairs = np.flatnonzero((ends[self.call] == when) & (self.call < at))
+        forest, mine, rank = self.forest, self.served(at), self._rank(self.event == REBOOT)
+        before = rank < rank[np.searchsorted(self.call, at)]
+        pairs = np.flatnonzero(before & (ends[self.call] == when))
         theirs = self.device[pairs]
         if self.event == REBOOT:
             found = np.isin(forest.lift(theirs, int(forest.depths[mine[0]])), mine)

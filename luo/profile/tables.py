@@ -43,7 +43,8 @@ class Profile:
     Attributes:
         recorder: who recorded it.
         tree: its devices, whose ``path(number)`` names one; None if they are not known.
-        blackout_ns: the blackout of all updates in it together, 0 if it is not known.
+        blackout_ns: the blackout of all updates in it together, which of a kernel is the one that
+            it arrived by; 0 if there is none.
         late: subsystems whose RESTORE is no part of blackout: it ran when all devices were
             reclaimed.
     """
@@ -52,6 +53,14 @@ class Profile:
     tree: Any = None
     blackout_ns: int = 0
     late: Collection[str] = ()
+
+    @classmethod
+    def of(cls, recorder: CallRecorder, tree: Any, arrival: Any) -> Profile:
+        """Return the profile of a kernel; *arrival* as of :class:`~luo.kexec.Arrival`, or None."""
+        if arrival is None:
+            return cls(recorder, tree)
+        late = arrival.result["restored_late"]
+        return cls(recorder, tree, arrival.phases["blackout"], late)
 
     @classmethod
     def merged(cls, profiles: Iterable[Profile]) -> Profile:

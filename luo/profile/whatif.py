@@ -457,7 +457,8 @@ class WhatIf:
                 if phase.event == RESTORE:  # which goes through the list from its end
                     starts = [len(devices) - stop for _, stop in reversed(stretches)]
                 spent = np.add.reduceat(phase.ns[begin:end], devices[starts])
-                total += float(spent.max() - spent.sum()) + _threads_ns(len(stretches))
+                total += float(spent.max() - spent.sum())
+                total += _threads_ns(len(stretches), len(self._labels))
         return total
 
 
@@ -465,9 +466,11 @@ class WhatIf:
 
 
 @lru_cache
-def _threads_ns(count: int) -> float:
-    """Return what it takes to start and end *count* threads that have nothing to do."""
+def _threads_ns(count: int, callbacks: int) -> float:
+    """Return what *count* threads take that have nothing to call of so many callbacks."""
     recorder, spent = CallRecorder(), []
+    for number in range(callbacks):
+        recorder.key("devices", REBOOT, "driver", str(number))
     for _ in range(_NR_MEASURED):
         begin = time.monotonic_ns()
         forks = [recorder.fork(0, worker) for worker in range(count)]

@@ -13,7 +13,7 @@ import luo
 
 ROOT = Path(__file__).parents[2]
 STRICT = ("-std=c11", "-g", "-Wall", "-Wextra", "-Werror", "-pthread")
-ASAN = ("-fsanitize=address", "-fno-omit-frame-pointer")
+_ASAN = ("-fsanitize=address", "-fno-omit-frame-pointer")
 
 
 def without_environment(*command, env=None, cwd="/", **more):
@@ -72,3 +72,18 @@ def compiled(library, tmp_path_factory):
         return made[source, flags]
 
     return compile
+
+
+@pytest.fixture(scope="session")
+def asan(tmp_path_factory):
+    """Compiler flags for AddressSanitizer, which can look for leaks here."""
+    if shutil.which("gcc") is None:
+        pytest.skip("needs gcc")
+    program = tmp_path_factory.mktemp("asan") / "nothing"
+    source = program.with_suffix(".c")
+    source.write_text("int main(void) { return 0; }\n")
+    for command in (["gcc", *_ASAN, source, "-o", program], [program]):
+        done = without_environment(*command)
+        if done.returncode:
+            pytest.skip(f"no AddressSanitizer that finds leaks: {done.stderr.strip()[-200:]}")
+    return _ASAN

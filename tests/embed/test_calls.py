@@ -9,7 +9,7 @@ import pytest
 
 import luo
 
-from .conftest import ASAN, without_environment
+from .conftest import without_environment
 
 NAMES = (
     "handles", "null", "ram", "split_ram", "two_files", "host_ram", "kernels", "callback_errno",
@@ -34,9 +34,9 @@ def test_calls_in_c_are_all_named_here(compiled):
     assert done.stdout.split() == list(NAMES)
 
 
-def test_calls_in_c_under_asan_touch_nothing_and_leak_nothing(compiled):
+def test_calls_in_c_under_asan_touch_nothing_and_leak_nothing(compiled, asan):
     """Freed handles, NULL, garbage and threads: no report, and no leak at the end."""
-    program = compiled("tests/embed/calls.c", *ASAN)
+    program = compiled("tests/embed/calls.c", *asan)
 
     done = without_environment(program, "all", env={"PYTHONMALLOC": "malloc"})
 

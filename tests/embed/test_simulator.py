@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from . import reference
-from .conftest import ASAN, without_environment
+from .conftest import without_environment
 
 SOURCE = "examples/c/simulator.c"
 MIB = 256
@@ -89,9 +89,9 @@ def test_simulator_that_steps_leaves_the_bytes_of_the_bulk_update(compiled, tmp_
     [("-n", "100000", "-w", "2"), ("-n", "2000", "-s"), ("-n", "2000", "-f", "7")],
     ids=["bulk", "steps", "failure"],
 )
-def test_simulator_under_asan_leaks_nothing(arguments, compiled, tmp_path):
+def test_simulator_under_asan_leaks_nothing(arguments, compiled, asan, tmp_path):
     """No report of any kind: what Python keeps to its end is in reach."""
-    program = compiled(SOURCE, *ASAN)
+    program = compiled(SOURCE, *asan)
 
     done = simulate(program, tmp_path / "ram", *arguments, env={"PYTHONMALLOC": "malloc"})
 
@@ -99,7 +99,7 @@ def test_simulator_under_asan_leaks_nothing(arguments, compiled, tmp_path):
     assert "Sanitizer" not in done.stderr
 
 
-def test_simulator_that_leaks_is_caught_by_asan(compiled, tmp_path):
+def test_simulator_that_leaks_is_caught_by_asan(compiled, asan, tmp_path):
     """The test above can fail: what C forgets is reported, Python or not."""
     source = tmp_path / "leak.c"
     source.write_text(
@@ -108,7 +108,7 @@ def test_simulator_that_leaks_is_caught_by_asan(compiled, tmp_path):
         "for (int i = 0; i < 3; i++) kept = malloc(777);\nkept = NULL; return 0; }\n"
     )
 
-    done = without_environment(compiled(source, *ASAN), env={"PYTHONMALLOC": "malloc"})
+    done = without_environment(compiled(source, *asan), env={"PYTHONMALLOC": "malloc"})
 
     assert done.returncode != 0
     assert "detected memory leaks" in done.stderr

@@ -106,12 +106,19 @@ def test_chain_is_the_longest_of_all(case):
     assert all(precedes(parents, event, one, other) for one, other in pairwise(links))
 
 
-@given(calls_of(max_devices=6))
-def test_slack_is_what_a_call_can_take_longer_and_no_more(case):
-    """With its slack more, the chain is as long as before; with one nanosecond more it is not."""
-    parents, _depths, event, calls = case
+@given(calls_of(max_devices=6), st.randoms())
+def test_slack_is_what_a_call_can_take_longer_and_no_more(case, random):
+    """With its slack more, the chain is as long as before; with one nanosecond more it is not.
+
+    In whatever order they were called: the tree says who waits.
+    """
+    parents, depths, event, calls = case
+    random.shuffle(calls)
     length = longest(parents, event, calls)
-    for place, slack in enumerate(phase_of(*case).slack()):
+    phase = phase_of(parents, depths, event, calls)
+
+    assert phase.ns[phase.chain()].sum() == length
+    for place, slack in enumerate(phase.slack()):
         assert longest(parents, event, longer(calls, place, slack)) == length
         assert longest(parents, event, longer(calls, place, slack + 1)) == length + 1
 
@@ -141,5 +148,5 @@ def test_workers_take_what_the_engine_s_rule_says(case, workers):
     ways = [2 if safe else 0 if len(devices) != 1 else 1 for _, devices, _, safe in calls]
     labels = tuple(("devices", event, "driver", f"{n}") for n in range(len(calls)))
     model = WhatIf(0, 0, 0, workers, {}, "kho-v4", labels, np.array(ways, np.int8), (phase, phase))
-    with patch("luo.dev_liveupdate.SHARE", 1), patch.object(whatif, "_threads_ns", lambda _: 0):
+    with patch("luo.dev_liveupdate.SHARE", 1), patch.object(whatif, "_threads_ns", lambda *_: 0):
         assert model._spent(phase) == expected

@@ -165,7 +165,13 @@ def test_run_over_budget_is_status_3_with_driver_and_device(host, tmp_path):
     device = worst["devices"][0]
     assert device["path"].endswith("01:00.1")
     assert device["ns"] >= 2_000_000
-    for text in ("over blackout", "over devices/mlx5_core/REBOOT", device["path"], "met  prepare"):
+    for text in (
+        "over blackout",
+        "over devices/mlx5_core/REBOOT",
+        device["path"],
+        "met  prepare",
+        "dearest devices",
+    ):
         assert text in done.stderr
 
 

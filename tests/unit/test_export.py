@@ -361,6 +361,17 @@ def test_export_where_nobody_may_make_files_is_one_line(luo, document, option):
     assert err.count("\n") == 1
 
 
+def test_export_to_a_link_writes_what_it_leads_to(luo, document, tmp_path):
+    """And the link stays one."""
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    (tmp_path / "file").touch()
+    status, *_ = luo("export", document, "--folded", tmp_path / "link")
+
+    assert status == 0
+    assert (tmp_path / "link").is_symlink()
+    assert STACK.fullmatch((tmp_path / "file").read_text())
+
+
 def test_export_without_perfetto_names_the_extra(luo, document, tmp_path, monkeypatch):
     """And the form that needs none."""
     monkeypatch.setitem(__import__("sys").modules, "luo.profile.perfetto", None)

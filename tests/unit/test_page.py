@@ -540,12 +540,12 @@ def test_no_comparison_with_an_update_that_failed(document):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "not a luo-run/1 document"),
-        ("[]", "not a luo-run/1 document"),
-        ('{"schema": "luo-compare/1"}', "not a luo-run/1 document but luo-compare/1"),
-        ('{"schema": "luo-run/1"}', "KeyError"),
-        ("[" * 100_000, "not a luo-run/1 document"),
-        ("\udcff", "not a luo-run/1 document"),
+        ("", "no JSON"),
+        ("[]", "no luo-run/1 document"),
+        ('{"schema": "luo-compare/1"}', "no luo-run/1 document"),
+        ('{"schema": "luo-run/1"}', "is not whole: KeyError"),
+        ("[" * 100_000, "no JSON"),
+        ("\udcff", "no JSON"),
     ],
 )
 def test_report_of_something_else_is_one_line_and_status_2(directory, text, said):
@@ -574,7 +574,7 @@ def test_figure_that_is_none_is_a_value_error(document, value):
         run = copy.deepcopy(document)
         spoil(run)
         if run != document:
-            with pytest.raises(ValueError, match="not a luo-run/1 document"):
+            with pytest.raises(ValueError, match="luo-run/1 document is not whole"):
                 page(run)
 
 
@@ -591,6 +591,23 @@ def test_report_writes_beside_the_run_or_where_it_is_told(directory):
     assert lost.stderr == "luo: -o nowhere/x.html: No such file or directory\n"
     assert missing.stderr == "luo: none.json: No such file or directory\n"
     assert (lost.returncode, missing.returncode) == (2, 2)
+
+
+def test_report_never_overwrites_what_it_is_made_of(directory):
+    """The document stays, whatever the page is to be called."""
+    before = (directory / "run.json").read_bytes()
+    (directory / "link.html").symlink_to("run.json")
+    for arguments in (("run.json", "-o", "run.json"), ("run.json", "-o", "link.html")):
+        done = command("report", *arguments, cwd=directory)
+
+        assert done.returncode == 2
+        assert done.stderr.endswith("the page is made of it\n")
+    assert (directory / "run.json").read_bytes() == before
+
+
+def test_page_of_an_error_without_details_is_made(document):
+    """An error that has a message alone is shown with that."""
+    assert "no &lt;luck&gt;" in page(document | {"error": {"message": "no <luck>"}})
 
 
 def test_report_without_its_extra_says_what_to_install(directory, tmp_path):

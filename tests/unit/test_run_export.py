@@ -1,8 +1,11 @@
 """``luo run --trace`` and the other exports: real updates, with a kernel in a second process."""
 
 import json
+import shutil
 import textwrap
 from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -10,6 +13,7 @@ from luo import DeviceTree, KernelImage, Machine, PhysicalMemory, drivers, live_
 from luo.cli import main
 from luo.profile import folded, trace
 
+from .test_native import Context, kernel_of, library, table, wide  # noqa: F401
 from .test_trace import as_chrome, as_perfetto
 
 DRIVERS = """
@@ -175,6 +179,32 @@ def test_stacks_and_metrics_of_a_run_are_those_of_its_document(luo_run, tmp_path
     assert {option: path.read_text() for option, path in files.items()} == written
     total = sum(int(line.split()[1]) for line in written["--folded"].splitlines())
     assert total == sum(row["total_ns"] for row in document["callbacks"])
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
+def test_callbacks_of_several_threads_have_a_lane_for_each(library):  # noqa: F811
+    """A worker calls one after the other, several do so at a time."""
+    machine = wide()
+
+    def kernel():
+        ops = table(library, Context(fail_at=-1))
+        return kernel_of(machine, replace(ops, thread_safe=True), workers=3, spans=True)
+
+    old = kernel().boot()
+    old.devices.request("*")
+    report = live_update(old, kernel())
+    lanes = as_chrome(trace.from_report(report))[0]
+    report.kernel.close()
+
+    devices = {where: slices for where, slices in lanes.items() if where[1].startswith("devices")}
+    assert set(devices) == {
+        (kernel, f"devices, worker {number}")
+        for kernel in ("old kernel", "new kernel")
+        for number in range(3)
+    }
+    for slices in devices.values():
+        assert all(a[2] <= b[1] for a, b in pairwise(slices))
+    assert costs_of(lanes)[0] == Counter(report.runs[0]["callbacks_ns"])
 
 
 def test_names_from_hardware_do_not_break_a_trace(mine):

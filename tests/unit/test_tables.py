@@ -326,6 +326,25 @@ def test_report_callbacks_have_histogram_and_share_of_blackout(kernels):
     assert subsystems["late"]["blackout_ns"] == 0
 
 
+def test_kernel_profile_has_its_share_of_the_blackout_that_it_arrived_by(kernels):
+    """A kernel that booted cold has none; merged, old and new kernel have the whole of it."""
+    old, new = kernels().boot(), kernels()
+    old.devices.request("bridge/*")
+    old.kexec_load(new)
+    old.luo.prepare()
+    old.kexec()
+    before, after = old.profile, new.profile
+    both = Profile.merged([before, after])
+    new.close()
+    (row,) = after.rows("driver")
+
+    assert [row["blackout_share"] for row in before.rows()] == [None] * len(before.rows())
+    assert after.blackout_ns == both.blackout_ns == new.arrival.phases["blackout"]
+    assert row["blackout_share"] == row["blackout_ns"] / after.blackout_ns > 0
+    assert both.rows("driver")[0]["blackout_ns"] > row["blackout_ns"]
+    assert {*both.late} == {"late"}
+
+
 def test_report_timeline_is_that_of_the_last_update(kernels):
     """Phases of both kernels on one clock, in order, the blackout across the jump."""
     report = Report()

@@ -432,7 +432,8 @@ class DeviceParticipant:
         collect: list[Any] | None = [] if event in BACKWARDS else None
         call = partial(self._call_stretch, walk, event, run.way, sides)
         stretches = []
-        if run.way == _THREADS:
+        # Told what callbacks cost, it asks in their order: costs may be drawn.
+        if run.way == _THREADS and self._recorder.cost is None:
             stretches = shares(run.start, run.stop, self._workers)
         if len(stretches) > 1:
             failure = self._call_threads(call, stretches, self._backwards(event), collect)
@@ -440,6 +441,7 @@ class DeviceParticipant:
             failure = call(self._recorder, run.start, run.stop, collect)
         if walk.scopes[event] is not None and event == RESTORE:
             self.devices.kernel.luo.note_reclaim()  # native code reclaims without a word
+            self.devices.kernel.luo.reclaiming = False  # their time has passed
         interrupt = None
         for device, side, outcome in collect or ():
             if isinstance(outcome, BaseException) and not isinstance(outcome, Exception):

@@ -1,10 +1,11 @@
 """A kernel on a clock that is told: figures without noise, from the same code."""
 
+import ctypes
 import json
 
 import pytest
 from click.testing import CliRunner
-from rig import Log, small_kernel, small_machine
+from rig import Log, forest, small_kernel, small_machine
 
 import luo
 from luo.cli import main
@@ -112,6 +113,36 @@ def test_host_driven_clock_is_any_callable():
 
     rows = kernel.profile.rows()
     assert {row["min_ns"] for row in rows} == {1000}
+
+
+def test_workers_draw_costs_in_order():
+    """Whatever could be called by several threads: a model that draws has the same costs."""
+    called = []
+
+    def cost(label, device, devices):
+        called.append(device)
+        return 1000
+
+    tree = forest({f"n{number}": ("pci", "nic") for number in range(1500)})
+    signature = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+    function = signature(lambda device, context: 0)
+    ops = luo.LiveUpdateOps(luo.native(function), thread_safe=True)
+    clock = VirtualClock()
+    kernel = luo.Kernel(
+        luo.Machine("64MiB", tree),
+        drivers=[luo.Driver("nic", ops)],
+        buses=[luo.Bus("pci", luo.LiveUpdateOps())],
+        workers=4,
+        clock=clock,
+        cost=clock.charging(cost),
+    ).boot()
+    kernel.devices.request("*")
+    called.clear()
+    began = clock()
+    kernel.luo.prepare()
+
+    assert called == [*range(1500), -1]
+    assert clock() - began == kernel.phases["prepare"] == 1501 * 1000
 
 
 def test_callback_limit_judges_simulated_time():

@@ -81,10 +81,11 @@ build/boards/FROM:
 embed: $(INSTALLED)  ## libluo.so and luo.pc for C programs, in build/embed (DIR=… for elsewhere)
 	$(RUN) -m luo.embed build $(or $(DIR),build/embed)
 
-docs: $(INSTALLED) $(TEST)  ## the pictures in docs/, as the engine is now (needs Graphviz's dot)
+docs: $(INSTALLED) $(TEST)  ## the pictures in docs/, as the engine is now (needs Graphviz's dot, Chromium)
 	for kind in dot svg; do \
 	  $(RUN) -m luo graph state -o docs/states.$$kind && \
 	  $(RUN) -m luo graph callbacks -o docs/callbacks.$$kind || exit 1; done
+	$(RUN) docs/picture.py
 
 lint: $(INSTALLED) $(TEST) $(LINT)  ## ruff, cython-lint, codespell, mypy, stubtest
 	$(BIN)/ruff check

@@ -27,7 +27,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -85,12 +85,28 @@ def _transfer(call: Any, fd: int, array: NDArray[Any], at: int) -> None:
 class _Asked:
     """A command that was sent: who waits for its answer, and the answer when it is there."""
 
-    __slots__ = ("answer", "answered", "thread")
+    __slots__ = ("_woken", "answer", "over", "thread")
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
-        self.answered = threading.Event()
-        self.answer: dict[str, Any] | None = None  # None with answered: there will be none
+        self.over = False
+        self.answer: dict[str, Any] | None = None  # None when it is over: there will be none
+        self._woken: SimpleQueue[None] = SimpleQueue()
+
+    def end(self, answer: dict[str, Any] | None) -> None:
+        """Wake who waits."""
+        self.answer, self.over = answer, True
+        self._woken.put(None)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait, so many seconds at most; return whether it is over.
+
+        ^C may come at any moment, and in the middle of a ``threading.Event`` it is a RuntimeError.
+        """
+        if not self.over:
+            with contextlib.suppress(Empty):
+                self._woken.get(timeout=timeout)
+        return self.over
 
 
 class RemoteKernel:
@@ -211,7 +227,7 @@ class RemoteKernel:
             self._waiting[number] = asked
             with contextlib.suppress(Closed):
                 self._line.post({"id": number, "command": command, **arguments})
-                if not asked.answered.wait(timeout):
+                if not asked.wait(timeout):
                     raise SuccessorError(
                         errno.ETIMEDOUT, f"{step}: {self} gave no answer in {timeout:g} s", step
                     )
@@ -242,21 +258,20 @@ class RemoteKernel:
         """Pass ^C on to the command there, and wait until it has taken effect."""
         with contextlib.suppress(KhoError):  # it is gone, and the callback with it
             while (told := self._ask("interrupt", of=number))["open"]:
-                if asked.answered.wait(None if told["stopped"] else 0.05):
+                if asked.wait(None if told["stopped"] else 0.05):
                     return
 
     def _receive(self, message: dict[str, Any] | None) -> None:
         """Hand on what came; called by the line."""
         if message is None:
             for left in tuple(self._waiting.values()):
-                left.answered.set()
+                left.end(None)
             return
         self.luo._facts |= message.get("facts", {})
         if "notify" in message:
             self._notified(message["notify"], message["name"])
         elif (asked := self._waiting.pop(message["id"], None)) is not None:
-            asked.answer = message
-            asked.answered.set()
+            asked.end(message)
 
     def _notified(self, what: str, name: str) -> None:
         try:

@@ -585,7 +585,7 @@ class Devices(Mortal):
         # Written now, so that PREPARE does not touch them first.
         self.slot_phys = _longer(self.slot_phys, zeros)
         self.slot_bytes = _longer(self.slot_bytes, zeros)
-        self.kernel.recorder.cover(len(self.requested))
+        self.kernel.note_devices(len(self.requested))
         if not self.kernel.booted:
             self._nr_early = len(self.requested)
 

@@ -206,7 +206,9 @@ class Kernel:
         cost: what callbacks and phases shall have taken, as of
             :attr:`luo._kho.CallRecorder.cost`; a phase is ("engine", "JUMP", "phase", "jump").
             None: what they took.
-        spans: keep every single call, in a buffer for so many; True has room for one update.
+        by_device: keep what the callbacks of each device cost, 8 bytes a device.
+        spans: keep every single call, in a buffer for so many; True has room for one update. The
+            costs by device are kept then, too.
         timing: False times no callback and records nothing of it; phases are timed still.
         observer: called as ``observer(what, name)``, ``what`` being ``"phase"`` when a phase
             begins or ``"state"`` when a state has been reached; also ``"scan"`` when PREPARE
@@ -249,6 +251,7 @@ class Kernel:
         callback_limit: float | None = None,
         clock: Callable[[], int] | None = None,
         cost: CostHook | None = None,
+        by_device: bool = False,
         spans: bool | int = False,
         timing: bool = True,
         observer: Callable[[str, str], None] | None = None,
@@ -276,7 +279,8 @@ class Kernel:
         nr_devices = len(machine.devices.parents)
         if spans is True:
             spans = _SPANS_PER_DEVICE * nr_devices + _SPANS_BESIDES
-        self.recorder = CallRecorder(clock, devices=nr_devices, spans=int(spans))
+        self._by_device = by_device or bool(spans)
+        self.recorder = CallRecorder(clock, spans=int(spans))
         self.recorder.cost = cost if cost is None else self.charging(cost)
         self.recorder.timing = timing
         self.recorder.cost, self.recorder.timing = cost, timing
@@ -547,6 +551,11 @@ class Kernel:
         if not made:
             _log.error("live update: /sys/kernel/liveupdate: %s", os.strerror(errno.EEXIST))
         self.luo.initialised = made or "initialised-despite-failure" in self.quirks
+
+    def note_devices(self, count: int) -> None:
+        """Be ready for the callbacks of so many devices."""
+        if self._by_device:
+            self.recorder.cover(count)
 
     def probe(self, indices: NDArray[np.int32]) -> None:
         """Probe the devices with these numbers, those whose driver has a probe."""

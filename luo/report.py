@@ -459,7 +459,7 @@ class Report:
             "clock": self.clock,
             "timeline": self._timeline(),
             "worst_devices": self._dearest_devices(),
-            "subtrees": [] if self._tree is None else subtrees(self._tree, self._costs),
+            "subtrees": subtrees(self._tree, self._costs) if self._costs.shape[1] else [],
             "budgets": self.verdict,
             "dry_reboot_ns": self.dry or None,
             "failures": self.failures,
@@ -468,7 +468,7 @@ class Report:
         }
 
     def _dearest_devices(self) -> list[dict[str, Any]]:
-        rows = self.profile.rows("device", _NR_DEVICES)
+        rows = self.profile.rows("device", _NR_DEVICES) if self._costs.shape[1] else []
         return [{name: row[name] for name in row if name != "device"} for row in rows]
 
     def _timeline(self) -> dict[str, Any] | None:

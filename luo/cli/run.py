@@ -188,7 +188,9 @@ def run(
         report = Report(settings=settings, source=host.source)
         limit = None if callback_limit is None else callback_limit / 1e9
         spans = exports.trace is not None
-        kernel, image = boot(host, kernels, callback_limit=limit, spans=spans, **arguments(costs))
+        kernel, image = boot(
+            host, kernels, callback_limit=limit, by_device=True, spans=spans, **arguments(costs)
+        )
         request(kernel, requests, host)
         known = budget_names(kernel) if budget else []
         for name in budget or ():

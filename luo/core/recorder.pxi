@@ -1,4 +1,4 @@
-# L4: what callbacks cost: a row a callback, a sum a device, and spans for who asks.
+# L4: what callbacks cost: a row a callback; a sum a device and spans for who asks.
 #
 # Whatever a call writes here has been laid out before: rows when a callback is first named, the
 # columns by device and the buffer of spans when the kernel is built. Nothing allocates in a loop.
@@ -56,8 +56,8 @@ cdef class CallRecorder:
     """What every callback cost: count, total, min, max and a histogram, in constant memory.
 
     A row belongs to one (subsystem, event, kind, name). The histogram is log-linear with
-    64 buckets an octave, so percentiles are good to 1 % between 10 ns and 100 s. Besides, each
-    device has the sum of its callbacks; and each call is a span, if there is a buffer for them.
+    64 buckets an octave, so percentiles are good to 1 % between 10 ns and 100 s. On request each
+    device has the sum of its callbacks, and each call is a span.
 
     Args:
         clock: None for ``CLOCK_MONOTONIC``, or a callable that returns nanoseconds.
@@ -171,7 +171,6 @@ cdef class CallRecorder:
         self, Py_ssize_t key, int64_t begin, int64_t ns, int32_t device, int64_t devices
     ) noexcept nogil:
         cdef call_stats *row = self.stats[key]
-        cdef call_span *span
         row.calls += 1
         row.devices += devices
         row.total_ns += ns
@@ -181,8 +180,16 @@ cdef class CallRecorder:
             row.max_ns = ns
             row.max_device = device if devices == 1 else -1
         row.histogram[histogram_bucket(ns)] += 1
+        if self.nr_devices or self.spans_at != NULL:
+            self.record_one(key, begin, ns, device, devices)
+
+    cdef void record_one(
+        self, Py_ssize_t key, int64_t begin, int64_t ns, int32_t device, int64_t devices
+    ) noexcept nogil:
+        """Record what is kept of single devices and calls."""
+        cdef call_span *span
         if devices == 1 and 0 <= device < self.nr_devices:
-            self.device_ns[row.blackout * self.nr_devices + device] += <float>ns
+            self.device_ns[self.stats[key].blackout * self.nr_devices + device] += <float>ns
         if self.spans_at == NULL:
             return
         if self.nr_spans == self.spans_room:
@@ -230,7 +237,7 @@ cdef class CallRecorder:
         if index is None:
             return self.next_lap(key, &begin, -1, devices)
         ns = self.next_lap(key, &begin, index[0], devices)
-        if devices != 1:
+        if devices != 1 and self.nr_devices:
             self.pending.append((self.stats[key].blackout, ns, index))
             if len(self.pending) > 256:
                 self.share_out()

@@ -155,9 +155,12 @@ class Profile:
             quantiles: each 0 to 1; 0.95 is the column ``p95_ns``. Not of devices and spans.
 
         Raises:
-            ValueError: there is no such table, or no such quantile.
+            ValueError: there is no such table, or no such quantile; or costs by device are asked
+                for, and the kernel kept none.
         """
         if by == "device":
+            if not self.costs.shape[1]:
+                raise ValueError("by device: nothing is kept, see Kernel(by_device=True)")
             return device_costs(self.tree, self.costs, worst)
         if by == "span":
             table = self.spans

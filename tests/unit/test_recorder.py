@@ -370,6 +370,17 @@ def test_steps_are_spans_too():
     assert bulk == stepped
 
 
+def test_sums_are_kept_on_request():
+    """Without, there are rows alone, and a table by device is refused."""
+    kernel = logged(Log(), small_machine()).boot()
+    kernel.devices.request("*")
+    kernel.luo.prepare()
+    assert kernel.profile.costs.shape == (2, 0)
+    assert kernel.profile.rows()
+    with pytest.raises(ValueError, match="by_device=True"):
+        kernel.profile.table("device")
+
+
 def test_failed_callback_is_a_span():
     """What it took until it failed is a part of the update."""
     log = Log()
@@ -385,7 +396,7 @@ def test_failed_callback_is_a_span():
 def test_plugged_in_device_has_a_sum():
     """Sums grow with the devices."""
     log = Log()
-    kernel = logged(log, small_machine()).boot()
+    kernel = logged(log, small_machine(), by_device=True).boot()
     kernel.machine.devices.add("late", "pci0", "pci", "nic")
     kernel.devices.request("pci0/late")
     kernel.luo.prepare()

@@ -111,7 +111,7 @@ def test_quantiles_are_columns(profile):
 @pytest.mark.parametrize("by", TABLES)
 def test_empty_profile_has_empty_tables(by, tmp_path):
     """All columns are there, in memory and in files."""
-    empty = Profile(CallRecorder())
+    empty = Profile(CallRecorder(devices=1))
 
     assert len(empty.table(by)) == 0
     assert empty.rows(by) == []
@@ -372,8 +372,9 @@ def test_report_of_both_processes_has_the_devices_of_both(tmp_path):
     """What the next kernel's devices cost comes over from its process."""
     from luo import workloads
 
-    image = workloads.image_of(workloads.host("cloud", devices=300))
-    kernel = workloads.first_kernel(workloads.host("cloud", devices=300), image).boot()
+    host = workloads.host("cloud", devices=300)
+    image = workloads.image_of(host, by_device=True)
+    kernel = workloads.first_kernel(host, image).boot()
     workloads.request_all(kernel)
     report = luo.live_update(kernel, image, repeat=2)
     report.kernel.close()

@@ -89,6 +89,13 @@ class Heat:
             return float(entry[stat])
         return float(entry[stat] - self.entries[less][stat])
 
+    def is_noise(self, role: str) -> bool:
+        """Whether too little is left of a contender's time when the loop is subtracted."""
+        return any(
+            self.seconds(role, stat) < 0.1 * float(self.entries[role][stat])
+            for stat in ("min", "median")
+        )
+
     def ratio(self, limit: Limit, stat: str) -> float:
         """Return luo's time over the peer's; noise may leave nothing when a loop is subtracted."""
         ours, theirs = (max(1e-12, self.seconds(role, stat)) for role in (limit.luo, limit.peer))
@@ -254,7 +261,7 @@ def scaling(heats: list[Heat]) -> list[Growth]:
             continue
         tenth = [h for h in heats if h.row == top.row and h.size[0] * 10 == top.size[0]]
         for role in top.entries if tenth else ():
-            if role.startswith("luo "):
+            if role.startswith("luo ") and not tenth[0].is_noise(role):
                 grown = [
                     (top.seconds(role, stat) / top.items)
                     / max(tenth[0].seconds(role, stat) / tenth[0].items, 1e-12)

@@ -90,11 +90,8 @@ class Heat:
         return float(entry[stat] - self.entries[less][stat])
 
     def is_noise(self, role: str) -> bool:
-        """Whether too little is left of a contender's time when the loop is subtracted."""
-        return any(
-            self.seconds(role, stat) < 0.1 * float(self.entries[role][stat])
-            for stat in ("min", "median")
-        )
+        """Whether a contender's minimum says nothing, as where what it calls was subtracted."""
+        return self.seconds(role, "min") < 0.1 * self.seconds(role, "median")
 
     def ratio(self, limit: Limit, stat: str) -> float:
         """Return luo's time over the peer's; noise may leave nothing when a loop is subtracted."""

@@ -11,7 +11,14 @@ import click
 
 from luo import drivers
 from luo.cli.errors import Wrong, wrong_input
-from luo.cli.host import HostSource, KernelSettings, host_options, kernel_options, request
+from luo.cli.host import (
+    HostSource,
+    KernelSettings,
+    host_options,
+    kernel_options,
+    request,
+    request_option,
+)
 from luo.device import Bus, Driver
 from luo.notifier import Subsystem
 
@@ -26,13 +33,7 @@ _TEXT = ("dot", "gv")
 @click.command()
 @click.argument("what", type=click.Choice(["state", "callbacks"]), default="state")
 @host_options
-@click.option(
-    "--request",
-    "requests",
-    multiple=True,
-    metavar="GLOB",
-    help="Keep the devices whose path matches. [default: all with a driver and a bus]",
-)
+@request_option
 @kernel_options
 @click.option(
     "-o",

@@ -28,6 +28,8 @@ __all__ = [
     "image_of",
     "kernel_options",
     "request",
+    "request_option",
+    "timeout_option",
 ]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -191,6 +193,26 @@ _KERNEL_OPTIONS = (
         metavar="[-]NAME",
         help="Switch one quirk of RFC v1 on, or off with '-'; see 'luo quirks'.",
     ),
+)
+
+
+#: What of the host is kept, as :func:`request` takes it.
+request_option = click.option(
+    "--request",
+    "requests",
+    multiple=True,
+    metavar="GLOB",
+    help="Keep the devices whose path matches. [default: all with a driver and a bus]",
+)
+
+#: How long the next kernel may be silent, in nanoseconds.
+timeout_option = click.option(
+    "--timeout",
+    type=Duration(),
+    default="60s",
+    metavar="T",
+    show_default=True,
+    help="For the next kernel's answers.",
 )
 
 

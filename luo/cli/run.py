@@ -33,6 +33,8 @@ from luo.cli.host import (
     host_options,
     kernel_options,
     request,
+    request_option,
+    timeout_option,
 )
 from luo.errors import BudgetError, KhoNoMemoryError, LuoError
 from luo.image import Image
@@ -66,13 +68,7 @@ class Budgets(click.ParamType["dict[str, int]"]):
 
 @click.command()
 @host_options
-@click.option(
-    "--request",
-    "requests",
-    multiple=True,
-    metavar="GLOB",
-    help="Keep the devices whose path matches. [default: all with a driver and a bus]",
-)
+@request_option
 @kernel_options
 @clock_options
 @click.option("--in-process", is_flag=True, help="The next kernel runs in this process.")
@@ -116,14 +112,7 @@ class Budgets(click.ParamType["dict[str, int]"]):
     metavar="FILE",
     help="Write what the first kernel hands over; see 'luo image'.",
 )
-@click.option(
-    "--timeout",
-    type=Duration(),
-    default="60s",
-    metavar="T",
-    show_default=True,
-    help="For the next kernel's answers.",
-)
+@timeout_option
 @click.option(
     "--json",
     "json_file",

@@ -15,13 +15,14 @@ from rich.text import Text
 
 from luo.cli.errors import FAILED, Wrong, check_writable, write_json, wrong_input
 from luo.cli.host import (
-    Duration,
     HostSource,
     KernelSettings,
     boot,
     host_options,
     kernel_options,
     request,
+    request_option,
+    timeout_option,
 )
 from luo.dev_liveupdate import SHARE
 from luo.errors import KhoNoMemoryError, LuoError
@@ -59,13 +60,7 @@ class Faster(click.ParamType["tuple[str, float]"]):
 
 @click.command("what-if")
 @host_options
-@click.option(
-    "--request",
-    "requests",
-    multiple=True,
-    metavar="GLOB",
-    help="Keep the devices whose path matches. [default: all with a driver and a bus]",
-)
+@request_option
 @kernel_options
 @click.option("--in-process", is_flag=True, help="The next kernel runs in this process.")
 @click.option(
@@ -102,14 +97,7 @@ class Faster(click.ParamType["tuple[str, float]"]):
     metavar="SIZE",
     help="Ask: what if guests had pages of SIZE, as 2MiB, where they have smaller ones?",
 )
-@click.option(
-    "--timeout",
-    type=Duration(),
-    default="60s",
-    metavar="T",
-    show_default=True,
-    help="For the next kernel's answers.",
-)
+@timeout_option
 @click.option(
     "--json",
     "json_file",

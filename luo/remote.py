@@ -421,9 +421,12 @@ class RemoteKernel:
     def profile(self) -> Profile:
         """What its callbacks cost until now: a copy. Once it is gone, until its REBOOT."""
         with self._bulk_lock:
-            if self._gone_profile is None and self._last and self._leaving:
+            if self._gone_profile is not None:
+                return self._gone_profile
+            if self._last and self._leaving and self._bulk >= 0:
                 self._gone_profile = self._read_profile(self._last)
-            return self._gone_profile or self._read_profile(self._ask("profile"))
+                return self._gone_profile
+            return self._read_profile(self._ask("profile"))
 
     def _read_profile(self, told: dict[str, Any]) -> Profile:
         spans, costs = np.empty(told["spans"], SPAN), np.empty((2, told["devices"]), np.float32)

@@ -1,11 +1,12 @@
 """What the recorder keeps of callbacks: rows, sums by device, spans; and when it keeps nothing."""
 
+import errno
 import itertools
 
 import kernels
 import numpy as np
 import pytest
-from rig import Log, plain_kernel, small_machine, updated
+from rig import Log, errno_of, plain_kernel, small_machine, updated
 
 from luo._kho import SPAN, CallRecorder, bucket_edges
 from luo.device import LiveUpdateOps, batch
@@ -405,6 +406,19 @@ def test_plugged_in_device_has_a_sum():
 
 
 # ---- of a kernel in another process ----
+
+
+def test_remote_kernel_that_was_closed_tells_no_profile():
+    """It is gone, and what it had told of REBOOT with it: ESHUTDOWN, as of any question."""
+    machine = kernels.machine()
+    kernel = kernels.plain(machine).boot()
+    kernel.kexec_load(KernelImage("kernels:plain"))
+    remote = kernel.kexec()
+    remote.luo.prepare()
+    remote.reboot(False)
+    remote.depart()
+    remote.close()
+    assert errno_of(lambda: remote.profile) == errno.ESHUTDOWN
 
 
 def test_remote_kernel_tells_spans_and_sums():

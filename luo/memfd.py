@@ -320,7 +320,7 @@ class MemfdRecord:
         folios: physical address of each folio, as listed, shape (n,), uint64; pages of the file
             that none has are zeros.
         index: number of a folio's first page in the file, uint64; may lie behind the file's end.
-        uptodate: whether a folio has contents; one without is zeros.
+        filled: whether a folio has contents; one without is zeros.
     """
 
     pos: int
@@ -328,7 +328,7 @@ class MemfdRecord:
     seals: int
     folios: NDArray[np.uint64]
     index: NDArray[np.uint64]
-    uptodate: NDArray[np.bool_]
+    filled: NDArray[np.bool_]
 
 
 def read_memfd(incoming: Incoming, phys: int) -> MemfdRecord:
@@ -455,7 +455,7 @@ def write_contents(
         )
     os.ftruncate(fd, record.size)
     page = np.uint64(memory.page_size)
-    seen = record.uptodate[by_index] & (index <= np.uint64(max(record.size - 1, 0)) // page)
+    seen = record.filled[by_index] & (index <= np.uint64(max(record.size - 1, 0)) // page)
     layout = _Layout(index[seen] * page, folios[seen], nr_pages[seen] * page)
     return sum(
         _write(fd, offset, memory, phys, nbytes)

@@ -6,9 +6,11 @@
     run = boot(build, "open\\ncreate a\\nfile a 1 4096\\npoweroff")
     run.stages[0].results[-1].values["crc32"]
 
-    with start(build, ["open\\n...\\nkexec-load /stub\\nkexec"], files={"stub": ...}) as guest:
+    with start(build, "open\\n…\\nkexec-load /stub\\nkexec") as guest:
         guest.wait_for_stub()                        # what crossed lies in memory now
-        guest.dump_raw(path)
+        crossed = guest.handover()                   # as an image; dump_raw(path), dump_elf(path)
+
+    run = boot(build, "open\\nretrieve-session a\\n…", image=crossed)     # a kernel that takes it
 
 A guest does what its script says (init.c lists the commands) and says results in lines. A panic
 ends a run at once; so does its time limit. Both are results, not errors: see :class:`Run`.
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import re
 import socket
@@ -31,10 +34,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from luo.fdt import Fdt
+from luo.image import Extent, Image, Survey
+from luo.image import boot as luo_boot
+from luo.image.dump import read_device_tree
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-QEMU = "qemu-system-aarch64"
-RAM_BASE = 0x40000000
 CMDLINE = (
     "console=ttyAMA0 earlycon=pl011,0x9000000 liveupdate=on kho=on panic=-1"
     " printk.devkmsg=on loglevel=8 rdinit=/init"
@@ -219,10 +225,17 @@ class Guest:
 
     Args:
         arguments: QEMU's, behind those that every guest has.
+        directory: that names of files in them are relative to.
         timeout: seconds until it is ended.
     """
 
-    def __init__(self, arguments: Sequence[str], *, timeout: float = TIMEOUT) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        *,
+        directory: Path | None = None,
+        timeout: float = TIMEOUT,
+    ) -> None:
         self._place = tempfile.TemporaryDirectory(prefix="luo-guest-")
         self.qmp_path = str(Path(self._place.name) / "qmp")
         self._qmp: socket.socket | None = None
@@ -234,10 +247,11 @@ class Guest:
         self._more = threading.Condition()
         self._process = subprocess.Popen(
             [
-                QEMU, "-display", "none", "-monitor", "none", "-net", "none", "-no-reboot",
+                luo_boot.QEMU, "-display", "none", "-monitor", "none", "-no-reboot",
                 "-serial", "stdio", "-qmp", f"unix:{self.qmp_path},server=on,wait=off",
                 *arguments,
             ],
+            cwd=directory,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -317,7 +331,9 @@ class Guest:
         self.dump_raw(path, phys, nbytes)
         return path.read_bytes()
 
-    def dump_raw(self, path: Path, phys: int = RAM_BASE, nbytes: int | None = None) -> None:
+    def dump_raw(
+        self, path: Path, phys: int = luo_boot.RAM_BASE, nbytes: int | None = None
+    ) -> None:
         """Write guest memory to a file, without a head: all of it from RAM's begin on."""
         if nbytes is None:
             nbytes = self.qmp("query-memory-size-summary")["base-memory"]
@@ -332,6 +348,22 @@ class Guest:
         """The flattened tree at an address."""
         (total,) = struct.unpack_from(">I", self.read(phys, 8), 4)
         return self.read(phys, total)
+
+    def handover(self) -> Image:
+        """What crosses, after :meth:`wait_for_stub`: the pages that matter, with contents."""
+        found = self.run()
+        assert found.stub is not None
+        four, ranges = read_device_tree(Fdt(self.device_tree(found.stub)))
+        low, high = ranges[0][0], ranges[-1][0] + ranges[-1][1]
+        path = Path(self._place.name) / "all"
+        self.dump_raw(path, low, high - low)
+        with path.open("rb") as file:
+            memory = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        path.unlink()
+        everything = [Extent(start, n, memory[start - low :][:n]) for start, n, _ in ranges]
+        whole = Image(ranges, four, everything)
+        spans = Survey(whole, formats=False).spans()
+        return Image(ranges, four, [part for span in spans for part in whole.pieces(*span)])
 
     # ---- end ----
 
@@ -362,36 +394,47 @@ class Guest:
         )
 
 
-def machine_arguments(memory: int) -> list[str]:
-    """QEMU's arguments for a machine with so many bytes."""
-    return [
-        "-machine", "virt,gic-version=3,its=off", "-cpu", "cortex-a57", "-smp", "1",
-        "-m", f"{memory >> 20}M",
-    ]  # fmt: skip
-
-
 @contextlib.contextmanager
 def start(
     build: Build,
     scripts: str | Sequence[str],
     *,
+    image: Image | None = None,
     files: Mapping[str, bytes] | None = None,
     memory: int = 512 << 20,
     cmdline: str = CMDLINE,
     timeout: float = TIMEOUT,
+    checked: bool = True,
 ) -> Iterator[Guest]:
-    """Boot the kernel cold, with the first script."""
+    """Boot the kernel with the first script: with a handover, or cold.
+
+    Args:
+        build: kernel and init.
+        scripts: of the first kernel, and of those that it starts.
+        image: the handover; None: a cold boot.
+        files: besides, in the initramfs.
+        memory: bytes of it, without an image.
+        cmdline: of the first kernel.
+        timeout: seconds.
+        checked: as of :func:`luo.image.boot.write`.
+    """
     scripts = [scripts] if isinstance(scripts, str) else scripts
-    with tempfile.TemporaryDirectory(prefix="luo-guest-") as place:
-        initrd = Path(place) / "initrd"
+    with tempfile.TemporaryDirectory(prefix="luo-guest-") as name:
+        place = Path(name)
+        initrd = place / "initrd"
         initrd.write_bytes(initramfs(build, scripts, files))
-        guest = Guest(
-            [
-                *machine_arguments(memory), "-kernel", str(build.image), "-initrd", str(initrd),
-                "-append", cmdline,
-            ],
-            timeout=timeout,
-        )  # fmt: skip
+        if image is None:
+            arguments = [
+                *luo_boot.machine_arguments(memory), "-kernel", str(build.image),
+                "-initrd", str(initrd), "-append", cmdline,
+            ]  # fmt: skip
+        else:
+            plan = luo_boot.write(
+                image, place, kernel=build.image, initrd=initrd, cmdline=cmdline, checked=checked
+            )
+            assert plan.arguments is not None
+            arguments = list(plan.arguments)
+        guest = Guest(arguments, directory=place, timeout=timeout)
         try:
             yield guest
         finally:
@@ -399,7 +442,7 @@ def start(
 
 
 def boot(build: Build, scripts: str | Sequence[str], **options: Any) -> Run:
-    """Boot the kernel cold, and listen until its end; options as of :func:`start`."""
+    """Boot the kernel, and listen until its end; options as of :func:`start`."""
     with start(build, scripts, **options) as guest:
         guest.wait()
         return guest.run()

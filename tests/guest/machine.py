@@ -43,7 +43,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CMDLINE = (
     "console=ttyAMA0 earlycon=pl011,0x9000000 liveupdate=on kho=on panic=-1"
-    " printk.devkmsg=on loglevel=8 rdinit=/init"
+    " printk.devkmsg=on loglevel=8 rdinit=/init test_kho.max_mem=4096"
 )
 TIMEOUT = 120.0
 

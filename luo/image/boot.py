@@ -17,6 +17,7 @@ What a kernel demands of an image: ``docs/real-kernel.md``.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -47,6 +48,7 @@ __all__ = [
     "Part",
     "Segment",
     "check",
+    "kernel_page_size",
     "machine_arguments",
     "virt_machine",
     "virt_tree",
@@ -460,6 +462,16 @@ def _kernel_head(file: Path) -> tuple[int, int]:
     return max(nbytes, size), _PAGE_SIZES.get(flags >> 1 & 3, 4096)
 
 
+def kernel_page_size(file: str | os.PathLike[str]) -> int:
+    """Return the page size of an arm64 Image.
+
+    Raises:
+        ValueError: it is none.
+        OSError: it cannot be read.
+    """
+    return _kernel_head(Path(file))[1]
+
+
 def _firmware(copies: Sequence[tuple[int, bytes]], tree: int, entry: int) -> bytes:
     """Return the flash: the instructions, their table, and the bytes to copy."""
     code = struct.pack(f"<{len(_FIRMWARE)}I", *_FIRMWARE)
@@ -482,10 +494,15 @@ def _write_segment(file: Path, start: int, end: int, parts: Iterable[Extent]) ->
         stream.truncate(end - start)
 
 
-def _image_of(source: Image | Kernel) -> Image:
+@contextlib.contextmanager
+def _image_of(source: Image | Kernel) -> Iterator[Image]:
+    """Yield the image: of a kernel, what it would hand over, its sessions frozen."""
     if isinstance(source, Image):
-        return source
-    return Image.from_kernel(source)
+        yield source
+        return
+    held = source.liveupdate.frozen() if source.liveupdate.enabled else contextlib.nullcontext()
+    with held:
+        yield Image.from_kernel(source)
 
 
 def write(
@@ -519,7 +536,19 @@ def write(
         ValueError: kernel or device tree are no such thing, or too large.
         OSError: a file cannot be read or written.
     """
-    image = _image_of(source)
+    with _image_of(source) as image:
+        return _write(image, Path(directory), kernel, initrd, cmdline, tree, checked)
+
+
+def _write(
+    image: Image,
+    place: Path,
+    kernel: str | os.PathLike[str] | None,
+    initrd: str | os.PathLike[str] | None,
+    cmdline: str,
+    tree: bytes | None,
+    checked: bool,
+) -> Boot:
     image_bytes, page_size = (_ROOM, 4096) if kernel is None else _kernel_head(Path(kernel))
     survey = Survey(image, formats=False)
     wrong = _check(image, survey, page_size) if checked else []
@@ -556,7 +585,6 @@ def write(
     at, inside = places.place("device tree", len(dtb), _TREE_ALIGN)
     tree_part = Part(at, len(dtb), "virt.dtb", inside)
 
-    place = Path(directory)
     (place / "memory").mkdir(parents=True, exist_ok=True)
     for old in (place / "memory").glob("*.bin"):
         old.unlink()
@@ -631,15 +659,16 @@ def _write_script(file: Path, arguments: Sequence[str]) -> None:
     ]
     later = [name for name in ("KERNEL", "INITRD") if any(f"${name}" in a for a in arguments)]
     if later:
-        usage = " ".join(later)
+        usage = f'echo "usage: $0 {" ".join(later)} [QEMU ...]" >&2; exit 2'
+        lines.append(f"[ $# -ge {len(later)} ] || {{ {usage}; }}")
+    for name in later:
+        too_large = (
+            f'echo "$1: larger than {_ROOM} bytes, so luo image boot must know it" >&2; exit 2'
+        )
         lines += [
-            f'[ $# -ge {len(later)} ] || {{ echo "usage: $0 {usage} [QEMU ...]" >&2; exit 2; }}'
-        ]
-        lines += [f'{name}=$(realpath -- "$1"); shift' for name in later]
-        lines += [
-            f'[ "$(wc -c < "${name}")" -le {_ROOM} ] || {{ echo "${name}: larger than {_ROOM} '
-            'bytes; give it to luo image boot" >&2; exit 2; }'
-            for name in later
+            f'[ "$(wc -c < "$1")" -le {_ROOM} ] || {{ {too_large}; }}',
+            f"{name}=$(realpath -- \"$1\" | sed 's/,/,,/g')",
+            "shift",
         ]
     words = [
         f'"{argument}"' if "$" in argument else shlex.quote(argument) for argument in arguments

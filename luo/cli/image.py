@@ -18,6 +18,7 @@ from rich.text import Text
 
 from luo import abi
 from luo.cli.errors import FAILED, Wrong, wrong_input
+from luo.cli.image_boot import boot
 from luo.errors import FdtError
 from luo.fdt import Fdt
 from luo.image import Image, Subtree, Violation
@@ -163,6 +164,9 @@ def encode(source: Path | None, in_json: Path, out_path: Path) -> None:
         pages = None if source is None else Image.load(source)
         nbytes = encode_image(document, source=pages).save(out_path)
     click.echo(f"{out_path}: {document['abi']}, {_size(nbytes)}")
+
+
+image.add_command(boot)
 
 
 # ---- text ----

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,9 +15,11 @@ from rig import errno_of
 from session_kernels import MEMFDS, content, host, memfd
 
 from luo import client
+from luo.cli import main
 from luo.device_node import ControlSocket
 
 from .test_cli import COMMAND, ENVIRONMENT
+from .test_docs import ROOT, blocks
 from .test_mount import base, mounted, mounts, shell, started  # noqa: F401
 
 SECONDS = 60
@@ -142,10 +145,8 @@ def test_command_gets_retrieved_files(machine, tmp_path):
 
 def test_preserve_adds_to_the_session_that_was_inherited(machine):
     """Below create -- COMMAND; a descriptor is preserved itself, not its content."""
-    with running(
-        machine, "create", "vm", "1=a", "--", "sh", "-c",
-        " ".join([*COMMAND, "session", "preserve", "2=a", "3=b"]) + " && echo done && exec sleep 60",
-    ) as process:  # fmt: skip
+    script = f"{shlex.join(COMMAND)} session preserve 2=a 3=b && echo done && exec sleep 60"
+    with running(machine, "create", "vm", "1=a", "--", "sh", "-c", script) as process:
         assert process.said == "done\n"
         assert machine.listed()[0] == {"vm": [1, 2, 3]}
     with machine.open() as node, node.create_session("vm") as session:
@@ -157,6 +158,26 @@ def test_preserve_adds_to_the_session_that_was_inherited(machine):
         assert errno_of(session.preserve_fd, fd, 10) == errno.EBUSY
         assert content(fd) == b"itself"
         os.close(fd)
+
+
+@pytest.fixture
+def wrong(machine, monkeypatch, capsys):
+    """Run ``luo session`` in this process; return the line that it says, and its status."""
+    monkeypatch.setenv("LUO_CONTROL", machine.path)
+    monkeypatch.chdir(os.path.dirname(machine.path))
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def run(*words):
+        with pytest.raises(SystemExit) as end:
+            main.main(["session", *words])
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.count("\n") == 1
+        return said.err.removeprefix("luo: ").rstrip("\n"), end.value.code
+
+    yield run
+    for number, handler in handlers:
+        signal.signal(number, handler)
 
 
 def test_finish_gives_up_what_came_over(machine):
@@ -171,7 +192,7 @@ def test_finish_gives_up_what_came_over(machine):
     held.close()
 
 
-def test_retrieve_loses_nothing_by_mistake(machine, tmp_path):
+def test_retrieve_loses_nothing_by_mistake(machine, tmp_path, wrong):
     """Tokens that are missing, or not named, and files that cannot be written: nothing is done."""
     with machine.open() as node:
         held = node.create_session("vm")
@@ -188,7 +209,7 @@ def test_retrieve_loses_nothing_by_mistake(machine, tmp_path):
         (["1=c", "2"], "0x2: TOKEN=FILE is expected"),
         (["1=c", "two=d"], "two=d: TOKEN=FILE is expected, TOKEN a number of 64 bits"),
     ):
-        assert luo(machine, "retrieve", "vm", *words, status=2) == f"luo: {why}\n"
+        assert wrong("retrieve", "vm", *words) == (why, 2)
         assert machine.listed()[1] == {"vm": [1, 2]}
     assert not (tmp_path / "c").exists()
     assert luo(machine, "retrieve", "vm", "1=c", "--drop-rest") == ""
@@ -196,17 +217,15 @@ def test_retrieve_loses_nothing_by_mistake(machine, tmp_path):
     held.close()
 
 
-def test_refusals_are_a_line_and_their_status(machine, tmp_path):
+def test_refusals_are_a_line_and_their_status(machine, wrong):
     """1 where the kernel says no, 2 where the input is wrong."""
     with machine.open() as node, node.create_session("vm"):
-        assert luo(machine, "create", "more", status=1) == (
-            "luo: open /dev/liveupdate: somebody has it open [EBUSY]\n"
-        )
+        assert wrong("create", "more") == (
+            "open /dev/liveupdate: somebody has it open [EBUSY]", 1,
+        )  # fmt: skip
     with machine.open() as node:
         session = node.create_session("vm")
-    assert luo(machine, "create", "vm", status=1) == (
-        "luo: create session vm: there is one of that name [EEXIST]\n"
-    )
+    assert wrong("create", "vm") == ("create session vm: there is one of that name [EEXIST]", 1)
     session.close()
     for words, why in (
         (["create", "vm", "1=none"], "none: No such file or directory"),
@@ -220,9 +239,8 @@ def test_refusals_are_a_line_and_their_status(machine, tmp_path):
         (["preserve", "1=a"], "preserve: no session: run it below 'luo session create NAME -- "),
         (["preserve", "1=a", "--fd", "99"], "preserve: --fd 99: Bad file descriptor"),
     ):
-        said = luo(machine, *words, status=2)
-        assert said.startswith(f"luo: {why}"), said
-        assert said.count("\n") == 1
+        said, status = wrong(*words)
+        assert (said[: len(why)], status) == (why, 2)
     assert machine.listed() == [{}, {}]
 
 
@@ -281,6 +299,22 @@ def test_mounted_host_has_the_node(base, where):  # noqa: F811
             held.close()
         (sys_ / "kernel/liveupdate/finish").write_text("1")
     assert sorted(os.listdir(base)) == ["host.toml", "log", "sys", "waits.py"]
+
+
+@mounts
+def test_shell_of_the_guide_keeps_a_file(base):  # noqa: F811
+    """Typed into a shell beside a mounted host, the file is equal at the end."""
+    script = next(b for b in blocks(ROOT / "docs/sessions.md", "sh") if "LUO_CONTROL" in b)
+    (base / "host").symlink_to("sys")
+    with mounted(base, "--in-process"):
+        done = subprocess.run(
+            ["bash", "-e"],
+            input=f'luo() {{ {shlex.join(COMMAND)} "$@"; }}\n{script}',
+            cwd=base, env=ENVIRONMENT, text=True, capture_output=True, timeout=SECONDS,
+        )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    assert (base / "vm.restored").read_text() == "state of a machine\n"
 
 
 @mounts

@@ -772,16 +772,21 @@ class Kernel:
 
         REBOOT may have run, one callback at a time.
         """
-        frozen = self.liveupdate.freeze()
+        frozen = self._freeze()
         return self._departure(self.luo.published or self.luo.reboot(), verify, frozen)
 
     def _rebooting(self, verify: bool) -> Generator[Step, None, Departure]:
         """Run :meth:`reboot` one callback at a time."""
-        frozen = self.liveupdate.freeze()
+        frozen = self._freeze()
         live = self.luo.state is State.PREPARED
         if live and not self.luo.published:
             yield from self.luo.steps(Event.REBOOT, ahead=True)
         return self._departure(live, verify, frozen)
+
+    def _freeze(self) -> bool:
+        if self.machine.control is not None:
+            self.machine.control.settle()
+        return self.liveupdate.freeze()
 
     def _departure(self, live: bool, verify: bool, frozen: bool) -> Departure:
         handover = self._hand_over(live)

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from shapes import FLBS, PAGE, File, Shape
@@ -52,9 +53,8 @@ def memfd(file: File) -> int:
 
 def handler_of(max_order: int, flbs: bool) -> FileHandler:
     """A handler of memfds, whose folios are of that order at most."""
-    return memfd_handler(
-        max_order=max_order, flbs=tuple(flb(name, data) for name, data in FLBS) if flbs else ()
-    )
+    given = tuple(flb(name, data) for name, data in FLBS) if flbs else ()
+    return replace(memfd_handler(max_order), flbs=given)
 
 
 @contextlib.contextmanager

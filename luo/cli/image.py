@@ -14,6 +14,7 @@ from rich.text import Text
 
 from luo import abi
 from luo.cli.errors import FAILED, Wrong, wrong_input
+from luo.cli.image_edit import edit
 from luo.cli.image_retrieve import retrieve, session_table
 from luo.cli.image_text import (
     abi_option,
@@ -50,6 +51,7 @@ def image() -> None:
     """
 
 
+image.add_command(edit)
 image.add_command(retrieve)
 
 

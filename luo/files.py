@@ -546,7 +546,9 @@ class FileSet:
         self._incoming_head = head
         handlers = {handler.compatible.encode(): handler for handler in self._registry.handlers}
         if not head:
-            return  # Linux warns if it was to have files, and goes on
+            if count:  # Linux warns, too, and goes on
+                _log.warning("session %s: %d files, and no blocks", self._session, count)
+            return
         records = incoming.read_blocks(head, abi.LUO_FILE_SER.size)
         for compatible, data, token in abi.LUO_FILE_SER.iter_unpack(records.tobytes()):
             name = compatible.split(b"\0", 1)[0]

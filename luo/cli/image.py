@@ -14,6 +14,7 @@ from rich.text import Text
 
 from luo import abi
 from luo.cli.errors import FAILED, Wrong, wrong_input
+from luo.cli.image_boot import boot
 from luo.cli.image_edit import edit
 from luo.cli.image_retrieve import retrieve, session_table
 from luo.cli.image_text import (
@@ -51,6 +52,7 @@ def image() -> None:
     """
 
 
+image.add_command(boot)
 image.add_command(edit)
 image.add_command(retrieve)
 

@@ -8,7 +8,7 @@ the same callbacks (:class:`luo.device.LiveUpdateOps`), so that both designs run
     file         device
     ============ ==================================================================================
     PRESERVE     allocate and write its record, with room for the slots; prepare of driver, then bus
-    FREEZE       reboot of driver, then bus
+    FREEZE       reboot of driver, then bus; of a handler that has neither nobody is called
     UNFREEZE     nothing: RFC v1's table has nothing that undoes reboot alone
     UNPRESERVE   cancel of bus, then driver, which undoes both; free the record
     RETRIEVE     ask for the FLBs; find the device; restore of bus, then driver, which reclaim it; a
@@ -41,7 +41,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luo._kho import CallRecorder, CallTable, NativeCallback, NativeScope, call_devices
-from luo.device import SIDES, Batch, Device, DeviceBatch, Devices, Driver
+from luo.device import SIDES, Batch, Bus, Device, DeviceBatch, Devices, Driver
 from luo.errors import from_errno
 from luo.files import FileArgs, FileHandler
 from luo.flb import Flb, FlbArgs
@@ -67,8 +67,12 @@ bytes of the driver's slot. 16: u64 bytes of the bus's slot."""
 
 GENERIC: Final = "luo-device-v1"
 _COMPATIBLE_BYTES: Final = 47
-_BACKWARDS: Final = (Event.CANCEL.name, RESTORE)
-_MODES: Final = {"PREPARE": "set", "REBOOT": "need", "CANCEL": "clear"}
+#: Names of events; a member of an enumeration takes longer to tell its own.
+_PREPARE, _REBOOT = Event.PREPARE.name, Event.REBOOT.name
+_FINISH, _CANCEL = Event.FINISH.name, Event.CANCEL.name
+_BACKWARDS: Final = (_CANCEL, RESTORE)
+_TO_THE_END: Final = (_CANCEL, _FINISH)
+_MODES: Final = {_PREPARE: "set", _REBOOT: "need", _CANCEL: "clear"}
 _BIT: Final = {"driver": 1, "bus": 2}
 
 
@@ -166,6 +170,7 @@ class DeviceFiles:
 
     Args:
         drivers: of the kernel; those without a table of callbacks get no handler.
+        buses: of the kernel.
         flbs: what all devices with a driver depend on.
         flbs_of: what those of one driver depend on besides, by its name.
 
@@ -177,13 +182,19 @@ class DeviceFiles:
     def __init__(
         self,
         drivers: Iterable[Driver],
+        buses: Iterable[Bus],
         flbs: Iterable[Flb] = (),
         flbs_of: Mapping[str, tuple[Flb, ...]] | None = None,
     ) -> None:
         common, own = tuple(flbs), flbs_of or {}
-        self.handlers = tuple(
-            self._handler(name, common + own.get(name, ()) if name else ())
-            for name in (*(driver.name for driver in drivers if driver.ops is not None), "")
+        with_bus = any(bus.ops is not None and bus.ops.reboot is not None for bus in buses)
+        able = {driver.name: driver.ops for driver in drivers if driver.ops is not None}
+        self.handlers = (
+            *(
+                self._handler(name, with_bus or ops.reboot is not None, common + own.get(name, ()))
+                for name, ops in able.items()
+            ),
+            self._handler("", with_bus, ()),
         )
         self.nr_open = 0
         self._revived: set[Flb] = set()  # that somebody here has asked for
@@ -197,7 +208,7 @@ class DeviceFiles:
         self._scopes: dict[str, NativeScope | None] = {}
         self._sizes: dict[tuple[int, int], tuple[Any, Any]] = {}
 
-    def _handler(self, driver: str, flbs: tuple[Flb, ...]) -> FileHandler:
+    def _handler(self, driver: str, freezes: bool, flbs: tuple[Flb, ...]) -> FileHandler:
         def can_preserve(file: Any) -> bool:
             return type(file) is DeviceFile and file.driver == driver
 
@@ -206,7 +217,7 @@ class DeviceFiles:
             can_preserve=can_preserve,
             preserve=self._preserve,
             unpreserve=self._unpreserve,
-            freeze=self._freeze,
+            freeze=self._freeze if freezes else None,
             retrieve=self._retrieve,
             finish=self._finish,
             get_id=_identity,
@@ -232,10 +243,10 @@ class DeviceFiles:
             )
         phys = self._write_record(args, devices, index)
         try:
-            self._call(devices, Event.PREPARE.name, index)
+            self._call(devices, _PREPARE, index)
         except BaseException as error:
             try:
-                self._call(devices, Event.CANCEL.name, index)  # reaches those that are done
+                self._call(devices, _CANCEL, index)  # reaches those that are done
             except Exception as problem:
                 error.add_note(f"while undoing it: {problem}")
             self._forget_slots(devices, index)
@@ -254,16 +265,15 @@ class DeviceFiles:
             raise from_errno(errno.ENAMETOOLONG, f"{path.decode()}: more than 65,535 bytes")
         text, first, second, end = _layout(len(path), len(bus), *sizes)
         phys = args.kho.alloc_preserve(end)
-        view = args.memory.view(phys, text)
-        RECORD.pack_into(view, 0, len(path), len(bus), index, *sizes)
-        view[RECORD.size :] = path + bus
+        head = RECORD.pack(len(path), len(bus), index, *sizes)
+        args.memory.view(phys, text)[:] = head + path + bus
         self._place_slots(devices, index, ((phys + first, sizes[0]), (phys + second, sizes[1])))
         return phys
 
     def _unpreserve(self, args: FileArgs) -> None:
         devices, index = self._of(args), args.file.index
         try:
-            self._call(devices, Event.CANCEL.name, index)
+            self._call(devices, _CANCEL, index)
         finally:
             devices.preserved[index] = False
             self.nr_open -= 1
@@ -271,7 +281,7 @@ class DeviceFiles:
             args.kho.unpreserve_free(args.data)
 
     def _freeze(self, args: FileArgs) -> None:
-        self._call(self._of(args), Event.REBOOT.name, args.file.index)
+        self._call(self._of(args), _REBOOT, args.file.index)
 
     def _retrieve(self, args: FileArgs) -> None:
         devices = self._of(args)
@@ -282,6 +292,7 @@ class DeviceFiles:
                 self._revived.add(flb)
         record = self.record(args.incoming, args.data)
         index = self._find(devices, record)
+        devices = self._of(args)  # there may be more than there were
         if devices.preserved[index]:
             raise from_errno(errno.EBUSY, f"{record.path}: another file has brought it")
         self._place_slots(devices, index, record.slots)
@@ -300,8 +311,9 @@ class DeviceFiles:
     def _find(devices: Devices, record: DeviceRecord) -> int:
         """Return the number of the device of *record* in this kernel."""
         tree, index = devices.tree, record.index
-        known = index < len(devices.requested) and bool(tree.alive[index])
+        known = index < len(devices.requested) and tree.alive[index]
         if not known or tree.path(index) != record.path:
+            devices.rescan()
             try:
                 index = tree[record.path]
             except KeyError:
@@ -315,7 +327,7 @@ class DeviceFiles:
         devices = self._of(args)
         try:
             if args.retrieve_status > 0:
-                self._call(devices, Event.FINISH.name, args.private)
+                self._call(devices, _FINISH, args.private)
         finally:
             if args.private is not None:
                 index = args.private
@@ -343,8 +355,9 @@ class DeviceFiles:
         devices: Devices, index: int, slots: tuple[tuple[int, int], tuple[int, int]]
     ) -> None:
         for row, (phys, nbytes) in enumerate(slots):
-            devices.slot_phys[row, index] = phys
-            devices.slot_bytes[row, index] = nbytes
+            if nbytes:  # none is what stands there
+                devices.slot_phys[row, index] = phys
+                devices.slot_bytes[row, index] = nbytes
         devices.slotted = True
 
     def _forget_slots(self, devices: Devices, index: int) -> None:
@@ -368,13 +381,11 @@ class DeviceFiles:
 
     def _slot_sizes(self, devices: Devices, index: int) -> tuple[int, int]:
         """Return how many bytes driver and bus want for one device."""
-        asks = self._asks(devices, index)
-        sizes = []
-        for side, ask in zip(SIDES, asks, strict=True):
-            if not isinstance(ask, int):
-                ask = self._ask(devices, side, ask, index)
-            sizes.append(ask)
-        return sizes[0], sizes[1]
+        driver, bus = self._asks(devices, index)
+        return (
+            driver if isinstance(driver, int) else self._ask(devices, "driver", driver, index),
+            bus if isinstance(bus, int) else self._ask(devices, "bus", bus, index),
+        )
 
     def _asks(self, devices: Devices, index: int) -> tuple[Any, Any]:
         owners = int(devices.driver_ids[index]), int(devices.bus_ids[index])
@@ -398,14 +409,13 @@ class DeviceFiles:
                 raise TypeError(f"state_size returned {outcome!r}, not a number of bytes")
             return int(array.reshape(())[()] if array.ndim == 0 else array.reshape(-1)[0])
         except Exception as error:
-            raise self._error(devices, Event.PREPARE.name, side, ask, index, error) from error
+            raise self._error(devices, _PREPARE, side, ask, index, error) from error
 
     # ---- calling what a device's driver and bus have ----
 
     def _of(self, args: FileArgs) -> Devices:
         """Return the devices of the kernel, ready for being called."""
         devices: Devices = args.kernel.devices
-        devices.rescan()
         if devices is not self._devices or len(self._done) != len(devices.requested):
             done = np.zeros(len(devices.requested), np.uint8)
             done[: len(self._done)] = self._done
@@ -437,7 +447,7 @@ class DeviceFiles:
                 problem = self._call_one(devices, event, sides, what, index)
             if problem is not None:
                 first = first or problem
-                if event not in (Event.CANCEL.name, Event.FINISH.name):
+                if event not in _TO_THE_END:
                     break
         if first is not None:
             raise first from first.__cause__
@@ -457,7 +467,7 @@ class DeviceFiles:
         called = [
             side
             for side in sides
-            if numbers[side] >= 0 and (calls[side] is not None or event == Event.PREPARE.name)
+            if numbers[side] >= 0 and (calls[side] is not None or event == _PREPARE)
         ]
         if not called:
             return []
@@ -490,8 +500,7 @@ class DeviceFiles:
         tables: list[CallTable],
         index: int,
     ) -> BaseException | None:
-        stops = event not in (Event.CANCEL.name, Event.FINISH.name)
-        failures: list[Any] = []
+        failures: list[Any] | None = [] if event in _TO_THE_END else None
         found = call_devices(
             self._silent,
             devices,
@@ -502,12 +511,12 @@ class DeviceFiles:
             False,
             tables,
             self._done,
-            None if stops else failures,
+            failures,
             self._scope(devices, event),
         )
         if found is None and not failures:
             return None
-        _, table, outcome = found or failures[0]
+        _, table, outcome = found or failures[0]  # type: ignore[index]
         if isinstance(outcome, BaseException) and not isinstance(outcome, Exception):
             return outcome
         side = sides[table]
@@ -519,9 +528,9 @@ class DeviceFiles:
         self, devices: Devices, event: str, side: str, callback: Batch, index: int
     ) -> BaseException | None:
         bit = np.uint8(_BIT[side])
-        if event in ("REBOOT", "CANCEL") and not self._done[index] & bit:
+        if event in (_REBOOT, _CANCEL) and not self._done[index] & bit:
             return None
-        if event == "CANCEL":
+        if event == _CANCEL:
             self._done[index] &= ~bit
         row = SIDES.index(side)
         nbytes = int(devices.slot_bytes[row, index])
@@ -538,7 +547,7 @@ class DeviceFiles:
             outcome = outcome[0]
         if isinstance(outcome, BaseException) or failed(outcome):
             return self._error(devices, event, side, callback, index, outcome)
-        if event == "PREPARE":
+        if event == _PREPARE:
             self._done[index] |= bit
         return None
 
@@ -552,7 +561,7 @@ class DeviceFiles:
             )
             scope = None
             if any(isinstance(callback, NativeCallback) for callback in callbacks):
-                restoring = event in (RESTORE, Event.FINISH.name)
+                restoring = event in (RESTORE, _FINISH)
                 flags = (devices.preserved, devices.reclaimed) if restoring else (None, None)
                 scope = NativeScope(
                     devices.kernel.memory,
@@ -697,16 +706,16 @@ def subsystem_handler(name: str, make: Callable[[], Subsystem]) -> FileHandler:
         return type(file) is SubsystemFile and file.subsystem.name == name
 
     def preserve(args: FileArgs) -> None:
-        _run(args.file.subsystem, Event.PREPARE.name, args.file.context)
+        _run(args.file.subsystem, _PREPARE, args.file.context)
         args.data = args.file.context.data
 
     def freeze(args: FileArgs) -> None:
-        _run(args.file.subsystem, Event.REBOOT.name, args.file.context)
+        _run(args.file.subsystem, _REBOOT, args.file.context)
         args.data = args.file.context.data
 
     def unpreserve(args: FileArgs) -> None:
         try:
-            _run(args.file.subsystem, Event.CANCEL.name, args.file.context)
+            _run(args.file.subsystem, _CANCEL, args.file.context)
         finally:
             args.file.context.data = 0
 
@@ -720,7 +729,7 @@ def subsystem_handler(name: str, make: Callable[[], Subsystem]) -> FileHandler:
         if args.retrieve_status == 0:
             retrieve(args)  # only its subsystem knows what it has to free
         if args.file is not None:
-            _run(args.file.subsystem, Event.FINISH.name, args.file.context)
+            _run(args.file.subsystem, _FINISH, args.file.context)
             args.file.context.data = 0
 
     return FileHandler(
@@ -742,11 +751,11 @@ def flb_of(subsystem: Subsystem) -> Flb:
 
     def preserve(args: FlbArgs) -> None:
         context = Context(args.kernel)
-        _run(subsystem, Event.PREPARE.name, context)
+        _run(subsystem, _PREPARE, context)
         args.obj, args.data = context, context.data
 
     def unpreserve(args: FlbArgs) -> None:
-        _run(subsystem, Event.CANCEL.name, args.obj)
+        _run(subsystem, _CANCEL, args.obj)
 
     def retrieve(args: FlbArgs) -> None:
         context = Context(args.kernel)
@@ -755,6 +764,6 @@ def flb_of(subsystem: Subsystem) -> Flb:
         args.obj = context
 
     def finish(args: FlbArgs) -> None:
-        _run(subsystem, Event.FINISH.name, args.obj)
+        _run(subsystem, _FINISH, args.obj)
 
     return Flb(subsystem.name, preserve, unpreserve, retrieve, finish)

@@ -35,7 +35,7 @@ def notifiers(machine, log=None, batched=False, **kwargs):
 def sessions(machine, log=None, batched=False, flbs=(), guests=(), subsystems=(), **kwargs):
     """Return the same kernel, whose user space keeps devices by sessions."""
     given = owners(log or Log(), batched) | kwargs
-    files = DeviceFiles(given["drivers"], flbs)
+    files = DeviceFiles(given["drivers"], given["buses"], flbs)
     handlers = [*files.handlers, STATE]
     handlers += [subsystem_handler(one.name, lambda one=one: one) for one in subsystems]
     kinds = {guest.subsystem.name: guest.subsystem for guest in guests}

@@ -147,7 +147,7 @@ def _with_sessions(
     still = [kept[name] for name in (Regions.name, Interrupts.name) if name in kept]
     still += [one for one in theirs if one.reboot is None]
     tables = {ASSIGNABLE_DRIVER: (flb_of(kept[Iommu.name]),)} if Iommu.name in kept else {}
-    files = DeviceFiles(given["drivers"], map(flb_of, still), tables)
+    files = DeviceFiles(given["drivers"], given["buses"], map(flb_of, still), tables)
     handlers = [*files.handlers, STATE, *others]
     handlers += [subsystem_handler(one.name, partial(_same, one)) for one in moving]
     guests = []

@@ -449,6 +449,21 @@ def test_device_that_is_gone_is_enodev_and_found_by_path_if_it_moved():
     successor.close()
 
 
+def test_device_plugged_in_after_the_next_kernel_was_loaded_is_found():
+    """Both kernels enumerate it when they first meet it."""
+    kernel = booted("sessions")
+    kernel.kexec_load(session_kernels.sessions(kernel.machine))
+    kernel.machine.devices.add("late", "pci0", "pci", "nvme", state=b"")
+    kernel.devices.request(["pci0/late"])
+    kernel.agent.prepare()
+    kernel = kernel.agent.kexec()
+    kernel.agent.retrieve()
+
+    assert kernel.devices["pci0/late"].reclaimed
+    assert bytes(kernel.devices["pci0/late"].slot)[1:] == content("driver", "pci0/late", 40)[1:]
+    kernel.close()
+
+
 @given(
     head=st.binary(min_size=RECORD.size, max_size=RECORD.size),
     rest=st.binary(max_size=64),

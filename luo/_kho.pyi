@@ -484,6 +484,7 @@ class DeviceTable:
 # ---- dispatch ----
 
 SPAN: np.dtype[np.void]
+BLACKOUT_EVENTS: tuple[str, ...]
 
 def bucket_edges() -> NDArray[np.int64]: ...
 

@@ -358,6 +358,44 @@ def block_capacity(entry_size: int, page_size: int = 4096) -> int:
     return (page_size - KHO_BLOCK_SER.size) // entry_size
 
 
+# ---- LUO of Linux 7.3: sessions and files (luo-mainline 4.5) ----
+
+LUO_MAINLINE: Final = "LUO"
+"""Name of mainline's subtree. Its blob is LUO_SER."""
+
+LUO_COMPATIBLE: Final = b"luo-v5\0\0"
+
+LUO_SER: Final = struct.Struct("=8sQQQ")
+"""0: LUO_COMPATIBLE. 8: u64 number of this live update. 16: u64 phys of a chain of blocks with
+LUO_SESSION_SER, 0 for no sessions. 24: u64 phys of the page of FLBs, 0 for none."""
+
+LUO_SESSION_SER: Final = struct.Struct("=64sQQ")
+"""0: name, NUL-padded. 64: u64 phys of a chain of blocks with LUO_FILE_SER, 0 for no files. 72: u64
+files."""
+
+LUO_FILE_SER: Final = struct.Struct("=48sQQ")
+"""0: compatible of its handler, NUL-padded. 48: u64 of the handler's own. 56: u64 token."""
+
+LUO_FLBS_SER: Final = struct.Struct("=QQ")
+"""Head of the page of FLBs. 0: u64 pages, 1. 8: u64 FLBs. 16: so many LUO_FLB_SER."""
+
+LUO_FLB_SER: Final = struct.Struct("=48sQQ")
+"""0: name, NUL-padded. 48: u64 of the FLB's own. 56: u64 files that depend on it."""
+
+LUO_MEMFD_COMPATIBLE: Final = "memfd-v2"
+
+LUO_MEMFD_SER: Final = struct.Struct("=QQIIQ")
+"""0: u64 position. 8: u64 bytes. 16: u32 seals. 20: u32 flags, 0. 24: u64 folios. 32: VMALLOC_SER
+of an array of LUO_FOLIO_SER, all 0 without folios."""
+
+LUO_FOLIO_SER: Final = struct.Struct("=QQ")
+"""0: 52 bits of pfn, and from bit 52 on flags: 1 dirty, 2 up to date. 8: u64 index of its first
+page in the file."""
+
+LUO_FLBS_MAX: Final = 63
+"""FLBs that one page holds."""
+
+
 # ---- LUO RFC v1 (luo-rfc-v1 1.1, 1.13), and what its list left to do ----
 
 LUO_NODE: Final = "liveupdate_orchestrator"

@@ -48,6 +48,7 @@ from luo.profile.tables import Profile
 from luo.remote import RemoteKernel
 from luo.report import Report, describe
 from luo.reserve_mem import ReservedMemory, ReserveMem
+from luo.session import FileHandler, LiveUpdate, MainlineIncoming
 
 __all__ = ["Kernel", "KernelImage", "RemoteKernel", "Report", "dry_run", "live_update"]
 
@@ -165,6 +166,7 @@ class _Plan:
     incoming: Incoming | None = None
     luo: LuoIncoming | None = None
     records: DeviceRecords | None = None
+    mainline: MainlineIncoming | None = None
 
 
 def _by_name(kind: str, things: Iterable[Any]) -> dict[str, Any]:
@@ -187,6 +189,8 @@ class Kernel:
     Args:
         machine: the machine.
         drivers, buses, subsystems: what this kernel has.
+        file_handlers: what keeps files in sessions, the live update of mainline
+            (:mod:`luo.session`); None: a kernel without it. Needs ``kho-v4``.
         kho_abi: generation of the handover, a name in :data:`luo.abi.GENERATIONS`; None is
             ``"kho-v4"``, and RFC v1's own ``"kho-v5-series"`` for its behaviour.
         kho_bugs: mistakes of that generation's kernels to reproduce, as of
@@ -221,6 +225,7 @@ class Kernel:
         quirks: names of all quirks that it has.
         sysfs: directories in ``/sys/kernel`` that somebody else has made.
         luo: its :class:`~luo.liveupdate.Orchestrator`.
+        liveupdate: its :class:`~luo.session.LiveUpdate`.
         devices: its :class:`~luo.device.Devices`.
         recorder: what callbacks cost; :attr:`profile` reads it.
         marks: when each phase that it has passed began and ended, on the recorder's clock.
@@ -240,6 +245,7 @@ class Kernel:
         drivers: Iterable[Driver] = (),
         buses: Iterable[Bus] = (),
         subsystems: Iterable[Subsystem] = (),
+        file_handlers: Iterable[FileHandler] | None = None,
         kho_abi: str | None = None,
         kho_bugs: Iterable[str] = (),
         release: str = _RELEASE,
@@ -273,6 +279,8 @@ class Kernel:
             )
         self.machine = machine
         self.kho_abi = kho_abi
+        if file_handlers is not None and kho_abi != "kho-v4":
+            raise ValueError(f"file handlers: sessions are handed over in kho-v4, not {kho_abi}")
         self.kho_bugs = abi.generation(kho_abi).check_bugs(kho_bugs)
         self.release = release
         self.arch = arch
@@ -305,6 +313,7 @@ class Kernel:
             self.luo.register(subsystem)
         self._layer = DeviceParticipant(self.devices, self.recorder, workers)
         self.luo.join_devices(self._layer)
+        self.liveupdate = LiveUpdate(self, self.recorder, file_handlers, phase=self._phase)
         self.observer = observer
         self.on_handover: Callable[[Handover], None] | None = None
         self.builder: Callable[[Machine], Kernel] | None = None
@@ -476,7 +485,7 @@ class Kernel:
 
         Raises:
             HandoverError: it breaks a rule of the format.
-            KernelPanic: LUO's node is there and not for this kernel.
+            KernelPanic: LUO's node, or mainline's, is there and not for this kernel.
         """
         if handover is None:
             return _Plan()
@@ -490,6 +499,8 @@ class Kernel:
                 raise KernelPanic(f"{abi.LUO_NODE}: found, but live update is off in this kernel")
             self.devices.rescan()  # what was plugged in after this kernel was loaded
             plan.records = DeviceRecords.read(plan.incoming, plan.luo, self.devices)
+        if self.liveupdate.present and self.kho_enabled:
+            plan.mainline = MainlineIncoming.read(plan.incoming)
         return plan
 
     def take_over(self, plan: _Plan, verify: bool = False) -> Kernel:
@@ -520,6 +531,7 @@ class Kernel:
             self.reserved.reserve(self.machine.memory, self._kho if self.kho_enabled else None)
             self._initialise()
             self.luo.startup(plan.luo)
+            self.liveupdate.startup(plan.mainline)
         escaped = dma.escaping(self.machine, plan.incoming)  # before anybody restores
         if plan.luo is not None and plan.records is not None:
             if verify:  # outside both phases: an instrument, not a part of the update
@@ -758,26 +770,33 @@ class Kernel:
 
         REBOOT may have run, one callback at a time.
         """
-        return self._departure(self.luo.published or self.luo.reboot(), verify)
+        frozen = self.liveupdate.freeze()
+        return self._departure(self.luo.published or self.luo.reboot(), verify, frozen)
 
     def _rebooting(self, verify: bool) -> Generator[Step, None, Departure]:
         """Run :meth:`reboot` one callback at a time."""
+        frozen = self.liveupdate.freeze()
         live = self.luo.state is State.PREPARED
         if live and not self.luo.published:
             yield from self.luo.steps(Event.REBOOT, ahead=True)
-        return self._departure(live, verify)
+        return self._departure(live, verify, frozen)
 
-    def _departure(self, live: bool, verify: bool) -> Departure:
+    def _departure(self, live: bool, verify: bool, frozen: bool) -> Departure:
         handover = self._hand_over(live)
         ended = self.recorder.read_clock()
         if handover is not None and self.on_handover is not None:
             self.on_handover(handover)
         digests = self._layer.digests() if live and verify else {}
+        began = [ended]
+        if frozen:
+            began.append(self.liveupdate.freeze_began_ns)
+        if live:
+            began.append(self.luo.reboot_began_ns)
         return Departure(
-            live=live,
+            live=live or frozen,
             pid=os.getpid(),
             handover=None if handover is None else record_of(self.arch, handover),
-            reboot_began_ns=self.luo.reboot_began_ns if live else ended,
+            reboot_began_ns=min(began),
             reboot_ended_ns=ended,
             digests=[[*key, *value] for key, value in digests.items()],
             image={**self.image_sizes(), **self._folios()},
@@ -796,11 +815,12 @@ class Kernel:
         return kho.handover()
 
     def take_back(self) -> None:
-        """Undo what :meth:`reboot` did for an ordinary kexec that did not happen."""
+        """Undo what :meth:`reboot` did, but for REBOOT itself: the kexec did not happen."""
         if self._kho is not None and self._finalized_here:
             self._kho.unfinalize()
         self._finalized_here = False
         self.luo.take_back()
+        self.liveupdate.unfreeze()
 
     def image_sizes(self) -> dict[str, int]:
         """Return the ``image`` object of ``luo run --json``: bytes and pages handed over."""
@@ -835,6 +855,7 @@ class Kernel:
         if self._kho is not None:
             self._kho.close()
         self.luo.close()
+        self.liveupdate.close()
         self.devices.close()
         if self.machine.running is self:
             self.machine.running = None

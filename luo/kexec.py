@@ -79,7 +79,8 @@ class Departure:
     """What the old kernel leaves behind when REBOOT has run; JSON values.
 
     Attributes:
-        live: whether it is a live update, not an ordinary kexec.
+        live: whether it is a live update, by REBOOT callbacks or with sessions, not an ordinary
+            kexec.
         pid: its process.
         handover: the record that tells the next kernel, in hex (:func:`record_of`); None with
             KHO off.
@@ -245,8 +246,7 @@ def jump(
                 if isinstance(error, SuccessorError):
                     error.undo_errors = [*failures]
                     error.rolled_back = not failures
-            else:
-                old.take_back()
+            old.take_back()
         raise
     # The commit point: the successor has acknowledged, there is no way back from here.
     old.depart()

@@ -1,4 +1,4 @@
-"""What RFC v1's code does against what it meant: one table, by name.
+"""What RFC v1's code does against what it meant: one table, by name; and a second for Linux 7.3.
 
 The numbers are those of ``spec/luo-rfc-v1.md`` 1.14; 27 is the announcement's promise that the code
 does not keep. ``Kernel(behaviour="rfc1")`` has all of them, ``quirks=`` switches single ones, and
@@ -13,7 +13,7 @@ from typing import Final
 
 from luo import abi
 
-__all__ = ["BEHAVIOURS", "HOME", "QUIRKS", "Quirk", "generation_of", "resolve"]
+__all__ = ["BEHAVIOURS", "HOME", "MAINLINE_QUIRKS", "QUIRKS", "Quirk", "generation_of", "resolve"]
 
 #: What a kernel may be asked to do: what RFC v1 meant, or what its code does.
 BEHAVIOURS: Final = ("intended", "rfc1")
@@ -27,7 +27,7 @@ class Quirk:
     """One place where RFC v1's code does not do what it means.
 
     Attributes:
-        number: of the list in the specification.
+        number: of the list in the specification; 0 for those of Linux 7.3.
         name: switches it.
         severity: ``"A"`` wrong outcome, ``"B"`` leak or robustness, ``"C"`` cosmetic.
         wrong: what goes wrong, in one line.
@@ -245,6 +245,19 @@ QUIRKS: Final = _table(
 )
 
 
+#: What of Linux 7.3's sessions does not do what it means (luo-mainline 4.4); off unless named.
+MAINLINE_QUIRKS: Final = _table(
+    Quirk(
+        0,
+        "flb-finish-uncounted",
+        "B",
+        "files are counted down before it is known how many depend on an FLB: unless somebody asked"
+        " for it before, it is never finished",
+        "the FLB is finished with the last file that depends on it",
+    ),
+)
+
+
 def generation_of(behaviour: str, kho_abi: str | None) -> str:
     """Return *kho_abi*, or what a kernel of *behaviour* hands over with if it is None."""
     if kho_abi is not None:
@@ -270,14 +283,14 @@ def resolve(behaviour: str, quirks: Iterable[str], kho_abi: str) -> frozenset[st
         if not isinstance(word, str):
             raise TypeError(f"quirk {word!r}: not a name")
         name = word.removeprefix("-")
-        if name not in QUIRKS:
+        if name not in QUIRKS and name not in MAINLINE_QUIRKS:
             raise ValueError(f"quirk {name!r}: there is none of that name; see 'luo quirks'")
         if word.startswith("-"):
             chosen.discard(name)
         else:
             chosen.add(name)
     if not abi.generation(kho_abi).inline:
-        for name in sorted(chosen):
+        for name in sorted(chosen & QUIRKS.keys()):
             if QUIRKS[name].inline:
                 raise ValueError(f"quirk {name}: {kho_abi} cannot express it, {HOME} can")
     return frozenset(chosen)

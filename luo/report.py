@@ -38,9 +38,9 @@ PHASES: Final = ("prepare", "reboot", "jump", "boot", "restore", "finish", "blac
 _UNITS: Final = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
 #: Events whose callbacks are a part of the phase.
 _EVENTS: Final = {
-    "prepare": ("PREPARE",),
-    "reboot": ("REBOOT",),
-    "restore": ("RESTORE",),
+    "prepare": ("PREPARE", "PRESERVE"),
+    "reboot": ("REBOOT", "FREEZE"),
+    "restore": ("RESTORE", "RETRIEVE"),
     "finish": ("FINISH",),
     "blackout": BLACKOUT_EVENTS,
 }

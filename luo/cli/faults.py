@@ -25,6 +25,7 @@ from luo.cli.host import HostSource, KernelSettings, host_options, image_of, ker
 from luo.errors import CallbackError
 from luo.faults import KINDS, FaultReport, FaultRow, Violation, run
 from luo.faults.trial import COMPLETED, CRASHED, ROLLED_BACK, unused
+from luo.files import FileHandler
 from luo.kernel import KernelImage
 from luo.quirks import QUIRKS
 from luo.topology import Host
@@ -123,7 +124,11 @@ def faults(
 def _require_use(host: Host, image: KernelImage) -> None:
     """Refuse drivers of the user's that no device has: nothing would be tested."""
     parts = [part for spec in image.args["modules"] for part in drivers.load(spec)]
-    names = {f"{type(part).__name__.lower()} {part.name}" for part in parts}
+    names = {
+        f"{type(part).__name__.lower()} {part.name}"
+        for part in parts
+        if not isinstance(part, FileHandler)
+    }
     if names and names <= set(unused(image.build(host.machine()))):
         raise ValueError(f"{host.source['path']}: no device has {', '.join(sorted(names))}")
 

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from luo.cli.errors import Wrong
 from luo.demonstrations import run
-from luo.quirks import QUIRKS, Quirk
+from luo.quirks import MAINLINE_QUIRKS, QUIRKS, Quirk
 
 __all__ = ["quirks"]
 
@@ -24,18 +24,22 @@ __all__ = ["quirks"]
 @click.option("--json", "as_json", is_flag=True, help="The list as JSON.")
 @click.pass_context
 def quirks(context: click.Context, as_json: bool) -> None:
-    """List where RFC v1's code does not do what it means; A is the gravest."""
+    """List where the code of RFC v1, or of Linux 7.3, does not do what it means.
+
+    A is the gravest.
+    """
     if context.invoked_subcommand is not None:
         if as_json:
             raise click.UsageError(f"--json: not with {context.invoked_subcommand}")
         return
+    known = (*QUIRKS.values(), *MAINLINE_QUIRKS.values())
     if as_json:
-        rows = [dataclasses.asdict(quirk) for quirk in QUIRKS.values()]
+        rows = [dataclasses.asdict(quirk) for quirk in known]
         click.echo(json.dumps({"schema": "luo-quirks/1", "quirks": rows}, indent=1))
         return
     table = _table("", "name", "sev", "what goes wrong")
-    for quirk in QUIRKS.values():
-        table.add_row(str(quirk.number), quirk.name, quirk.severity, quirk.wrong)
+    for quirk in known:
+        table.add_row(str(quirk.number or "7.3"), quirk.name, quirk.severity, quirk.wrong)
     Console(highlight=False).print(table)
 
 
@@ -61,6 +65,8 @@ def show(name: str | None, every: bool) -> None:
 def _named(text: str) -> Quirk:
     """Return the quirk of that name, in letters of any case, or of that number."""
     name = text.lower()
+    if name in MAINLINE_QUIRKS:
+        raise Wrong(f"quirk {name}: of Linux 7.3's sessions, which no sequence here shows")
     for quirk in QUIRKS.values():
         if name in (quirk.name, str(quirk.number)):
             return quirk

@@ -47,7 +47,8 @@ SPAN = np.dtype([
     ("devices", np.int32), ("worker", np.int32),
 ])
 
-cdef tuple BLACKOUT_EVENTS = ("REBOOT", "RESTORE")
+#: Events whose callbacks run in blackout: of devices and subsystems, and of files.
+BLACKOUT_EVENTS = ("REBOOT", "RESTORE", "FREEZE", "RETRIEVE")
 
 
 @cython.final

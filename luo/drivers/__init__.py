@@ -12,10 +12,11 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from luo import abi
 from luo.device import Bus, Driver, LiveUpdateOps
 from luo.drivers import generic, pci, virtio
 from luo.drivers.interrupts import Interrupts
@@ -23,6 +24,7 @@ from luo.drivers.iommu import Iommu
 from luo.drivers.kvm import Kvm
 from luo.drivers.mm import Regions
 from luo.errors import from_errno
+from luo.files import FileHandler
 from luo.kernel import Kernel
 from luo.notifier import Subsystem
 
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
     from luo.topology import VM
 
 __all__ = ["absolute", "kernel", "load"]
+
+#: What modules bring.
+Part: TypeAlias = Driver | Bus | Subsystem | FileHandler
 
 #: By bus, the callbacks of every driver on it; other buses get the generic ones.
 _OPS_BY_BUS = {"pci": pci.OPS, "virtio": virtio.OPS}
@@ -51,9 +56,10 @@ def kernel(
     machine: Machine,
     *,
     vms: Sequence[VM] = (),
-    modules: Iterable[str | Driver | Bus | Subsystem] = (),
+    modules: Iterable[str | Part] = (),
     cmdline: str = "kho=on liveupdate=on",
     observer: Callable[[str, str], None] | None = None,
+    memfd: bool = False,
     **settings: Any,
 ) -> Kernel:
     """Build a kernel with the built-in drivers and subsystems.
@@ -62,10 +68,11 @@ def kernel(
         machine: the machine.
         vms: virtual machines that it starts when it boots cold; a successor has those that it is
             handed.
-        modules: the user's drivers and subsystems: where they are, as :func:`load` takes it, or
-            themselves; a driver or bus of a built-in name replaces it.
+        modules: the user's drivers, subsystems and file handlers: where they are, as :func:`load`
+            takes it, or themselves; a driver or bus of a built-in name replaces it.
         cmdline: as of :class:`~luo.kernel.Kernel`.
         observer: likewise.
+        memfd: have it keep memfds in sessions, too; more handlers are *modules*.
         **settings: likewise: ``kho_abi``, ``behaviour``, ``quirks``…
     """
     tree = machine.devices
@@ -74,8 +81,16 @@ def kernel(
     subsystems: dict[str, Subsystem] = {}
     for part in (Regions(), Kvm(vms), Iommu(vms), Interrupts()):
         subsystems[part.subsystem.name] = part.subsystem
+    handlers: dict[str, FileHandler] = {}
+    if memfd:
+        from luo.memfd import memfd_handler
+
+        handlers[abi.LUO_MEMFD_COMPATIBLE] = memfd_handler()
     for spec in modules:
         for thing in load(spec) if isinstance(spec, str) else (spec,):
+            if isinstance(thing, FileHandler):
+                handlers[thing.compatible] = thing
+                continue
             kind: dict[str, Any] = (
                 drivers
                 if isinstance(thing, Driver)
@@ -89,14 +104,15 @@ def kernel(
         drivers=drivers.values(),
         buses=buses.values(),
         subsystems=subsystems.values(),
+        file_handlers=handlers.values() if handlers else None,
         cmdline=cmdline,
         observer=observer,
         **settings,
     )
 
 
-def load(spec: str) -> list[Driver | Bus | Subsystem]:
-    """Return the drivers, buses and subsystems that *spec* names.
+def load(spec: str) -> list[Part]:
+    """Return the drivers, buses, subsystems and file handlers that *spec* names.
 
     Args:
         spec: ``MODULE``, ``MODULE:ATTR`` or ``FILE.py``, also ``FILE.py:ATTR``. Without ATTR
@@ -105,7 +121,7 @@ def load(spec: str) -> list[Driver | Bus | Subsystem]:
 
     Raises:
         KhoError: ENOEXEC if there is no such module, or it fails to import, or nothing in it is
-            a driver, bus or subsystem.
+            a driver, bus, subsystem or file handler.
     """
     name, _, attribute = spec.partition(":")
     module = _import(name, spec)
@@ -116,13 +132,16 @@ def load(spec: str) -> list[Driver | Bus | Subsystem]:
             raise from_errno(errno.ENOEXEC, f"drivers {spec}: no {attribute} in it") from None
         things = list(found) if isinstance(found, list | tuple) else [found]
     else:
-        things = [v for v in vars(module).values() if isinstance(v, Driver | Bus | Subsystem)]
+        things = [v for v in vars(module).values() if isinstance(v, Part)]
     if not things:
-        raise from_errno(errno.ENOEXEC, f"drivers {spec}: no Driver, Bus or Subsystem in it")
+        raise from_errno(
+            errno.ENOEXEC, f"drivers {spec}: no Driver, Bus, Subsystem or FileHandler in it"
+        )
     for thing in things:
-        if not isinstance(thing, Driver | Bus | Subsystem):
+        if not isinstance(thing, Part):
             raise from_errno(
-                errno.ENOEXEC, f"drivers {spec}: {thing!r} is no Driver, Bus or Subsystem"
+                errno.ENOEXEC,
+                f"drivers {spec}: {thing!r} is no Driver, Bus, Subsystem or FileHandler",
             )
     return things
 

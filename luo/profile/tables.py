@@ -13,14 +13,12 @@ from typing import Any, Final, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from luo._kho import SPAN, CallRecorder, bucket_edges
+from luo._kho import BLACKOUT_EVENTS, SPAN, CallRecorder, bucket_edges
 
 __all__ = ["BLACKOUT_EVENTS", "By", "Profile", "added", "device_costs", "subtrees"]
 
 By: TypeAlias = Literal["callback", "subsystem", "driver", "bus", "event", "device", "span"]
 
-#: Events whose callbacks run in blackout.
-BLACKOUT_EVENTS: Final = ("REBOOT", "RESTORE")
 _LABEL: Final = ("subsystem", "event", "kind", "name")
 #: Which words of a callback's label the rows of a table have.
 _GROUPS: Final[dict[str, tuple[str, ...]]] = {

@@ -15,7 +15,7 @@ from luo.demonstrations import DEMONSTRATIONS, Stage, run
 from luo.device import Bus, Driver, LiveUpdateOps
 from luo.kernel import Kernel
 from luo.machine import Machine
-from luo.quirks import HOME, QUIRKS, resolve
+from luo.quirks import HOME, MAINLINE_QUIRKS, QUIRKS, resolve
 
 #: What is seen, from spec/luo-rfc-v1.md 1.4 to 1.14: one value where the quirk changes nothing,
 #: else (without it, with it), or (without it, with it, within all of rfc1). A depth from garbage
@@ -513,7 +513,7 @@ def test_quirks_json_has_the_table():
 
     assert done.returncode == 0
     assert document["schema"] == "luo-quirks/1"
-    assert [row["name"] for row in document["quirks"]] == list(QUIRKS)
+    assert [row["name"] for row in document["quirks"]] == [*QUIRKS, *MAINLINE_QUIRKS]
     assert document["quirks"][4] == {
         "number": 5,
         "name": "node-left-behind",

@@ -37,8 +37,8 @@ RUN := PYTHONSAFEPATH=1 $(if $(filter 1,$(LUO_SANITIZE)),LD_PRELOAD=$(shell gcc 
   UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1) $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help run build test debug sanitize fuzz boards embed docs lint format bench bench-quick bench-compare \
-  gate dist clean
+.PHONY: help run build test debug sanitize fuzz boards kernel kernel-test embed docs lint format bench \
+  bench-quick bench-compare gate dist clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -77,6 +77,12 @@ boards: build/boards/FROM  ## device trees of arm64 boards for the tests, from D
 
 build/boards/FROM:
 	tests/fetch_boards.sh build/boards
+
+kernel:  ## Linux 7.3 for arm64 from Debian's source, in build/guest: 4 to 8 minutes, once (LUO_GUEST_CACHE=DIR)
+	tests/guest/build.sh
+
+kernel-test: $(INSTALLED) $(TEST) kernel  ## real kernels under QEMU resume from our handovers, and we from theirs
+	LUO_KERNEL_TEST=1 LUO_TEST_INSTALLED=1 $(RUN) -m pytest tests/guest $(ARGS)
 
 embed: $(INSTALLED)  ## libluo.so and luo.pc for C programs, in build/embed (DIR=… for elsewhere)
 	$(RUN) -m luo.embed build $(or $(DIR),build/embed)

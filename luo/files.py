@@ -304,9 +304,16 @@ class ToTheEnd:
 # ---- references to files ----
 
 
-def _get(file: Any) -> Any:
-    """Return a reference of LUO's own, as ``fget()``; OSError (EBADF) if it is no open file."""
-    return os.dup(file) if isinstance(file, int) else file
+def _get(file: Any, what: str) -> Any:
+    """Return one more reference, as ``fget()``; EBADF if it is no open file, EMFILE."""
+    if not isinstance(file, int):
+        return file
+    try:
+        return os.dup(file)
+    except OSError as error:
+        raise from_errno(
+            error.errno or errno.EBADF, f"{what}: descriptor {file}: {error.strerror}"
+        ) from error
 
 
 def _put(file: Any) -> None:
@@ -399,10 +406,7 @@ class FileSet:
     def _add(self, given: Any, token: int, where: str) -> None:
         registry = self._registry
         assert self._blocks is not None
-        try:
-            file = _get(given)
-        except OSError as error:
-            raise from_errno(errno.EBADF, f"preserve {where}: {given!r} is no open file") from error
+        file = _get(given, f"preserve {where}")
         args: FileArgs | None = None
         try:
             handler = registry.handler_of(file, where)
@@ -542,7 +546,9 @@ class FileSet:
         self._incoming_head = head
         handlers = {handler.compatible.encode(): handler for handler in self._registry.handlers}
         if not head:
-            return  # Linux warns if it was to have files, and goes on
+            if count:  # Linux warns, too, and goes on
+                _log.warning("session %s: %d files, and no blocks", self._session, count)
+            return
         records = incoming.read_blocks(head, abi.LUO_FILE_SER.size)
         for compatible, data, token in abi.LUO_FILE_SER.iter_unpack(records.tobytes()):
             name = compatible.split(b"\0", 1)[0]
@@ -575,7 +581,7 @@ class FileSet:
             raise from_errno(code, f"retrieve {where}: failed before, and is not tried again")
         if entry.retrieve_status == 0:
             self._retrieve(entry, where)
-        return _get(entry.file)
+        return _get(entry.file, f"retrieve {where}")
 
     def _retrieve(self, entry: PreservedFile, where: str) -> None:
         handler, args = entry.handler, entry.args

@@ -392,6 +392,10 @@ class Mount:
         """Return the names in a directory."""
         return [".", "..", *self.tree.list(path)]
 
+    def readlink(self, path: str) -> str:
+        """Return where a symbolic link leads."""
+        return self.tree.readlink(path)
+
     def getattr(self, path: str, fh: int | None = None) -> dict[str, int]:
         """Return what ``stat()`` says."""
         found = self.tree.stat(path)

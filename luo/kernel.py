@@ -549,6 +549,8 @@ class Kernel:
                     self._restore_failures = yield from self.luo.restoring()
         self._probe(self._each("probe"))
         self.strays = dma.catch(self, escaped)
+        if self.machine.control is not None:
+            self.machine.control.start(self)
         return self
 
     def _initialise(self) -> None:
@@ -859,6 +861,8 @@ class Kernel:
         self.devices.close()
         if self.machine.running is self:
             self.machine.running = None
+            if self.machine.control is not None:
+                self.machine.control.stop()
 
     def _shutdown_devices(self) -> None:
         """Call shutdown of every device that is not preserved (RFC v1 1.11)."""

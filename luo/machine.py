@@ -19,6 +19,7 @@ import numpy.typing as npt
 from luo._kho import DeviceTable
 
 if TYPE_CHECKING:
+    from luo.device_node import ControlSocket
     from luo.dma import Dma, Target
     from luo.memory import PhysicalMemory
 
@@ -384,13 +385,14 @@ class Machine:
         memory: the :class:`luo.memory.PhysicalMemory`.
         devices: the :class:`DeviceTree`.
         running: the kernel that runs on it, here or in another process; None if it is off.
+        control: where its kernels offer ``/dev/liveupdate``; None if they do not.
         elsewhere: in a process that has a kernel of the machine and not its hardware: what devices
             write, as the process that has it said when the kernel started. Otherwise None.
         watchers: each is called with the path below ``/sys`` of an attribute whose value has
             changed, as who polls it is woken (``sysfs_notify()``).
     """
 
-    __slots__ = ("_streams", "devices", "elsewhere", "memory", "running", "watchers")
+    __slots__ = ("_streams", "control", "devices", "elsewhere", "memory", "running", "watchers")
 
     def __init__(
         self, memory: PhysicalMemory | SupportsIndex | str, devices: DeviceTree | None = None
@@ -402,6 +404,7 @@ class Machine:
         self.memory = memory
         self.devices = DeviceTree() if devices is None else devices
         self.running: Any = None
+        self.control: ControlSocket | None = None
         self.elsewhere: list[Target] | None = None
         self._streams: list[weakref.ref[Dma]] = []
         self.watchers: list[Callable[[str], None]] = []

@@ -164,13 +164,14 @@ class RemoteKernel:
                 method(message)
 
         tree = machine.devices.to_memfd()
+        control = [] if machine.control is None else [machine.control.fileno()]
         ours, theirs = socket.socketpair()
         self._line = Line(ours, receive)
         try:
             self._process = subprocess.Popen(
                 # -P: the path is ours, and the directory that we happen to be in is no part of it.
                 [sys.executable, "-P", "-c", _START, str(theirs.fileno())],
-                pass_fds=(theirs.fileno(), fd, tree, self._bulk),
+                pass_fds=(theirs.fileno(), fd, tree, self._bulk, *control),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # ^C is for the kernel that runs, which rolls back
                 env={
@@ -193,6 +194,7 @@ class RemoteKernel:
                 },
                 tree=tree,
                 bulk=self._bulk,
+                control=control,
             )
             self.kho_abi: str = told["kho_abi"]
             self.behaviour: str = told["behaviour"]
@@ -802,9 +804,15 @@ class _Server:
     # ---- commands ----
 
     def do_load(
-        self, image: dict[str, Any], memory: dict[str, Any], tree: int, bulk: int
+        self,
+        image: dict[str, Any],
+        memory: dict[str, Any],
+        tree: int,
+        bulk: int,
+        control: list[int],
     ) -> dict[str, Any]:
         """Map the memory read-only, build the kernel, enumerate and bind."""
+        from luo.device_node import ControlSocket
         from luo.kernel import KernelImage
         from luo.machine import DeviceTree, Machine
         from luo.memory import PhysicalMemory
@@ -816,6 +824,8 @@ class _Server:
         )
         machine = Machine(mapped, DeviceTree.from_memfd(tree))
         machine.elsewhere = []
+        for fd in control:
+            machine.control = ControlSocket.inherited(fd)
         machine.devices.index()  # an image that waits has time; after the jump there is none
         kernel = KernelImage(image["name"], image["cmdline"], image["args"]).build(machine)
         kernel.devices.expect_records()

@@ -12,6 +12,8 @@ it, here or in another process; a jump changes who answers, and nothing else:
 - ``kernel/debug/liveupdate/{reboot,kexec}``: ours. 1 written to the first runs REBOOT and cancels;
   to the second, it is what ``kexec -e`` does. ``kexec`` takes an ordinary kexec too, so these are
   there with live update off.
+- ``dev/liveupdate``: a symbolic link to the machine's control socket, if it has one: the device
+  node of mainline's live update.
 
 While no kernel runs every path but the first directories is ENODEV. During a jump, between the old
 kernel's end and the new one's start, user space stands still: calls wait.
@@ -221,6 +223,7 @@ class _Node:
         accepts: numbers that may be written; None for any.
         size: as :class:`Stat` has it.
         device: whose directory or file it is, -1 for none.
+        target: of a symbolic link.
     """
 
     mode: int
@@ -230,6 +233,7 @@ class _Node:
     accepts: tuple[int, ...] | None = None
     size: int = 0
     device: int = -1
+    target: str | None = None
 
 
 def _directory(names: Callable[[], list[str]], permissions: int = 0o755, device: int = -1) -> _Node:
@@ -280,6 +284,8 @@ class _Children:
 _GROUP: Final = {"requested": 0o644, "preserved": 0o444, "reclaimed": 0o444}
 
 _TOP: Final = ("devices", "kernel")
+
+_NODE: Final = "dev/liveupdate"
 
 
 class OpenFile:
@@ -501,7 +507,11 @@ class Tree:
         """Return what is at *path*; KhoError (ENOENT, ENOTDIR) if nothing is."""
         path = path.strip("/")
         if not path:
-            return _directory(lambda: list(_TOP))
+            return _directory(self._top)
+        if path == _NODE and self._node_path is not None:
+            return _Node(stat.S_IFLNK | 0o777, target=self._node_path)
+        if path == "dev" and self._node_path is not None:
+            return _directory(lambda: ["liveupdate"])
         if path == "devices":
             return _directory(lambda: self._tree_children().names(-1))
         if path.startswith("devices/"):
@@ -513,6 +523,15 @@ class Tree:
             code = errno.ENOENT if self._find(kernel, above).names else errno.ENOTDIR
             raise from_errno(code, f"{path}: {errno_name(code)}")
         return node
+
+    @property
+    def _node_path(self) -> str | None:
+        """Where the machine's control socket is; None without one."""
+        control = self.machine.control
+        return None if control is None else control.path
+
+    def _top(self) -> _Names:
+        return list(_TOP) if self._node_path is None else ["dev", *_TOP]
 
     def _inode(self, kernel: AnyKernel, path: str, node: _Node) -> tuple[int, int, int]:
         """Return mode, user and group of *node*, which is at *path*."""
@@ -629,7 +648,7 @@ class Tree:
             OSError: ENOENT, ENOTDIR; ENODEV while no kernel runs.
         """
         if not path.strip("/"):
-            return list(_TOP)  # also while nothing runs, so that a mount of it can be looked at
+            return self._top()  # also while nothing runs, so that a mount of it can be looked at
 
         def names(kernel: AnyKernel) -> Sequence[str]:
             node = self._find(kernel, path)
@@ -654,6 +673,17 @@ class Tree:
 
         result: Stat = self._ask(found)
         return result
+
+    def readlink(self, path: str) -> str:
+        """Return where the symbolic link *path* leads.
+
+        Raises:
+            OSError: EINVAL if it is none; ENOENT, ENOTDIR; ENODEV while no kernel runs.
+        """
+        target = self._ask(lambda kernel: self._find(kernel, path)).target
+        if target is None:
+            raise from_errno(errno.EINVAL, f"{path}: is no symbolic link")
+        return str(target)
 
     def read(self, path: str, *, uid: int = 0, gid: int = 0) -> bytes:
         """Return the content of the file *path*, as user *uid* of group *gid*.

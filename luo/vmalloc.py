@@ -28,6 +28,7 @@ __all__ = [
     "VM_ALLOW_HUGE_VMAP",
     "VmallocDescriptor",
     "preserve",
+    "read",
     "restore",
     "unpreserve",
 ]
@@ -146,16 +147,35 @@ def restore(incoming: Incoming, descriptor: bytes) -> NDArray[np.uint64]:
         HandoverError: descriptor or chunks break a rule, or a block is not preserved; nothing has
             been restored then.
     """
-    memory = incoming.memory
-    found = VmallocDescriptor.unpack(descriptor)
-    chunks, blocks = _read(memory, found, incoming)
-    nbytes = memory.page_size << found.order
-    _check_blocks(incoming, blocks.tolist(), nbytes, chunks)
+    found, chunks, blocks = _checked(incoming, descriptor)
     for phys in blocks.tolist():
         incoming.restore_pages(phys, 1 << found.order)
     for phys in chunks:
         incoming.restore_free(phys)
     return blocks
+
+
+def read(incoming: Incoming, descriptor: bytes) -> tuple[NDArray[np.uint64], int]:
+    """Return what :func:`restore` would take over, without doing so.
+
+    Returns:
+        tuple: physical address of each block, ``uint64``; their order.
+
+    Raises:
+        HandoverError: as :func:`restore`.
+    """
+    found, _, blocks = _checked(incoming, descriptor)
+    return blocks, found.order
+
+
+def _checked(
+    incoming: Incoming, descriptor: bytes
+) -> tuple[VmallocDescriptor, list[int], NDArray[np.uint64]]:
+    """Return descriptor, chunks and blocks of an area that can be restored."""
+    found = VmallocDescriptor.unpack(descriptor)
+    chunks, blocks = _read(incoming.memory, found, incoming)
+    _check_blocks(incoming, blocks.tolist(), incoming.memory.page_size << found.order, chunks)
+    return found, chunks, blocks
 
 
 def _check_blocks(incoming: Incoming, blocks: list[int], nbytes: int, chunks: list[int]) -> None:

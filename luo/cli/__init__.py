@@ -23,6 +23,7 @@ try:  # this takes as long as a person needs for ^C
     from luo.cli.quirks import quirks
     from luo.cli.report import report
     from luo.cli.run import run
+    from luo.cli.session import session
     from luo.cli.whatif import what_if
     from luo.report import version
 except KeyboardInterrupt:
@@ -61,5 +62,17 @@ def main() -> None:
     """Live updates of a Linux host: what survives the reboot, what it costs, and what fails."""
 
 
-for command in (run, report, what_if, compare, export, faults, image, mount, quirks, graph):
+for command in (
+    run,
+    report,
+    what_if,
+    compare,
+    export,
+    faults,
+    image,
+    mount,
+    session,
+    quirks,
+    graph,
+):
     main.add_command(command)

@@ -12,6 +12,7 @@ import click
 
 from luo.cli.errors import Wrong, wrong_input
 from luo.cli.host import HostSource, KernelSettings, boot, host_options, kernel_options
+from luo.device_node import ControlSocket
 from luo.errors import KernelPanic, LuoError
 from luo.machine import Machine
 from luo.mountpoint import clear, is_dead
@@ -21,6 +22,7 @@ from luo.sysfs import Tree
 __all__ = ["mount"]
 
 _FUSE_DEVICE = "/dev/fuse"
+_SESSIONS_ABI = "kho-v4"  # the generation in which sessions are handed over
 
 
 @click.command()
@@ -28,7 +30,18 @@ _FUSE_DEVICE = "/dev/fuse"
 @host_options
 @kernel_options
 @click.option("--in-process", is_flag=True, help="The next kernels run in this process.")
-def mount(directory: str, source: HostSource, kernels: KernelSettings, in_process: bool) -> None:
+@click.option(
+    "--control",
+    metavar="PATH",
+    help="Where the control socket is made. [default: beside DIR, as DIR.liveupdate]",
+)
+def mount(
+    directory: str,
+    source: HostSource,
+    kernels: KernelSettings,
+    in_process: bool,
+    control: str | None,
+) -> None:
     """Mount /sys of a simulated host on DIR, until ^C: live updates with echo and cat.
 
     \b
@@ -39,6 +52,7 @@ def mount(directory: str, source: HostSource, kernels: KernelSettings, in_proces
     kernel/liveupdate/state           normal, prepared, updated; poll() wakes
     kernel/liveupdate/finish          1: FINISH
     kernel/debug/kho/{out,in}/        what is handed over
+    dev/liveupdate                    mainline's device node, a socket: see 'luo session'
 
     Whoever mounts is root of that host. ^C, SIGTERM or 'umount DIR' end it: a running PREPARE is
     rolled back, a prepared update cancelled. If this process is killed and DIR says "Transport
@@ -47,17 +61,24 @@ def mount(directory: str, source: HostSource, kernels: KernelSettings, in_proces
     fuse = _fuse()
     _check_directory(directory)
     with wrong_input():
-        kernel, image = boot(source.read(), kernels)
+        sessions = kernels.arguments()["kho_abi"] == _SESSIONS_ABI
+        if control is not None and not sessions:
+            raise Wrong(f"mount: --control: sessions are handed over in {_SESSIONS_ABI} only")
+        kernel, image = boot(source.read(), kernels, memfd=sessions)
     machine = kernel.machine
     # As ^C: a terminal that goes away must not leave a mount behind.
     signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
-    with _machine_off(machine), Tree(machine, image=image, in_process=in_process) as tree:
+    with (
+        _machine_off(machine),
+        _offered(machine, directory, control) if sessions else contextlib.nullcontext(),
+        Tree(machine, image=image, in_process=in_process) as tree,
+    ):
         with wrong_input():
             tree.load()
         mounted = fuse.Mount(tree, directory)
         try:
             with contextlib.suppress(KeyboardInterrupt), mounted.mounted():
-                _say(mounted.directory, len(machine.devices))
+                _say(mounted.directory, machine)
                 mounted.run()
         except OSError as error:
             raise Wrong(str(error.strerror)) from error
@@ -108,10 +129,28 @@ def _machine_off(machine: Machine) -> Iterator[None]:
             kernel.close()
 
 
-def _say(directory: str, devices: int) -> None:
-    click.echo(f"mounted on {directory}: {devices:,} devices; ^C unmounts")
+@contextlib.contextmanager
+def _offered(machine: Machine, directory: str, path: str | None) -> Iterator[None]:
+    """Offer the device node at *path*, or beside the directory if that can be written."""
+    try:
+        control = ControlSocket(path or f"{os.path.abspath(directory)}.liveupdate")
+    except OSError as error:
+        if path is not None:
+            raise Wrong(f"--control {error}") from error
+        click.echo(f"no control socket, see --control: {error}", err=True)
+        yield
+        return
+    with control:
+        control.offer(machine)
+        yield
+
+
+def _say(directory: str, machine: Machine) -> None:
+    click.echo(f"mounted on {directory}: {len(machine.devices):,} devices; ^C unmounts")
     click.echo(f"  cat {directory}/kernel/liveupdate/state")
     click.echo(f"  echo 1 > {directory}/devices/…/liveupdate/requested")
     click.echo(f"  echo 1 > {directory}/kernel/liveupdate/prepare")
     click.echo(f"  echo 1 > {directory}/kernel/debug/liveupdate/kexec")
     click.echo(f"  echo 1 > {directory}/kernel/liveupdate/finish")
+    if machine.control is not None:
+        click.echo(f"  luo session list --control {directory}")

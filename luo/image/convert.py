@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Final, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from luo import abi as _abi
 from luo.errors import FdtError, HandoverError, KhoError
@@ -28,11 +29,11 @@ from luo.fdt import Fdt, FdtEditor, FdtWriter, Node
 from luo.image import orchestrator
 from luo.image.store import Extent, Image
 from luo.image.survey import Subtree, Survey
-from luo.kho import Kho
+from luo.kho import Handover, Kho
 from luo.kho_tree import KhoNode
 from luo.memory import PhysicalMemory
 
-__all__ = ["convert"]
+__all__ = ["Rebuilding", "check_whole", "convert"]
 
 BLOB_AT: Final = "luo,blob"  # in kho-v5-series: u64 phys and u64 bytes of the blob it was
 WAS_INLINE: Final = "luo,inline"  # elsewhere, empty: the blob's pages were made by converting
@@ -58,10 +59,7 @@ def convert(image: Image, abi: str, *, drop: Collection[str] = ()) -> Image:
     """
     target = _abi.generation(abi)
     survey = image.survey
-    violations = image.verify()
-    if violations:
-        first = violations[0]
-        raise HandoverError(f"convert: {first.part}: {first.rule}", first.phys)
+    check_whole(image, "convert")
     names = {subtree.name for subtree in survey.subtrees}
     for name in drop:
         if name not in names:
@@ -75,31 +73,16 @@ def convert(image: Image, abi: str, *, drop: Collection[str] = ()) -> Image:
     if refused:
         raise ValueError(f"{abi} cannot express: {'; '.join(refused)}; see --drop")
 
-    own = _own_blocks(survey, target)
-    keep = ~np.isin(survey.phys | survey.orders, np.array(sorted(own), np.uint64))
-    phys, orders = survey.phys[keep], survey.orders[keep]
-    memory = image.memory()
-    for at, order in _natural_blocks(survey, own):
-        memory.claim(at, order)
-    metadata = _metadata(survey)
-    places = _Places.of(survey)
-    places.hold(memory, survey)
-    kho = Kho(
-        memory,
-        abi=abi,
-        scratch=survey.scratch,
-        release=metadata.previous_release if metadata else "luo",
-    )
-    places.move_in(kho)
-    kho.preserve_folios(phys, orders)
+    new = Rebuilding.begin(image, target)
+    kho, places = new.kho, new.places
+    kho.preserve_folios(new.phys, new.orders)
     made: list[str] = []
     for subtree in reversed(kept):  # each is put before the others
         if target.inline:
             _add_nodes(kho, subtree, image)
         elif _add_blob(kho, subtree, image):
             made.append(subtree.name)
-    if target.metadata and metadata is not None:
-        _set_metadata(kho, metadata)
+    new.set_metadata()
     if target.inline:
         kho.add_prop(None, OWN_AT, places.pack())
     if target.finalize is not None:
@@ -109,15 +92,76 @@ def convert(image: Image, abi: str, *, drop: Collection[str] = ()) -> Image:
         _note(kho, {f"/{name}": (WAS_INLINE, b"") for name in made})
         if not target.metadata and places.metadata:
             _note(kho, {"/": (OWN_AT, places.pack())})
-    result = Image.from_memory(memory, handover, abi=abi, source=image.source)
-    return Image(
-        image.ram.ranges,
-        handover,
-        _only_kept(result, image),
-        abi=abi,
-        page_size=image.page_size,
-        source=image.source,
-    )
+    return new.result(handover)
+
+
+def check_whole(image: Image, what: str) -> None:
+    """Raise HandoverError if the image breaks a rule."""
+    for first in image.verify()[:1]:
+        raise HandoverError(f"{what}: {first.part}: {first.rule}", first.phys)
+
+
+@dataclass(slots=True)
+class Rebuilding:
+    """A fresh KHO in a copy of an image's memory, where all that was preserved has its place.
+
+    Attributes:
+        image: the image.
+        kho: what nobody has preserved anything in yet.
+        phys, orders: what *image* preserves beside the format's own root tree and metadata.
+        places: where these two are.
+        metadata: what the image has, or None.
+    """
+
+    image: Image
+    kho: Kho
+    phys: NDArray[np.uint64]
+    orders: NDArray[np.uint8]
+    places: Places
+    metadata: _abi.KexecMetadata | None
+
+    @classmethod
+    def begin(cls, image: Image, target: _abi.Generation) -> Self:
+        """Copy the memory and start over; KhoError if there is no room."""
+        survey = image.survey
+        own = _own_blocks(survey, target)
+        keep = ~np.isin(survey.phys | survey.orders, np.array(sorted(own), np.uint64))
+        memory = image.memory()
+        for at, order in _natural_blocks(survey, own):
+            memory.claim(at, order)
+        metadata = _metadata(survey)
+        places = Places.of(survey)
+        places.hold(memory, survey)
+        kho = Kho(
+            memory,
+            abi=target.name,
+            scratch=survey.scratch,
+            release=metadata.previous_release if metadata else "luo",
+        )
+        places.move_in(kho)
+        return cls(image, kho, survey.phys[keep], survey.orders[keep], places, metadata)
+
+    def set_metadata(self) -> None:
+        """Write how often this was handed over: Kho counts from a cold boot."""
+        if not self.kho.generation.metadata or self.metadata is None:
+            return
+        blob = self.metadata.pack()
+        raw = self.kho.root.node(f"/{_abi.KHO_SUBTREE_METADATA}")
+        phys = int.from_bytes(bytes(raw[self.kho.generation.data_property or ""]), "little")
+        self.kho.memory.view(phys, len(blob))[:] = blob
+
+    def result(self, handover: Handover) -> Image:
+        """Return the new image, without pages that the old one did not have itself."""
+        image, kho = self.image, self.kho
+        new = Image.from_memory(kho.memory, handover, abi=kho.abi, source=image.source)
+        return Image(
+            image.ram.ranges,
+            handover,
+            _only_kept(new, image),
+            abi=kho.abi,
+            page_size=image.page_size,
+            source=image.source,
+        )
 
 
 def _refuse(image: Image, subtree: Subtree, target: _abi.Generation) -> str | None:
@@ -192,13 +236,6 @@ def _metadata(survey: Survey) -> _abi.KexecMetadata | None:
         if subtree.name == _abi.KHO_SUBTREE_METADATA and found:
             return _abi.KexecMetadata(found["previous_release"], found["kexec_count"])
     return None
-
-
-def _set_metadata(kho: Kho, metadata: _abi.KexecMetadata) -> None:
-    """Write how often this was handed over: Kho counts from a cold boot."""
-    blob = metadata.pack()
-    raw = kho.root.node(f"/{_abi.KHO_SUBTREE_METADATA}")[kho.generation.data_property or ""]
-    kho.memory.view(int.from_bytes(bytes(raw), "little"), len(blob))[:] = blob
 
 
 # ---- blobs and nodes ----
@@ -282,7 +319,7 @@ def _note(kho: Kho, properties: Mapping[str, tuple[str, bytes]]) -> None:
 
 
 @dataclass(slots=True)
-class _Places:
+class Places:
     """Where the format's own pages are, so that they are there again after a way back.
 
     Attributes:

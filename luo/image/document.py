@@ -112,6 +112,7 @@ def describe(image: Image, *, contents: bool = True) -> dict[str, Any]:
         "format": "luo-image",
         "version": 1,
         "source": image.source,
+        "notes": list(image.notes),
         "abi": image.abi,
         "bugs": sorted(image.bugs),
         "page_size": image.page_size,

@@ -20,7 +20,7 @@ from luo.fdt import Fdt, Node
 from luo.image.store import Extent, Image
 from luo.kho import Handover
 
-__all__ = ["load_dump"]
+__all__ = ["guess_abi", "load_dump", "read_device_tree"]
 
 _PAGES_MAX: Final = 1 << 24
 _DEFAULT: Final = "kho-v4"
@@ -79,7 +79,7 @@ def load_dump(place: Path, abi: str | None = None) -> Image:
         source=str(place),
     )
     if abi is None and not _named(manifest):
-        image.abi = _guess(image, manifest)
+        image.abi = guess_abi(image, manifest)
     return image
 
 
@@ -178,8 +178,8 @@ def _named(manifest: object) -> str | None:
     return next((n for n in names if isinstance(n, str) and n in _abi.GENERATIONS), None)
 
 
-def _guess(image: Image, manifest: object) -> str:
-    """Generation by the root tree's compatible.
+def guess_abi(image: Image, manifest: object = None) -> str:
+    """Return the generation by the root tree's compatible; the image's own if that says nothing.
 
     ``kho-v1`` stands for four formats. What tells them apart is the release of the kernel, if the
     manifest has it; else it is taken for the last of its kind.

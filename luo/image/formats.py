@@ -16,22 +16,23 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from luo import abi as _abi
 from luo.errors import FdtError
 from luo.fdt import Column, Fdt, Node
+from luo.image.survey import Violation
 
 if TYPE_CHECKING:
     from luo.image.survey import Subtree, Survey
 
-__all__ = ["DEVICE_COLUMNS", "STRUCTS", "decode", "tree_rows", "value_of"]
+__all__ = ["DEVICE_COLUMNS", "LUO_OLDER", "STRUCTS", "decode", "tree_rows", "value_of"]
 
 _BLOB_MAX: Final = 256 << 20
 _ROWS_MAX: Final = 100_000  # nodes of a tree that are shown
 _MAGIC_TEST: Final = 0x4B484F21
 _SEALS: Final = 0x3F  # F_SEAL_SEAL … F_SEAL_EXEC
 DEVICE_COLUMNS: Final = ("path", "bus", "driver", "state", "index")
+LUO_OLDER: Final = ("luo-v1", "luo-v2", "luo-v3", "luo-v4")
 _VMALLOC: Final = struct.Struct("<QIHH")
 
 STRUCTS: Final[dict[str, tuple[struct.Struct, tuple[str, ...]]]] = {
@@ -403,7 +404,11 @@ def _luo(reader: _Reader, phys: int, blob: bytes) -> dict[str, Any] | None:
         return None
     head = _record("luo", phys, blob)
     if blob[:8] != b"luo-v5\0\0":
-        reader.wrong(phys, f"compatible is {head['compatible']!r}, not 'luo-v5': kernel panics")
+        if head["compatible"] in LUO_OLDER and reader.survey.generation.name != "kho-v4":
+            rule = f"{head['compatible']} is not decoded: only luo-v5 is"
+            reader.survey.warnings.append(Violation(reader.part, phys, rule))
+        else:
+            reader.wrong(phys, f"compatible is {head['compatible']!r}, not 'luo-v5': kernel panics")
         return head
     names: set[str] = set()
     sessions: list[dict[str, Any]] = []
@@ -422,6 +427,7 @@ def _luo(reader: _Reader, phys: int, blob: bytes) -> dict[str, Any] | None:
     held: dict[int, str] = {}
     for session in sessions:
         _session(reader, session, held)
+    _check_folios(reader, sessions)
     flbs = _flbs(reader, head["flbs_pa"]) if head["flbs_pa"] else None
     return {**head, "blocks": blocks, "sessions": sessions, "flbs": flbs}
 
@@ -435,6 +441,7 @@ def _session(reader: _Reader, session: dict[str, Any], held: dict[int, str]) -> 
         blocks.append(_record("block", block, raw))
         for i in range(count):
             at = 16 + 64 * i
+            seen = len(reader.survey.violations)
             record = _record("file", block + at, raw, at)
             what = f"{name}/{record['token']:#x}"
             if not record["compatible"] or b"\0" not in raw[at : at + 48]:
@@ -448,12 +455,36 @@ def _session(reader: _Reader, session: dict[str, Any], held: dict[int, str]) -> 
                 else:
                     held[record["data"]] = what
                     record["memfd"] = _memfd(reader, record["data"], what)
+            wrong = reader.survey.violations[seen:]
+            if wrong:
+                record["wrong"] = [{"phys": v.phys, "rule": v.rule} for v in wrong]
             files.append(record)
     if session["count"] != len(files):
         reader.wrong(
             session["phys"], f"session {name} says {session['count']} files, and has {len(files)}"
         )
     session["files"], session["blocks"] = files, blocks
+
+
+def _check_folios(reader: _Reader, sessions: list[dict[str, Any]]) -> None:
+    """No memory is in two files: the kernel can restore it once."""
+    holders = [
+        (f"{session['name']}/{file['token']:#x}", [row[0] for row in file["memfd"]["folios"]])
+        for session in sessions
+        for file in session["files"]
+        if file.get("memfd") and file["memfd"]["folios"]
+    ]
+    if not holders:
+        return
+    pfns = np.concatenate([np.array(rows, np.uint64) for _, rows in holders])
+    ends = np.cumsum([len(rows) for _, rows in holders])
+    order = np.argsort(pfns, kind="stable")
+    for at in np.flatnonzero(pfns[order][1:] == pfns[order][:-1]).tolist():
+        pair = order[at : at + 2].tolist()
+        first, second = (holders[int(np.searchsorted(ends, n, "right"))][0] for n in pair)
+        if first != second:  # within one file it was noted
+            phys = int(pfns[pair[1]]) * reader.survey.ram.page_size
+            reader.wrong(phys, f"file {second}: folio is also that of {first}", kind=second)
 
 
 def _memfd(reader: _Reader, phys: int, what: str) -> dict[str, Any] | None:
@@ -492,7 +523,7 @@ def _memfd(reader: _Reader, phys: int, what: str) -> dict[str, Any] | None:
     at = (words[:, 0] & np.uint64((1 << 52) - 1)) << np.uint64(shift)
     flags = words[:, 0] >> np.uint64(52)
     index = words[:, 1]
-    orders = _orders_at(survey, at)
+    orders = survey.orders_at(at)
     for place in np.flatnonzero(orders < 0)[:1000].tolist():
         reader.wrong(int(at[place]), f"file {what}: folio {place} is not preserved", kind=what)
     if (flags > 3).any():
@@ -514,16 +545,6 @@ def _memfd(reader: _Reader, phys: int, what: str) -> dict[str, Any] | None:
     columns = (at >> np.uint64(shift), flags, index, orders.astype(np.int64))
     memfd["folios"] = [list(row) for row in zip(*(c.tolist() for c in columns), strict=True)]
     return memfd
-
-
-def _orders_at(survey: Survey, phys: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Order of the preserved block that starts at each address, -1 for none."""
-    exact = np.sort(survey.phys | survey.orders)
-    if not len(exact):
-        return np.full(len(phys), -1, np.int64)
-    at = np.minimum(np.searchsorted(exact, phys), len(exact) - 1)
-    same = (exact[at] & ~np.uint64(63)) == phys
-    return np.where(same, (exact[at] & np.uint64(63)).astype(np.int64), -1)
 
 
 def _flbs(reader: _Reader, phys: int) -> dict[str, Any] | None:

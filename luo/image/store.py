@@ -223,6 +223,7 @@ class Image:
         ram: ranges and page size (:class:`Ram`).
         handover, abi, bugs, source: as given.
         extents: sorted.
+        notes: how its handover was found where it had to be looked for, for people.
 
     Raises:
         HandoverError: an extent is not whole pages in RAM, or two overlap.
@@ -245,6 +246,7 @@ class Image:
         self.handover = handover
         self.abi = abi
         self.source = source
+        self.notes: list[str] = []
         self.extents: list[Extent] = sorted(extents, key=lambda extent: extent.phys)
         end = 0
         for extent in self.extents:
@@ -467,25 +469,44 @@ class Image:
         return offset
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, abi: str | None = None) -> Image:
-        """Open an image file, or a directory with a dump of a machine's memory.
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        abi: str | None = None,
+        base: int | None = None,
+        handover: Handover | None = None,
+    ) -> Image:
+        """Open an image file, a guest's memory, or a directory with a dump of a machine's memory.
 
         Args:
-            path: of the file, which stays mapped; or of a directory with ``pages.json`` and
-                ``pages.bin``, and with ``kexec.dtb`` or ``manifest.json`` for the rest.
+            path: of the file, which stays mapped: an image, an ELF core of a guest's memory, or
+                that memory as it is; or of a directory with ``pages.json`` and ``pages.bin``, and
+                with ``kexec.dtb`` or ``manifest.json`` for the rest.
             abi: name of the generation, where the dump does not say; a file always does, and
                 another name is taken instead of its own.
+            base: of raw memory, the physical address of its first byte; None: it is found out.
+            handover: of a guest's memory; None: it is looked for there.
 
         Raises:
-            HandoverError: the file breaks a rule of the format: it names the offset.
-            ValueError: a dump directory is not complete or not understood.
+            HandoverError: the file breaks a rule of the format: it names the offset; or memory
+                holds no handover, or several.
+            ValueError: a dump directory is not complete or not understood; *base* or *handover* of
+                what has its own.
             OSError: it cannot be read.
         """
         place = Path(path)
+        memory = place.is_file() and _first(place, len(MAGIC)) != MAGIC
+        if not memory and (base is not None or handover is not None):
+            raise ValueError(f"{place}: --base and --handover are for a guest's memory")
         if place.is_dir():
             from luo.image.dump import load_dump
 
             return load_dump(place, abi)
+        if memory:
+            from luo.image.guest_memory import load_guest_memory
+
+            return load_guest_memory(place, abi, base=base, handover=handover)
         with place.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size < _HEAD_BYTES:
@@ -572,6 +593,11 @@ class Image:
             page_size=page,
             source=source,
         )
+
+
+def _first(place: Path, nbytes: int) -> bytes:
+    with place.open("rb") as file:
+        return file.read(nbytes)
 
 
 @contextlib.contextmanager

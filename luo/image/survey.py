@@ -597,6 +597,15 @@ class Survey:
             return None
         return int(self._exact[at]) & 63
 
+    def orders_at(self, phys: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """Order of the (smallest) preserved block that starts at each address, -1 for none."""
+        exact = self._exact
+        if not len(exact):
+            return np.full(len(phys), -1, np.int64)
+        at = np.minimum(np.searchsorted(exact, phys), len(exact) - 1)
+        same = (exact[at] & ~np.uint64(63)) == phys
+        return np.where(same, (exact[at] & np.uint64(63)).astype(np.int64), -1)
+
     def covered(self, phys: int, nbytes: int) -> bool:
         """Whether preserved blocks hold all these bytes."""
         if not 0 <= phys <= phys + nbytes < 1 << 64:

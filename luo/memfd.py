@@ -698,17 +698,19 @@ def _copy(source: _Source, offset: int, memory: PhysicalMemory, phys: int, nbyte
 def _refill(fd: int, size: int, memory: PhysicalMemory, layout: _Layout) -> int:
     """Copy what differs in a file to memory; return the bytes of it."""
     copied = 0
-    buffer = np.zeros(_CHUNK // 8, np.uint64)
-    with closing(_Source(fd)) as source:
+    buffer = bytearray(_CHUNK)
+    with closing(_Source(fd)) as source, memoryview(buffer) as view:
         for start, end, is_data in source.extents(size):
             for offset, phys, nbytes in layout.pieces(start, end, _CHUNK):
                 if not is_data:
                     copied += _clear(memory, phys, nbytes)
                     continue
-                source.read(buffer.data.cast("B")[:nbytes], offset)
+                source.read(view[:nbytes], offset)
+                if nbytes == _CHUNK and buffer == memory.view(phys, nbytes):  # memcmp()
+                    continue
                 whole = -(-nbytes // _GRAIN) * _GRAIN  # of the file's last page, with zeros
-                buffer.data.cast("B")[nbytes:whole] = bytes(whole - nbytes)
-                copied += _update(memory, phys, buffer[: whole // 8])
+                view[nbytes:whole] = bytes(whole - nbytes)
+                copied += _update(memory, phys, np.frombuffer(buffer, np.uint64, whole // 8))
     return copied
 
 

@@ -177,6 +177,11 @@ ROWS = {
             (Limit("luo", "file copy", 1.5),),
             "page",
         ),
+        Row("api.prepare", "by notifiers or by files: PREPARE, or PRESERVE of each", (), "device"),
+        Row("api.reboot", "by notifiers or by files: REBOOT, or freezing all", (), "device"),
+        Row("api.restore", "by notifiers or by files: restored, or retrieved each", (), "device"),
+        Row("api.finish", "by notifiers or by files: FINISH", (), "device"),
+        Row("api.blackout", "by notifiers or by files: blackout", (), "device"),
     )
 }
 

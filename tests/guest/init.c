@@ -457,8 +457,11 @@ static int fill(int fd, uint64_t token, uint64_t size)
 {
 	const char *how = option("fill"), *from = option("from"), *at = option("at");
 	int in = from ? open(from, O_RDONLY | O_CLOEXEC) : -1;
+	uint64_t order = option_number("order", 0), step = order ? PAGE << order : size;
 
 	if (from && in < 0)
+		return -1;
+	if (!order && ftruncate(fd, size))
 		return -1;
 	if (at) {  // only these pages
 		for (char *end; *at; at = *end ? end + 1 : end) {
@@ -479,6 +482,11 @@ static int fill(int fd, uint64_t token, uint64_t size)
 	for (uint64_t done = 0; done < size;) {
 		size_t n = size - done < BUFFER ? size - done : BUFFER;
 
+		// A file that has grown by a folio has room for no larger one.
+		if (order && done % step == 0 && ftruncate(fd, done + step < size ? done + step : size))
+			return -1;
+		if (n > step - done % step)
+			n = step - done % step;
 		if (from) {
 			ssize_t got = read(in, buffer, n);
 
@@ -501,23 +509,16 @@ static int fill(int fd, uint64_t token, uint64_t size)
 	return 0;
 }
 
-static void huge_pages(uint64_t order)
+// Memfds get the largest folios that end within the file: "within_size", or none.
+static void huge_pages(int on)
 {
-	char path[128];
-	int fd;
+	int fd = open("/sys/kernel/mm/transparent_hugepage/shmem_enabled", O_WRONLY | O_CLOEXEC);
+	const char *value = on ? "within_size" : "never";
 
-	for (int o = 1; o <= 10; o++) {
-		snprintf(path, sizeof(path), "/sys/kernel/mm/transparent_hugepage/hugepages-%lukB/shmem_enabled",
-			 4UL << o);
-		fd = open(path, O_WRONLY | O_CLOEXEC);
-		if (fd >= 0) {
-			const char *value = (uint64_t)o == order ? "always" : "never";
-
-			if (write(fd, value, strlen(value)) < 0)
-				say("warning=%s", path);
-			close(fd);
-		}
-	}
+	if (fd >= 0 && write(fd, value, strlen(value)) < 0)
+		say("warning=shmem_enabled");
+	if (fd >= 0)
+		close(fd);
 }
 
 static void do_file(void)
@@ -529,9 +530,9 @@ static void do_file(void)
 
 	if (session < 0)
 		return;
-	huge_pages(option_number("order", 0));
+	huge_pages(option_number("order", 0) > 0);
 	fd = memfd_create("luo", MFD_ALLOW_SEALING | (unsigned)option_number("flags", 0));
-	if (fd < 0 || ftruncate(fd, size) || fill(fd, args.token, size)) {
+	if (fd < 0 || fill(fd, args.token, size) || ftruncate(fd, size)) {
 		failed("make");
 		return;
 	}

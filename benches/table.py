@@ -159,6 +159,11 @@ ROWS = {
             "device",
         ),
         Row("callbacks.event", "an event of callbacks that do nothing", (), "callback"),
+        Row("api.prepare", "by notifiers or by files: PREPARE, or PRESERVE of each", (), "device"),
+        Row("api.reboot", "by notifiers or by files: REBOOT, or freezing all", (), "device"),
+        Row("api.restore", "by notifiers or by files: restored, or retrieved each", (), "device"),
+        Row("api.finish", "by notifiers or by files: FINISH", (), "device"),
+        Row("api.blackout", "by notifiers or by files: blackout", (), "device"),
     )
 }
 

@@ -247,6 +247,24 @@ def test_other_pages_than_the_hosts(page):
     assert data == contents(one.jump().retrieve(args.data).file)
 
 
+@pytest.mark.parametrize("settings", [{"base": 1 << 30}, {"base": 0x40000000, "nodes": 2}])
+def test_memory_that_the_host_does_not_have_yet(settings):
+    """What is not resident is written to the file of memory, at the right place."""
+    one = Side(Kho(PhysicalMemory("256MiB", **settings), scratch=[]), 9)
+    data = pattern((40 << 20) + 5)
+    fd = new(data)
+    args = one.preserve(fd)
+    kept = args.private
+    found = b"".join(
+        bytes(one.memory.view(int(phys), PAGE << int(order)))
+        for phys, order in zip(kept.folios, kept.orders, strict=True)
+    )
+
+    assert data == found[: len(data)]
+    assert not any(found[len(data) :])
+    assert data == contents(one.jump().retrieve(args.data).file)
+
+
 def test_memory_without_a_file():
     """A buffer of the host is memory as well."""
     memory = PhysicalMemory("32MiB", host=mmap.mmap(-1, 32 << 20))

@@ -144,7 +144,7 @@ def test_script_for_the_rfcs_files_updates_twice(base, where):
             assert done.stdout.split("\n", 2)[0] == "normal"
             assert done.stdout.endswith(" devices requested\nprepared\nupdated\nnormal\n")
             assert shell(base, "ls kernel/debug/kho/in/sub_fdts") == (
-                "kexec-metadata\nliveupdate_orchestrator"
+                "LUO\nkexec-metadata\nliveupdate_orchestrator"
             )
 
 

@@ -28,6 +28,7 @@ from luo.device_node import ControlSocket
 from luo.errors import StateError
 from luo.kernel import Kernel, KernelImage
 from luo.machine import Machine
+from luo.sysfs import Tree
 
 TESTS = Path(__file__).parents[1]
 
@@ -840,6 +841,23 @@ def test_machine_has_one_socket(tmp_path):
         machine.machine.control = None
         assert errno_of(other.offer, machine.machine) == errno.EBUSY
         machine.machine.control = machine.control
+
+
+def test_tree_has_a_link_to_it(machine):
+    """``dev/liveupdate`` below ``/sys``, also in the next kernel; nothing else is a link."""
+    tree = Tree(machine.machine)
+    for _ in range(2):
+        assert tree.list() == ["dev", "devices", "kernel"]
+        assert tree.list("dev") == ["liveupdate"]
+        assert stat.S_ISLNK(tree.stat("dev/liveupdate").mode)
+        assert tree.readlink("dev/liveupdate") == machine.path
+        assert errno_of(tree.readlink, "dev") == errno.EINVAL
+        assert errno_of(tree.readlink, "dev/none") == errno.ENOENT
+        machine.kexec()
+    machine.control.close()
+    assert tree.list() == ["devices", "kernel"]
+    assert errno_of(tree.stat, "dev") == errno.ENOENT
+    tree.close()
 
 
 # ---- a real node ----

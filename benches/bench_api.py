@@ -3,6 +3,7 @@
 The same host, drivers and callbacks, and every update checked. By notifiers the engine walks over
 all devices in one call; by files each device is one PRESERVE_FD and one RETRIEVE_FD, made by an
 agent, which is timed with them. Callbacks for many devices at once are there by notifiers only.
+"steps" are notifiers with callbacks in Python, and a call of the engine for each, as for a file.
 """
 
 import statistics
@@ -34,9 +35,12 @@ CONTENDERS = [
     "luo notifiers batch",
     "luo notifiers native",
     "luo notifiers python",
+    "luo notifiers steps",
     "luo files native",
     "luo files python",
 ]
+#: Of more devices than so many there are so many rounds: files take seconds then.
+MANY, MOST_ROUNDS = 12_000, 3
 APIS = {"notifiers": "rfc1", "files": "sessions"}
 PHASES = ("prepare", "reboot", "jump", "boot", "restore", "finish")
 
@@ -118,6 +122,8 @@ class Preset:
 
 def update(host: Generated | Preset, kind: str, api: str) -> dict[str, Any]:
     """Update a host; return seconds by phase, and what was handed over."""
+    if kind == "steps":
+        return stepwise(host.loaded("python", api), host.count)
     kernel = host.loaded(kind, api)
     front: Any = kernel.luo if kernel.agent is None else kernel.agent
     took: dict[str, Any] = {}
@@ -139,6 +145,32 @@ def update(host: Generated | Preset, kind: str, api: str) -> dict[str, Any]:
     return took
 
 
+def stepwise(kernel: luo.Kernel, count: int) -> dict[str, Any]:
+    """Update by notifiers, one callback at a time; as :func:`update`."""
+    took: dict[str, Any] = {"sessions": 0}
+    took["prepare"], _ = timed(run_steps, kernel.luo.steps(luo.Event.PREPARE))
+    _, running = timed(run_steps, kernel.kexec_steps())
+    arrival = running.arrival
+    assert arrival.result["failures"] == []
+    assert arrival.result["reclaimed"] == arrival.departure.preserved == count
+    took |= {name: arrival.phases[name] / 1e9 for name in (*PHASES[1:5], "blackout")}
+    took["image"] = arrival.departure.image
+    took["finish"], _ = timed(run_steps, running.luo.steps(luo.Event.FINISH))
+    assert running.luo.state is luo.State.NORMAL
+    running.close()
+    return took
+
+
+def run_steps(steps: Any) -> Any:
+    """Run all steps; return what their generator returns."""
+    while True:
+        try:
+            step = next(steps)
+        except StopIteration as end:
+            return end.value
+        step.run()
+
+
 def both(plan: Plan, n: int, shape: str) -> dict[str, Results]:
     """Updates of one host by both designs, in turn; by row."""
     host: Generated | Preset = Generated(n) if shape == "generated" else Preset(shape)
@@ -157,7 +189,9 @@ def both(plan: Plan, n: int, shape: str) -> dict[str, Results]:
         run()  # checks, and touches what is touched once
         took[name] = []
     own = {}
-    for _ in plan.rounds(60.0):
+    for number in plan.rounds(60.0):
+        if number >= MOST_ROUNDS and host.count > MANY:
+            break
         for name, run in runs.items():
             took[name].append(run())
     for name, each in took.items():

@@ -720,6 +720,12 @@ def test_run_with_sessions_says_what_it_cannot(tmp_path):
     refused = run("run", "--preset", "cloud", "--api", "sessions", "--kho-abi", "kho-v1")
     assert refused.exit_code == 2
     assert "kho-v4" in refused.output
+    cost = tmp_path / "cost.toml"
+    cost.write_text("")
+    for options in (("--callback-limit", "1s"), ("--clock", "virtual", "--cost", cost)):
+        refused = run("run", "--preset", "cloud", "--api", "sessions", *options)
+        assert refused.exit_code == 2
+        assert "no limit and no model" in refused.output
     bad = tmp_path / "bad.py"
     bad.write_text(
         "import errno, luo\n"

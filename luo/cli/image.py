@@ -15,6 +15,7 @@ from rich.text import Text
 from luo import abi
 from luo.cli.errors import FAILED, Wrong, wrong_input
 from luo.cli.image_boot import boot
+from luo.cli.image_edit import edit
 from luo.cli.image_retrieve import retrieve, session_table
 from luo.cli.image_text import (
     abi_option,
@@ -51,6 +52,8 @@ def image() -> None:
     """
 
 
+image.add_command(boot)
+image.add_command(edit)
 image.add_command(retrieve)
 
 
@@ -191,9 +194,6 @@ def encode(source: Path | None, in_json: Path, out_path: Path) -> None:
         pages = None if source is None else Image.load(source)
         nbytes = encode_image(document, source=pages).save(out_path)
     click.echo(f"{out_path}: {document['abi']}, {size_text(nbytes)}")
-
-
-image.add_command(boot)
 
 
 # ---- text ----

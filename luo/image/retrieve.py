@@ -33,6 +33,7 @@ __all__ = [
     "RetrievedFile",
     "SavedFile",
     "SavedSession",
+    "decoded_luo",
     "file_bound_data",
     "file_name",
     "name_of",
@@ -145,7 +146,8 @@ class RetrievedFile:
 # ---- what there is ----
 
 
-def _decoded(image: Image) -> dict[str, Any]:
+def decoded_luo(image: Image) -> dict[str, Any]:
+    """Return LUO's records as ``luo.image.formats`` decodes them; errors as :func:`sessions`."""
     subtree = next((s for s in image.survey.subtrees if s.name == _SUBTREE), None)
     if subtree is None:
         raise HandoverError("no subtree LUO: this kernel handed over no sessions")
@@ -176,7 +178,7 @@ def sessions(image: Image) -> list[SavedSession]:
             session["count"],
             tuple(_file(session["name"], record) for record in session["files"]),
         )
-        for session in _decoded(image)["sessions"]
+        for session in decoded_luo(image)["sessions"]
     ]
 
 
@@ -192,7 +194,7 @@ def _file(session: str, record: dict[str, Any]) -> SavedFile:
 
 def file_bound_data(image: Image) -> list[FileBoundData]:
     """Return the FLBs in *image*; errors as :func:`sessions`."""
-    found = _decoded(image)["flbs"] or {"flbs": []}
+    found = decoded_luo(image)["flbs"] or {"flbs": []}
     return [FileBoundData(flb["name"], flb["data"], flb["count"]) for flb in found["flbs"]]
 
 
@@ -386,7 +388,7 @@ def retrieve(
         "version": 1,
         "source": image.source,
         "abi": image.abi,
-        "liveupdate_num": _decoded(image)["liveupdate_num"],
+        "liveupdate_num": decoded_luo(image)["liveupdate_num"],
         "sessions": rows,
         "flbs": [
             {"name": flb.name, "data": hex(flb.data), "count": flb.count}

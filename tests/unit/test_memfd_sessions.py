@@ -11,7 +11,9 @@ import pytest
 from memfd_kernels import told
 
 from luo.errors import CallbackError, KhoError
+from luo.image import Image
 from luo.kernel import KernelImage
+from luo.machine import DeviceTree, Machine
 
 PAGE = 4096
 
@@ -238,3 +240,25 @@ def test_retrieved_twice_is_the_same_file(kernel, new):
     assert b"contents" == os.pread(one, 9, 0)
     os.close(one)
     os.close(two)
+
+
+def test_memfds_of_a_real_kernel_are_retrieved(shared):
+    """Linux 7.3 left eleven; contents are compared where the dump has all pages."""
+    place = shared / "golden" / "kho_v4_arm64"
+    image = Image.load(place)
+    manifest = json.loads((place / "manifest.json").read_text())
+    kernel = memfd_kernels.plain(Machine(image.memory(), DeviceTree())).boot(image.handover)
+    seen = 0
+    for expected in manifest["sessions"]:
+        found, session = files_of(kernel, expected["name"])
+        assert len(expected["files"]) == len(found)
+        for file in expected["files"]:
+            got = found[int(file["token"], 16)]
+            assert all(file[what] == got[what] for what in ("size", "pos", "seals"))
+            if file["pages_stored"] == "all":
+                assert file["sha256"] == got["sha256"]
+                seen += 1
+        session.close()
+
+    assert 6 == seen
+    assert kernel.liveupdate.problems == ()

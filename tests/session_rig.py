@@ -1,0 +1,280 @@
+"""Kernels with file handlers and FLBs whose every callback is written down and can be made to fail.
+
+What a callback answers is what :mod:`session_model` says that it answers.
+"""
+
+import functools
+import os
+import struct
+from collections import Counter
+
+import kho_walker
+import session_model as plain
+from rig import act
+from session_model import PAGE, Call, FlbCall, Handler, Raises
+
+from luo.errors import CallbackError
+from luo.files import FileHandler
+from luo.flb import Flb
+from luo.kernel import Kernel
+from luo.machine import Machine
+
+EVENTS = ("preserve", "unpreserve", "retrieve", "finish")
+OPTIONAL = ("freeze", "unfreeze", "can_finish")
+
+
+class Recorder:
+    """The callbacks that were made, and what they shall do.
+
+    Attributes:
+        calls: those of the present operation, in order.
+        faults: what the n-th of them does: returns a number or False, or :class:`Raises`.
+        hooks: called with the arguments at the n-th of them, before that.
+        held: how many references LUO has of each file.
+    """
+
+    def __init__(self):
+        self.calls, self.faults, self.hooks = [], {}, {}
+        self.held = Counter()
+        self._handlers, self._flbs = {}, {}
+
+    def begin(self, faults=None):
+        """Begin an operation."""
+        self.calls, self.faults, self.hooks = [], faults or {}, {}
+
+    def _note(self, call, subject):
+        number = len(self.calls)
+        self.calls.append(call)
+        if number in self.hooks:
+            self.hooks[number](subject)
+        outcome = self.faults.get(number)
+        if not isinstance(outcome, Raises):
+            return outcome
+        if outcome == plain.INTERRUPT:
+            raise KeyboardInterrupt
+        return act(
+            ValueError("on purpose") if outcome.errno is None else OSError(outcome.errno, "")
+        )
+
+    # ---- files ----
+
+    def handler(self, part: Handler) -> FileHandler:
+        """Return the file handler that *part* describes: always the same one."""
+        if part not in self._handlers:
+            self._handlers[part] = self._make_handler(part)
+        return self._handlers[part]
+
+    def _make_handler(self, part):
+        def can_preserve(file):
+            call = Call("CAN_PRESERVE", part.compatible, None, None, file, 0, None, 0)
+            outcome = self._note(call, file)
+            return file.kind in part.kinds if outcome is None else outcome
+
+        def make(event):
+            def called(args):
+                assert args.handler is self._handlers[part]
+                call = Call(
+                    event.upper(),
+                    part.compatible,
+                    args.session,
+                    args.token,
+                    args.file,
+                    args.data,
+                    args.private,
+                    args.retrieve_status,
+                )
+                if event in ("preserve", "freeze"):
+                    args.data = plain.answer_data(call)
+                if event == "preserve":
+                    args.private = plain.answer_private(call)
+                if event == "retrieve":
+                    args.file = plain.answer_file(call)
+                    self.held[args.file] += 1
+                try:
+                    outcome = self._note(call, args)
+                except BaseException:
+                    outcome = -1
+                    raise
+                finally:
+                    if event == "retrieve" and outcome:
+                        self.held[args.file] -= 1
+                return True if event == "can_finish" and outcome is None else outcome
+
+            return called
+
+        def hold(file):
+            self.held[file] += 1
+            return file
+
+        def release(file):
+            self.held[file] -= 1
+
+        optional = [event for event in OPTIONAL if event in part.optional]
+        return FileHandler(
+            part.compatible,
+            can_preserve=can_preserve,
+            hold=hold,
+            release=release,
+            get_id=(lambda file: file.identity) if "get_id" in part.optional else None,
+            **{event: make(event) for event in (*EVENTS, *optional)},
+        )
+
+    # ---- FLBs ----
+
+    def flb(self, name: str) -> Flb:
+        """Return the FLB of that name: always the same one."""
+        if name not in self._flbs:
+            self._flbs[name] = self._make_flb(name)
+        return self._flbs[name]
+
+    def _make_flb(self, name):
+        def make(event):
+            def called(args):
+                assert args.flb is self._flbs[name]
+                call = FlbCall(event.upper(), name, args.data, args.obj)
+                if event == "preserve":
+                    args.data = plain.answer_data(call)
+                if event in ("preserve", "retrieve"):
+                    args.obj = plain.answer_private(call)
+                return self._note(call, args)
+
+            return called
+
+        return Flb(name, **{event: make(event) for event in EVENTS})
+
+
+def told(error):
+    """What a callback's error says: (event, kind, name, where), errno."""
+    return (error.event, error.kind, error.name, error.device), error.errno
+
+
+def expected_told(failure):
+    """What it shall say."""
+    call = failure.call
+    if isinstance(call, FlbCall):
+        return (call.event, "flb", call.name, None), failure.errno
+    where = None if call.token is None else f"{call.session}/{call.token:#x}"
+    return (call.event, "file", call.compatible, where), failure.errno
+
+
+def outcome_of(call, *arguments):
+    """What a call of the engine came to, in the model's words."""
+    try:
+        return call(*arguments)
+    except CallbackError as error:
+        return error.errno, told(error), [told(undone) for undone in error.undo_errors]
+    except OSError as error:
+        return error.errno, None, []
+    except KeyboardInterrupt:
+        return -1, None, []
+
+
+def expected_outcome_of(call, *arguments):
+    """What the model says that it shall come to."""
+    try:
+        return call(*arguments)
+    except plain.Refused as refused:
+        if refused.failure is None or refused.errno == -1:
+            return refused.errno, None, []
+        undone = [expected_told(failure) for failure in refused.undone]
+        return refused.errno, expected_told(refused.failure), undone
+
+
+# ---- machines ----
+
+
+def machine(memory="16MiB"):
+    """Return a machine without devices."""
+    return Machine(memory)
+
+
+def kernel(on, recorder, handlers=(), flbs=(), **kwargs):
+    """Return a kernel of that machine; *flbs* are (handler, name) each."""
+    made = Kernel(on, file_handlers=[recorder.handler(part) for part in handlers], **kwargs)
+    for part, name in flbs:
+        made.liveupdate.register_flb(recorder.handler(part), recorder.flb(name))
+    return made
+
+
+@functools.cache
+def beside() -> tuple[int, int]:
+    """Return how many blocks a kernel preserves, and of what came over, beside those of LUO."""
+    first = Kernel(machine()).boot()
+    kept = first.kho.nr_preserved
+    first.kexec_load(Kernel(first.machine))
+    return kept, first.kexec().kho.incoming.nr_unrestored
+
+
+# ---- bytes ----
+
+
+def reader(memory):
+    """Return read(phys, nbytes) through the memory's own file."""
+    return lambda phys, nbytes: os.pread(memory.fd, nbytes, memory.offset + phys - memory.base)
+
+
+def walked(memory, handover):
+    """Return what the walker reads of a handover."""
+    numbers = handover.fdt_phys, handover.fdt_len, handover.scratch_phys, handover.scratch_len
+    return kho_walker.read_handover(reader(memory), *numbers, 12, "kho-v4")
+
+
+class Found:
+    """Where the pages of LUO are, followed from its head alone."""
+
+    def __init__(self, read, head: int, sessions: list[str]) -> None:
+        self.read, self.head, self.sessions = read, head, sessions
+
+    def u64(self, phys: int) -> int:
+        """Read a number."""
+        return struct.unpack("<Q", self.read(phys, 8))[0]
+
+    def __call__(self, name: tuple) -> int:
+        """Return the address of the page called *name* (:meth:`session_model.Kernel.serialise`)."""
+        match name:
+            case ("head",):
+                return self.head
+            case ("flbs",):
+                return self.u64(self.head + 24)
+            case ("session", 0):
+                return self.u64(self.head + 16)
+            case ("file", session, 0):
+                place = self.sessions.index(session)
+                block = self(("session", place // plain.SESSIONS_A_BLOCK))
+                return self.u64(block + 16 + 80 * (place % plain.SESSIONS_A_BLOCK) + 64)
+            case (*chain, number):
+                return self.u64(self((*chain, number - 1)))
+        raise KeyError(name)
+
+
+def check_bytes(memory, handover, model):
+    """Compare every byte of LUO in memory with what the model of a frozen kernel serialises."""
+    read, image = reader(memory), walked(memory, handover)
+    if not model.enabled:
+        assert "LUO" not in image.subtrees
+        return
+    phys, nbytes = image.subtrees["LUO"]
+    assert nbytes == 32
+    found = Found(read, phys, [session.name for session in model.outgoing])
+    pages = model.serialise(found)
+    where = {name: found(name) for name in pages}
+    for name, expected in pages.items():
+        assert read(where[name], PAGE if len(expected) > 32 else 32) == expected, name
+    assert len({*where.values()}) == len(where) == model.outgoing_pages
+    assert {(at, 0) for at in where.values()} <= {*image.preserved}
+
+
+def updated(old, recorder, handlers=(), flbs=(), *, preflight=True, **kwargs):
+    """Jump from *old* to a kernel with these handlers and FLBs, and return it."""
+    old.kexec_load(kernel(old.machine, recorder, handlers, flbs, **kwargs))
+    return old.kexec(preflight=preflight)
+
+
+def short(recorder):
+    """The calls of *recorder* in few words: "EVENT compatible token" or "EVENT name"."""
+    return [
+        f"{call.event} {call.name}"
+        if isinstance(call, FlbCall)
+        else f"{call.event} {call.compatible} {'?' if call.token is None else call.token}"
+        for call in recorder.calls
+    ]

@@ -143,6 +143,13 @@ def _size(text: str) -> int:
     return value
 
 
+def _page_size(text: str) -> int:
+    value = _size(text)
+    if value not in _SECTION_BITS:
+        raise ValueError("not 4K, 16K or 64K")
+    return value
+
+
 def _memory_size(text: str) -> int:
     value = _size(text)
     if value % 65536:
@@ -162,7 +169,10 @@ def _span(text: str) -> tuple[int, int]:
     start, plus, nbytes = text.partition("+")
     if not plus:
         raise ValueError("not START+SIZE")
-    return int(start, 0), _size(nbytes)
+    first = int(start, 0)
+    if not 0 <= first < _SIGNED:
+        raise ValueError("no address")
+    return first, _size(nbytes)
 
 
 def _region(text: str) -> tuple[str, int, int]:
@@ -170,6 +180,8 @@ def _region(text: str) -> tuple[str, int, int]:
     align, _, name = rest.partition(":")
     if not name:
         raise ValueError("not SIZE:ALIGN:NAME")
+    if _size(align) & (_size(align) - 1):
+        raise ValueError("alignment is no power of 2")
     return name, _size(nbytes), _size(align)
 
 
@@ -180,7 +192,7 @@ def _name(text: str) -> str:
 
 
 _PAIRS: Final[dict[str, tuple[str, Any]]] = {
-    "page-size": ("page_size", _size),
+    "page-size": ("page_size", _page_size),
     "huge-pages": ("huge_pages", _flag),
     "debug-vm": ("debug_vm", _flag),
     "kho": ("kho", _flag),
@@ -214,7 +226,7 @@ class Problem:
 
     def __str__(self) -> str:
         where = "" if self.phys is None else f"{self.phys:#x}: "
-        more = "" if self.count == 1 else f" ({self.count:,} more)"
+        more = "" if self.count == 1 else f" ({self.count:,} in all)"
         return f"{where}{self.what}{more}"
 
 

@@ -401,6 +401,12 @@ def kho_scratch_of_one_cell_each(h):
     h.chosen["linux,kho-scratch"] = struct.pack(">II", SCRATCH, 16)
 
 
+@case("chosen.other")
+def another_root_tree_in_the_device_tree(h):
+    h.chosen = chosen(h)
+    h.chosen["linux,kho-fdt"] = struct.pack(">QQ", DATA, PAGE)
+
+
 # -- the root tree
 
 
@@ -556,6 +562,11 @@ def scratch_array_of_8_bytes(h):
     handover(h, scratch_len=8)
 
 
+@case("scratch.array-memory")
+def scratch_array_outside_memory(h):
+    handover(h, scratch_phys=RAM + h.nbytes + 16 * MIB)
+
+
 @case("scratch.none")
 def scratch_of_size_0(h):
     h.scratch = [(SCRATCH, 0)]
@@ -617,6 +628,12 @@ def scratch_of_2_mib(h):
 @case("scratch.small")
 def scratch_of_8_mib(h):
     h.scratch = [(SCRATCH, 8 * MIB)]
+    h.finish()
+
+
+@case("scratch.tight")
+def scratch_of_10_mib(h):
+    h.scratch = [(SCRATCH, 10 * MIB)]
     h.finish()
 
 
@@ -1164,6 +1181,16 @@ def file_block_of_64(h):
     h.u64(h.at["alpha/files 0"] + 8, 64)
 
 
+@case("files.many")
+def file_blocks_10001(h):
+    """The same file in each, as far as the records go; nobody comes to look at them."""
+    pages = [h.at["alpha/files 0"], *(h.builder.blob(b"") for _ in range(10000))]
+    record = bytes(h.pages[pages[0]][16:80])
+    for page, after in pairwise([*pages, 0]):
+        h.poke(page, struct.pack("<QQ", after, 1) + record)
+    h.u64(h.at["session alpha"] + 72, 10001)
+
+
 @case("files.memory")
 def file_block_outside_memory(h):
     h.u64(h.at["session alpha"] + 64, RAM + h.nbytes)
@@ -1617,3 +1644,8 @@ def data_flipped(h):
     h.poke(h.at["alpha/1 data 0"] + 100, b"\xff")
     found = expected(h)
     found.contents = found.contents[:100] + b"\xff" + found.contents[101:]
+
+
+@case("image.page")
+def a_page_that_the_image_has_not(h):
+    del h.pages[h.at["sessions 0"]]

@@ -887,6 +887,12 @@ def test_device_that_is_another_refuses():
     """A character device without these calls is ENOTTY; what is no device ENODEV."""
     with LiveUpdate.open(os.devnull) as node:
         assert errno_of(node.create_session, "vm") == errno.ENOTTY
+    words = r"session of descriptor \d+: preserve 0x1a: "
+    with (
+        Session.from_fd(os.open(os.devnull, os.O_RDONLY)) as session,
+        pytest.raises(OSError, match=words),
+    ):
+        session.preserve_fd(1, 0x1A)
     assert errno_of(LiveUpdate.list_sessions, os.devnull) == errno.ENOTTY
     assert errno_of(LiveUpdate.open, __file__) == errno.ENODEV
     assert errno_of(LiveUpdate.open, "/nowhere") == errno.ENOENT

@@ -3,8 +3,10 @@
 The same host, drivers and callbacks, and every update checked. By notifiers the engine walks over
 all devices in one call; by files each device is one PRESERVE_FD and one RETRIEVE_FD, made by an
 agent, which is timed with them. Callbacks for many devices at once are there by notifiers only.
+"steps" are notifiers with callbacks in Python, and a call of the engine for each, as for a file.
 """
 
+import gc
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -34,9 +36,12 @@ CONTENDERS = [
     "luo notifiers batch",
     "luo notifiers native",
     "luo notifiers python",
+    "luo notifiers steps",
     "luo files native",
     "luo files python",
 ]
+#: Of more devices than so many there are so many rounds: files take seconds then.
+MANY, MOST_ROUNDS = 12_000, 3
 APIS = {"notifiers": "rfc1", "files": "sessions"}
 PHASES = ("prepare", "reboot", "jump", "boot", "restore", "finish")
 
@@ -93,23 +98,28 @@ class Preset:
 
     def __init__(self, name: str) -> None:
         self._host = workloads.host(name)
-        self._kernels: dict[tuple[str, str], luo.Kernel] = {}
+        self._touched: dict[str, luo.Kernel] = {}  # by design
         self.ram = sum(vm.ram_bytes for vm in self._host.vms)
         self.count = 0
 
     def loaded(self, kind: str, api: str) -> luo.Kernel:
-        """Return a kernel before PREPARE: a clone of one that is kept."""
-        if (kind, api) not in self._kernels:
-            drivers = hosts.drivers(self._host.devices, kind)
-            kernel = workloads.load(self._host, drivers=drivers, api=api)
-            self._kernels[kind, api] = kernel
-            tree, requested = kernel.devices.tree, kernel.devices.requested
-            self.count = len(tree.preserve_order(requested))
-        return self._kernels[kind, api].clone()
+        """Return a kernel before PREPARE, its successor loaded and memory touched."""
+        if api not in self._touched:
+            self._touched[api] = workloads.load(self._host, api=api, successor=None)
+        touched = self._touched[api]
+        requested = touched.devices.requested
+        self.count = len(self._host.devices.preserve_order(requested))
+        drivers = hosts.drivers(self._host.devices, kind)
+        image = workloads.image_of(self._host, api=api, modules=drivers)
+        machine = touched.machine.clone()
+        kernel = workloads.first_kernel(self._host, image, machine).boot()
+        kernel.devices.request(requested)
+        kernel.kexec_load(image.build(machine))
+        return kernel
 
     def close(self) -> None:
-        """Let the kernels go."""
-        for kernel in self._kernels.values():
+        """Let the machines go."""
+        for kernel in self._touched.values():
             kernel.close()
 
 
@@ -118,6 +128,9 @@ class Preset:
 
 def update(host: Generated | Preset, kind: str, api: str) -> dict[str, Any]:
     """Update a host; return seconds by phase, and what was handed over."""
+    gc.collect()  # machines of 16 TiB each, of which the address space has eight
+    if kind == "steps":
+        return stepwise(host.loaded("python", api), host.count)
     kernel = host.loaded(kind, api)
     front: Any = kernel.luo if kernel.agent is None else kernel.agent
     took: dict[str, Any] = {}
@@ -139,6 +152,32 @@ def update(host: Generated | Preset, kind: str, api: str) -> dict[str, Any]:
     return took
 
 
+def stepwise(kernel: luo.Kernel, count: int) -> dict[str, Any]:
+    """Update by notifiers, one callback at a time; as :func:`update`."""
+    took: dict[str, Any] = {"sessions": 0}
+    took["prepare"], _ = timed(run_steps, kernel.luo.steps(luo.Event.PREPARE))
+    _, running = timed(run_steps, kernel.kexec_steps())
+    arrival = running.arrival
+    assert arrival.result["failures"] == []
+    assert arrival.result["reclaimed"] == arrival.departure.preserved == count
+    took |= {name: arrival.phases[name] / 1e9 for name in (*PHASES[1:5], "blackout")}
+    took["image"] = arrival.departure.image
+    took["finish"], _ = timed(run_steps, running.luo.steps(luo.Event.FINISH))
+    assert running.luo.state is luo.State.NORMAL
+    running.close()
+    return took
+
+
+def run_steps(steps: Any) -> Any:
+    """Run all steps; return what their generator returns."""
+    while True:
+        try:
+            step = next(steps)
+        except StopIteration as end:
+            return end.value
+        step.run()
+
+
 def both(plan: Plan, n: int, shape: str) -> dict[str, Results]:
     """Updates of one host by both designs, in turn; by row."""
     host: Generated | Preset = Generated(n) if shape == "generated" else Preset(shape)
@@ -157,7 +196,9 @@ def both(plan: Plan, n: int, shape: str) -> dict[str, Results]:
         run()  # checks, and touches what is touched once
         took[name] = []
     own = {}
-    for _ in plan.rounds(60.0):
+    for number in plan.rounds(60.0):
+        if number >= MOST_ROUNDS and host.count > MANY:
+            break
         for name, run in runs.items():
             took[name].append(run())
     for name, each in took.items():

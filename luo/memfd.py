@@ -137,11 +137,9 @@ class MemfdHandler(FileHandler):
     """Keeps memfds; made by :func:`memfd_handler`.
 
     Attributes:
-        max_order: the largest folios that it makes.
         cost: what all its files cost.
     """
 
-    max_order: int = 0
     cost: MemfdCost = field(default_factory=MemfdCost)
 
 
@@ -167,7 +165,6 @@ def memfd_handler(max_order: int = 0) -> MemfdHandler:
         retrieve=operations.retrieve,
         finish=_finish,
         freeze=operations.freeze,
-        max_order=max_order,
         cost=operations.cost,
     )
 
@@ -278,21 +275,22 @@ def _alloc(
     memory: PhysicalMemory, nr_pages: int, max_order: int
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
     """Return (addresses, orders) of folios that make up *nr_pages* pages, the largest first."""
-    for order in range(min(max_order, memory.max_order), -1, -1):
-        parts: list[NDArray[np.uint64]] = []
+    order = min(max_order, memory.max_order)
+    while True:
         counts = [(nr_pages >> order, order)]
         counts += [(1, o) for o in range(order - 1, -1, -1) if nr_pages >> o & 1]
+        parts = [np.empty(0, np.uint64)]
         try:
             for count, o in counts:
                 parts.append(memory.alloc_folios(count, o))
         except KhoNoMemoryError:
-            memory.free_folios(np.concatenate([np.empty(0, np.uint64), *parts]))
+            memory.free_folios(np.concatenate(parts))
             if order == 0:
                 raise
+            order -= 1
             continue
         orders = np.repeat([o for _, o in counts], [count for count, _ in counts])
         return np.concatenate(parts), orders.astype(np.uint8)
-    raise AssertionError("order 0 is always tried")
 
 
 def _write_array(
@@ -482,19 +480,17 @@ def _retrieve(args: FileArgs) -> MemfdCost:
     incoming, memory = args.incoming, args.memory
     try:
         record = read_memfd(incoming, args.data)
-    except BaseException as error:
+    except (HandoverError, KhoError) as error:
         _discard(incoming, args.data)
-        if isinstance(error, HandoverError):
-            raise from_errno(errno.EINVAL, f"memfd at {args.data:#x}: {error}") from error
-        raise
+        if isinstance(error, KhoError):
+            raise
+        raise from_errno(errno.EINVAL, f"memfd at {args.data:#x}: {error}") from error
     _free_metadata(incoming, args.data)
     try:
         orders = incoming.restore_folios(record.folios)
-    except BaseException as error:
+    except KhoError as error:
         _free_folios(incoming, record.folios)
-        if isinstance(error, KhoError):
-            raise from_errno(errno.EIO, f"memfd's folio: {error}") from error
-        raise
+        raise from_errno(errno.EIO, f"memfd's folio: {error}") from error
     with ExitStack() as undo:
         undo.callback(memory.free_folios, record.folios)
         with ExitStack() as on_error:
@@ -560,11 +556,13 @@ def _free_folios(incoming: Incoming, folios: NDArray[np.uint64]) -> None:
     try:
         incoming.restore_folios(folios)
     except KhoError:
+        lost = 0
         for phys in folios.tolist():
             try:
                 incoming.restore_free(phys)
-            except KhoError as error:
-                _log.warning("memfd's folio is not freed: %s", error)
+            except KhoError:
+                lost += 1
+        _log.warning("%d of a memfd's %d folios are not preserved", lost, len(folios))
         return
     incoming.memory.free_folios(folios)
 
@@ -698,17 +696,19 @@ def _copy(source: _Source, offset: int, memory: PhysicalMemory, phys: int, nbyte
 def _refill(fd: int, size: int, memory: PhysicalMemory, layout: _Layout) -> int:
     """Copy what differs in a file to memory; return the bytes of it."""
     copied = 0
-    buffer = np.zeros(_CHUNK // 8, np.uint64)
-    with closing(_Source(fd)) as source:
+    buffer = bytearray(_CHUNK)
+    with closing(_Source(fd)) as source, memoryview(buffer) as view:
         for start, end, is_data in source.extents(size):
             for offset, phys, nbytes in layout.pieces(start, end, _CHUNK):
                 if not is_data:
                     copied += _clear(memory, phys, nbytes)
                     continue
-                source.read(buffer.data.cast("B")[:nbytes], offset)
+                source.read(view[:nbytes], offset)
+                if nbytes == _CHUNK and buffer == memory.view(phys, nbytes):  # memcmp()
+                    continue
                 whole = -(-nbytes // _GRAIN) * _GRAIN  # of the file's last page, with zeros
-                buffer.data.cast("B")[nbytes:whole] = bytes(whole - nbytes)
-                copied += _update(memory, phys, buffer[: whole // 8])
+                view[nbytes:whole] = bytes(whole - nbytes)
+                copied += _update(memory, phys, np.frombuffer(buffer, np.uint64, whole // 8))
     return copied
 
 

@@ -355,7 +355,7 @@ class Guest:
         found = self.run()
         assert found.stub is not None
         four, ranges = read_device_tree(Fdt(self.device_tree(found.stub)))
-        low, high = ranges[0][0], ranges[-1][0] + ranges[-1][1]
+        low, high = min(ranges)[0], sum(max(ranges)[:2])
         path = Path(self._place.name) / "all"
         self.dump_raw(path, low, high - low)
         with path.open("rb") as file:

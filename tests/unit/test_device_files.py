@@ -453,6 +453,31 @@ def test_device_that_is_gone_is_enodev_and_found_by_path_if_it_moved():
     successor.close()
 
 
+def test_next_kernel_without_the_driver_loses_one_device_or_all_sessions():
+    """By notifiers one device waits; by files nobody can open the node any more, as in Linux."""
+    none = LiveUpdateOps()
+    given = {
+        "drivers": [Driver(name, none) for name in ("nic", "portdrv")],
+        "buses": [Bus("pci", none)],
+    }
+    kernel = booted("notifiers")
+    kernel.luo.prepare()
+    kernel.kexec_load(luo.Kernel(kernel.machine, **given))
+    kernel = kernel.kexec()
+    assert kernel.luo.finish().unreclaimed == (DISK,)
+    kernel.close()
+
+    kernel = booted("sessions")
+    kernel.agent.prepare()
+    kernel.kexec_load(device_session_kernels.sessions(kernel.machine, **given))
+    kernel = kernel.agent.kexec()
+    for _ in range(2):
+        with pytest.raises(KhoError) as caught:
+            kernel.agent.retrieve()
+        assert caught.value.errno == errno.EIO
+    kernel.close()
+
+
 def test_device_plugged_in_after_the_next_kernel_was_loaded_is_found():
     """Both kernels enumerate it when they first meet it."""
     kernel = booted("sessions")
@@ -695,6 +720,12 @@ def test_run_with_sessions_says_what_it_cannot(tmp_path):
     refused = run("run", "--preset", "cloud", "--api", "sessions", "--kho-abi", "kho-v1")
     assert refused.exit_code == 2
     assert "kho-v4" in refused.output
+    cost = tmp_path / "cost.toml"
+    cost.write_text("")
+    for options in (("--callback-limit", "1s"), ("--clock", "virtual", "--cost", cost)):
+        refused = run("run", "--preset", "cloud", "--api", "sessions", *options)
+        assert refused.exit_code == 2
+        assert "no limit and no model" in refused.output
     bad = tmp_path / "bad.py"
     bad.write_text(
         "import errno, luo\n"

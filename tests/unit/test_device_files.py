@@ -157,6 +157,21 @@ def test_both_designs_restore_in_another_process(kind):
         report.kernel.close()
 
 
+def test_agent_in_another_process_undoes_what_failed_there():
+    """The error comes over with its errno and file; the kernel there goes on."""
+    report = Report()
+    image = KernelImage("device_session_kernels:reluctant")
+    with pytest.raises(CallbackError) as caught:
+        live_update(booted("sessions"), image, repeat=2, report=report)
+    try:
+        assert (caught.value.errno, caught.value.event) == (errno.EPIPE, "PRESERVE")
+        assert (caught.value.device, caught.value.rolled_back) == ("host/0x3", True)
+        assert report.states == ["normal", "preserved", "retrieved", "normal", "normal"]
+        assert not report.kernel.devices.preserved.any()
+    finally:
+        report.kernel.close()
+
+
 @pytest.mark.parametrize(("side", "path"), [(s, p) for p in ORDER[:4] for s in ("driver", "bus")])
 @pytest.mark.parametrize("outcome", [-errno.ENXIO, OSError(errno.EPIPE, "x"), ValueError("x"), 3])
 def test_prepare_that_fails_leaves_nothing_in_both_designs(side, path, outcome):

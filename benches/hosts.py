@@ -14,7 +14,8 @@ import numpy as np
 import peers
 
 import luo
-from luo import abi
+from luo import abi, agent
+from luo.device_files import DeviceFiles
 from luo.fdt import Fdt
 from luo.topology import synthetic
 
@@ -134,14 +135,24 @@ def ops(kind: str, patched: bool) -> luo.LiveUpdateOps:
     )
 
 
-def build(machine: luo.Machine, kind: str) -> luo.Kernel:
+def drivers(tree: luo.DeviceTree, kind: str) -> list[luo.Driver]:
+    """Return a driver for each name in *tree*."""
+    return [luo.Driver(name, ops(kind, name == PATCHED_DRIVER)) for name in tree.driver_names]
+
+
+def build(machine: luo.Machine, kind: str, api: str = "rfc1") -> luo.Kernel:
     """Build a kernel, not booted; also what a second process is started from."""
     tree = machine.devices
-    return luo.Kernel(
-        machine,
-        drivers=[luo.Driver(name, ops(kind, name == PATCHED_DRIVER)) for name in tree.driver_names],
-        buses=[luo.Bus(name, luo.LiveUpdateOps()) for name in tree.bus_names],
-    )
+    given = {
+        "drivers": drivers(tree, kind),
+        "buses": [luo.Bus(name, luo.LiveUpdateOps()) for name in tree.bus_names],
+    }
+    if api == "rfc1":
+        return luo.Kernel(machine, **given)
+    files = DeviceFiles(given["drivers"], given["buses"])
+    kernel = luo.Kernel(machine, file_handlers=[*files.handlers, agent.STATE], **given)
+    kernel.use_sessions(files)
+    return kernel
 
 
 class Host:
@@ -167,13 +178,13 @@ class Host:
         self.driven = self.order[devices.driver_ids[self.order] >= 0]
         self.patched = share
 
-    def loaded(self, kind: str, processes: int = 1) -> luo.Kernel:
+    def loaded(self, kind: str, processes: int = 1, api: str = "rfc1") -> luo.Kernel:
         """Return a kernel before PREPARE, its successor loaded and memory touched."""
         machine = self.machine.clone()
-        kernel = build(machine, kind).boot()
+        kernel = build(machine, kind, api).boot()
         kernel.devices.request(self.requested)
         if processes == 1:
-            kernel.kexec_load(build(machine, kind))
+            kernel.kexec_load(build(machine, kind, api))
         else:
             kernel.kexec_load(luo.KernelImage("hosts:build", args={"kind": kind}))
         return kernel

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
 BESIDE = ROOT / "docs" / "benchmarks"
 README = ROOT / "README.md"
+TWO_APIS = ROOT / "docs" / "two-apis.md"
 RESULTS = ROOT / "benches" / "results"
 MARKS = ("<!-- figures: written by make bench -->", "<!-- end of figures -->")
 MISSED = "**missed**"
@@ -584,10 +585,20 @@ def page(run: dict[str, Any]) -> str:
         "## Map cost by generation\n",
         "![ms by generation of KHO](benchmarks/map-by-generation.svg)\n",
         _generations_table(heats),
+        *two_designs(run),
         "## Every row\n",
         *(_details(heats, row) for row in ROWS),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def two_designs(run: dict[str, Any]) -> list[str]:
+    """Return the section on notifiers and files, if the run has it."""
+    import two_apis  # which imports this module
+
+    tables = two_apis.section(run)
+    what = "What this says: [two-apis.md](two-apis.md).\n"
+    return ["## By notifiers and by files\n", what, tables] if tables else []
 
 
 def _shares_table(heats: list[Heat]) -> str:
@@ -625,7 +636,7 @@ def _generations_table(heats: list[Heat]) -> str:
 
 def _details(heats: list[Heat], row: str) -> str:
     here = [heat for heat in heats if heat.row == row]
-    if not here or row.startswith(("map.density", "map.generation")):
+    if not here or row.startswith(("map.density", "map.generation", "api.")):
         return ""
     unit = ROWS[row].unit
     lines = []
@@ -685,6 +696,15 @@ def quoted(readme: str, text: str) -> str:
     return f"{before}{MARKS[0]}\n\n{text}\n{MARKS[1]}{after}"
 
 
+def write_two_apis(run: dict[str, Any], at: Path) -> None:
+    """Put the figures of a run that has such rows into the page on the two designs."""
+    import two_apis  # which imports this module
+
+    text = two_apis.block(run)
+    if text:
+        at.write_text(quoted(TWO_APIS.read_text(), text))
+
+
 def main() -> None:
     """Write everything from a run, or from what an earlier one left."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -709,6 +729,7 @@ def main() -> None:
     run = json.loads(kept.read_text())
     page_at.write_text(page(run))
     plots(run, beside)
+    write_two_apis(run, page_at.parent / TWO_APIS.name if given.into else TWO_APIS)
     readme = README.read_text()
     if not given.into and MARKS[0] in readme:
         README.write_text(quoted(readme, block(run)))

@@ -159,6 +159,29 @@ ROWS = {
             "device",
         ),
         Row("callbacks.event", "an event of callbacks that do nothing", (), "callback"),
+        Row(
+            "memfd.preserve",
+            "preserve a memfd in touched memory, contents and all",
+            (Limit("luo", "file copy", 1.5),),
+            "page",
+        ),
+        Row(
+            "memfd.freeze",
+            "freeze a memfd that has not changed: all of it is compared",
+            (Limit("luo", "file copy", 2),),
+            "page",
+        ),
+        Row(
+            "memfd.retrieve",
+            "retrieve a memfd, contents and all",
+            (Limit("luo", "file copy", 1.5),),
+            "page",
+        ),
+        Row("api.prepare", "by notifiers or by files: PREPARE, or PRESERVE of each", (), "device"),
+        Row("api.reboot", "by notifiers or by files: REBOOT, or freezing all", (), "device"),
+        Row("api.restore", "by notifiers or by files: restored, or retrieved each", (), "device"),
+        Row("api.finish", "by notifiers or by files: FINISH", (), "device"),
+        Row("api.blackout", "by notifiers or by files: blackout", (), "device"),
     )
 }
 
@@ -173,6 +196,7 @@ PEERS = {
     "empty map": "that of an empty map",
     "chunk loop": "a loop in C",
     "for loop": "a bare for loop that calls it",
+    "file copy": "a copy with preadv or pwritev",
 }
 
 #: Cost per device, at most times that at a tenth of the size; bytes a device beyond the image; and

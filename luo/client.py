@@ -326,22 +326,22 @@ def _exchange(
 ) -> tuple[bytes, int | None]:
     """Send a call and receive its answer, on a socket pair that is made for it."""
     packet = struct.pack("=I", command) + structure
+    fds = [fd] if _is_open(fd) else []  # else the call is refused in its turn, for want of a file
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours:
         with theirs:
             try:
-                _send(peer, packet, theirs.fileno(), fd)
+                uapi.send(peer, packet, [theirs.fileno(), *fds])
             except (BrokenPipeError, ConnectionResetError):
                 raise _error(what, command, errno.ESHUTDOWN) from None
         if deadline is not None:
             ours.settimeout(max(0.0, deadline - time.monotonic()) or _RETRY_SECONDS)
         try:
-            answer, fds, _ = uapi.receive(ours, _ANSWER_LIMIT, 1)
+            answer, made, _ = uapi.receive(ours, _ANSWER_LIMIT, 1)
         except TimeoutError:
             raise from_errno(errno.ETIMEDOUT, f"{what}: the kernel does not answer") from None
         except ConnectionResetError:
-            answer, fds = b"", []
-    made = fds[0] if fds else None
+            answer, made = b"", []
     if len(answer) < _STATUS.size:
         # A process without descriptors cannot take the socket for the answer either.
         gone = _hung_up(peer)
@@ -351,18 +351,15 @@ def _exchange(
     if status:
         said = answer[_STATUS.size :].decode("utf-8", "replace")
         raise _error(what, command, -status, said)
-    return answer[_STATUS.size :], made
+    return answer[_STATUS.size :], made[0] if made else None
 
 
-def _send(peer: socket.socket, packet: bytes, reply: int, fd: int) -> None:
-    """Send a call; one with a file that is not open goes without, and is refused in its turn."""
-    if fd >= 0:
-        try:
-            return uapi.send(peer, packet, (reply, fd))
-        except OSError as error:
-            if error.errno != errno.EBADF:
-                raise
-    uapi.send(peer, packet, (reply,))
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
 
 
 def _hung_up(peer: socket.socket) -> bool:

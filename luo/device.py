@@ -529,6 +529,7 @@ class Devices(Mortal):
         slot_phys, slot_bytes: where each one's slots are, ``uint64 (2, n)``: the driver's, the
             bus's; no bytes for a device that takes no part.
         slotted: whether there are slots: from PREPARE to FINISH or CANCEL.
+        by_file: whether files of sessions have brought devices over (:mod:`luo.device_files`).
     """
 
     def __init__(
@@ -559,6 +560,7 @@ class Devices(Mortal):
         self.slot_phys: NDArray[np.uint64] = np.zeros((2, 0), np.uint64)
         self.slot_bytes: NDArray[np.uint64] = np.zeros((2, 0), np.uint64)
         self.slotted = False
+        self.by_file = False
         self._room: NDArray[np.int32] = np.zeros(0, np.int32)
         self.rescan()
 
@@ -924,17 +926,22 @@ class Devices(Mortal):
             StateError: EINVAL if one of them was not preserved by the previous kernel.
         """
         lost = first_unset(self.preserved.view(np.uint8), indices)
-        if lost >= 0 or self.kernel.luo.state is not State.UPDATED:
+        if lost >= 0 or not self._came_over:
             self._refuse_reclaim(int(indices[max(lost, 0)]) if len(indices) else -1)
         set_flags(self.reclaimed.view(np.uint8), indices, True)
         self.kernel.luo.note_reclaim()
 
     def reclaim_one(self, index: int) -> None:
         """:meth:`reclaim` of one device."""
-        if not self.preserved[index] or self.kernel.luo.state is not State.UPDATED:
+        if not self.preserved[index] or not self._came_over:
             self._refuse_reclaim(index)
         self.reclaimed[index] = True
         self.kernel.luo.note_reclaim()
+
+    @property
+    def _came_over(self) -> bool:
+        """Whether what is preserved was so by the kernel before this one."""
+        return self.by_file or self.kernel.luo.state is State.UPDATED
 
     def _refuse_reclaim(self, index: int) -> NoReturn:
         name = self.tree.path(index) if index >= 0 else "nothing"

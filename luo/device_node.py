@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from luo import uapi
 from luo.errors import KhoError, LuoError, StateError, errno_name, from_errno
+from luo.kernel import Kernel
 
 if TYPE_CHECKING:
     from luo.machine import Machine
@@ -71,13 +72,14 @@ class ControlSocket:
         self.path: str | None = os.path.abspath(path)
         self._listener = _bound(self.path)
         self._inode = _inode(self.path)
+        self._machine: Machine | None = None
         self._server: _Server | None = None
 
     @classmethod
     def inherited(cls, fd: int) -> ControlSocket:
         """Return the socket that another process has bound; *fd* is its from here on."""
         control = cls.__new__(cls)
-        control.path = control._inode = None
+        control.path = control._inode = control._machine = None
         control._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fd)
         control._server = None
         return control
@@ -86,18 +88,22 @@ class ControlSocket:
         """Make it *machine*'s: the kernel that runs here serves it, and so does every later one.
 
         Raises:
-            StateError: EBUSY if the machine has one, or its kernel runs in another process.
+            StateError: EBUSY if the machine has one, if its kernel runs in another process, or if
+                the next one has been loaded.
         """
         kernel = machine.running
         if machine.control is not None:
-            raise StateError(errno.EBUSY, f"control socket: the machine has {machine.control}")
-        if kernel is not None and not hasattr(kernel, "liveupdate"):
-            raise StateError(errno.EBUSY, f"control socket: {kernel} runs without it")
+            raise StateError(errno.EBUSY, f"{self}: the machine has {machine.control}")
+        if kernel is not None and not isinstance(kernel, Kernel):
+            raise StateError(errno.EBUSY, f"{self}: {kernel} runs without it")
+        if kernel is not None and kernel.kexec_loaded:
+            raise StateError(errno.EBUSY, f"{self}: a next kernel has been loaded without it")
+        self._machine = machine
         machine.control = self
         if kernel is not None:
             self.start(kernel)
 
-    def start(self, kernel: Any) -> None:
+    def start(self, kernel: Kernel) -> None:
         """Let *kernel* serve; called by a kernel when it has booted."""
         self._server = _Server(self._listener, kernel.liveupdate, kernel.release)
 
@@ -105,6 +111,11 @@ class ControlSocket:
         """Let nobody serve; called by a kernel when it goes. Waits for nothing."""
         if self._server is not None:
             self._server.stop(release=False)
+
+    def settle(self) -> None:
+        """Wait until closed descriptors are known to be; called before files are frozen."""
+        if self._server is not None:
+            self._server.settle()
 
     def fileno(self) -> int:
         """Return the descriptor of the listening socket."""
@@ -115,9 +126,13 @@ class ControlSocket:
 
         Sessions of a kernel that still runs are closed, as if all processes had ended.
         """
+        if self._machine is not None:
+            self._machine.control = None
+            self._machine = None
         if self._server is not None:
             self._server.stop(release=True)
             self._server.join()
+            self._server = None
         self._listener.close()
         if self.path is not None and _inode(self.path) == self._inode:
             with contextlib.suppress(OSError):
@@ -238,8 +253,9 @@ class _Server:
         self._peers: dict[int, _Peer] = {}  # by descriptor
         self._strangers: dict[int, _Peer] = {}  # those without an open node, oldest first
         self._paused = False
-        self._releasing = False
-        self._lock = threading.Lock()  # of _wake, which is -1 at the end
+        self._stopping = self._releasing = False
+        self._settling: list[threading.Event] = []
+        self._lock = threading.Lock()  # of _settling, and of _wake, which is -1 at the end
         self._wake = os.eventfd(0)
         self._epoll = select.epoll()
         self._epoll.register(self._wake, select.EPOLLIN)
@@ -250,14 +266,29 @@ class _Server:
     def stop(self, release: bool) -> None:
         """Have it end soon: with *release* it closes the sessions, else the kernel is gone."""
         with self._lock:
-            if self._wake >= 0:
-                self._releasing = release
-                os.eventfd_write(self._wake, 1)
+            self._stopping, self._releasing = True, release
+            self._rouse()
+
+    def settle(self) -> None:
+        """Wait until every descriptor that was closed before this call is known to be."""
+        if threading.current_thread() is self._thread:
+            return
+        settled = threading.Event()
+        with self._lock:
+            if self._wake < 0:
+                return
+            self._settling.append(settled)
+            self._rouse()
+        settled.wait(_JOIN_SECONDS)
 
     def join(self) -> None:
         """Wait until it has ended."""
         if threading.current_thread() is not self._thread:
             self._thread.join(_JOIN_SECONDS)  # it may be in a callback
+
+    def _rouse(self) -> None:
+        if self._wake >= 0:
+            os.eventfd_write(self._wake, 1)
 
     def _run(self) -> None:
         try:
@@ -271,24 +302,55 @@ class _Server:
                 self._wake = -1
             for peer in list(self._peers.values()):
                 self._drop(peer, self._releasing)
+            for settled in self._settling:
+                settled.set()
             self._epoll.close()
 
+    def _poll(self, timeout: float | None) -> dict[int, int]:
+        return dict(self._epoll.poll(timeout, len(self._peers) + 8))
+
     def _turn(self) -> bool:
-        """Do what there is to do, one packet of each client; return False at the end."""
-        ready = self._epoll.poll(_PAUSE_SECONDS if self._paused else None)
+        """Do what there is to do, one packet of each client; return False at the end.
+
+        Ends come first: who closes a session and then makes a call finds it closed, as with a real
+        kernel, where close() returns when all is done.
+        """
+        ready = self._poll(_PAUSE_SECONDS if self._paused else None)
         if self._paused:
             self._paused = False
             self._epoll.register(self._listener, select.EPOLLIN)
-        if any(fd == self._wake for fd, _ in ready):
+        if self._wake in ready and not self._roused():
             return False
-        for fd, events in ready:
+        self._end(ready)
+        for fd, events in ready.items():
             if fd == self._listener.fileno():
                 self._accept()
-            elif fd in self._peers:
-                peer = self._peers[fd]
-                if not self._serve(peer, events):
-                    self._drop(peer)
+            elif events & _ENDS or fd not in self._peers:
+                pass  # it ended, and the number may be somebody else's by now
+            elif not self._serve(self._peers[fd], events):
+                self._drop(self._peers[fd])
         return True
+
+    def _roused(self) -> bool:
+        """See why: return False if it shall end."""
+        with self._lock:
+            os.eventfd_read(self._wake)
+            settling, self._settling = self._settling, []
+        if self._stopping:
+            self._settling = settling
+            return False
+        self._end(self._poll(0))
+        for settled in settling:
+            settled.set()
+        return True
+
+    def _end(self, ready: dict[int, int]) -> None:
+        """Answer what clients that are gone have left, and drop them."""
+        for fd, events in ready.items():
+            if events & _ENDS and fd in self._peers:
+                while self._serve(self._peers[fd], events):
+                    pass
+                self._drop(self._peers[fd])
 
     # ---- clients that come and go ----
 
@@ -331,6 +393,13 @@ class _Server:
 
     def _serve(self, peer: _Peer, events: int) -> bool:
         """Answer one packet of *peer*; return False if there will be none any more."""
+        try:
+            return self._serve_packet(peer, events)
+        except Exception:
+            _log.exception("device node: a client is dropped")
+            return False
+
+    def _serve_packet(self, peer: _Peer, events: int) -> bool:
         try:
             packet, fds, flags = uapi.receive(peer.socket, _U32.size + uapi.MAX_STRUCTURE, 2)
         except BlockingIOError:
@@ -391,7 +460,8 @@ class _Server:
             if peer.node is None:
                 raise from_errno(errno.EBADF, f"device node: {command:#x} before it was opened")
         call = (_NODE_CALLS if peer.session is None else _SESSION_CALLS).get(command & 0xFF)
-        what = f"device node: {command:#x}" if peer.session is None else f"session: {command:#x}"
+        whose = "device node" if peer.session is None else f"session {peer.session.name}"
+        what = f"{whose}: call {command:#x}"
         if call is None:
             raise from_errno(errno.EINVAL, f"{what}: no such call")
         structure = packet[_U32.size :]
@@ -399,10 +469,10 @@ class _Server:
             raise from_errno(errno.EFAULT, f"{what}: a structure of {len(structure)} bytes")
         (size,) = _U32.unpack_from(structure)
         if call.command != command:
-            raise from_errno(errno.ENOTTY, f"{what}: the call is {call.command:#x}")
+            raise from_errno(errno.ENOTTY, f"{what}: {call.command:#x} is meant")
         if peer.session is not None and call.retrieved not in (None, peer.session.retrieved):
-            kind = "incoming" if call.retrieved else "outgoing"
-            raise from_errno(errno.EINVAL, f"{what}: for {kind} sessions, this one is none")
+            why = "for one that came over" if call.retrieved else "not for one that came over"
+            raise from_errno(errno.EINVAL, f"{what}: {why}")
         layout = call.layout
         if size < layout.size:
             raise from_errno(errno.EINVAL, f"{what}: size {size}, {layout.size} is needed")

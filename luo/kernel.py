@@ -7,7 +7,7 @@ import errno
 import importlib
 import logging
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from luo import abi, dma
 from luo import quirks as rfc1
 from luo._kho import CallRecorder
+from luo.agent import Agent, Guest
 from luo.clock import CostHook
 from luo.dev_liveupdate import DeviceParticipant
 from luo.device import Bus, Device, Devices, Driver
+from luo.device_files import DeviceFiles
 from luo.device_records import DeviceRecords
 from luo.errors import (
     CallbackError,
@@ -231,6 +233,7 @@ class Kernel:
         marks: when each phase that it has passed began and ended, on the recorder's clock.
         reserved: the named regions of ``reserve_mem=``.
         arrival: how it came to run, if by :meth:`kexec`.
+        agent: the user space that keeps its devices by sessions, None if the orchestrator does.
         strays: where devices may write that it was not told to keep, as of :mod:`luo.dma`.
         on_handover: called with the four numbers in :meth:`kexec` when memory holds what is handed
             over, before the successor looks at it. Its time counts in no phase; what it raises
@@ -314,6 +317,7 @@ class Kernel:
         self._layer = DeviceParticipant(self.devices, self.recorder, workers)
         self.luo.join_devices(self._layer)
         self.liveupdate = LiveUpdate(self, self.recorder, file_handlers, phase=self._phase)
+        self.agent: Agent | None = None
         self.observer = observer
         self.on_handover: Callable[[Handover], None] | None = None
         self.builder: Callable[[Machine], Kernel] | None = None
@@ -328,6 +332,21 @@ class Kernel:
         self._finalized_here = False
         self.boot_began_ns = 0
         self.set_cmdline(cmdline)
+
+    def use_sessions(
+        self,
+        files: DeviceFiles,
+        guests: Sequence[Guest] = (),
+        subsystems: Iterable[Subsystem] = (),
+    ) -> None:
+        """Have user space keep devices by sessions, instead of the orchestrator.
+
+        Args:
+            files: keeps the devices; its handlers are among those that this kernel was given.
+            guests: as of :class:`luo.agent.Agent`.
+            subsystems: likewise.
+        """
+        self.agent = Agent(self, files, guests, subsystems, phase=self._phase)
 
     def set_cmdline(self, text: str) -> None:
         """Replace the command line, before boot."""
@@ -615,7 +634,7 @@ class Kernel:
     def boot_result(self) -> dict[str, Any]:
         """Return what boot and restore came to, in JSON values, for :class:`Arrival`."""
         records = self._plan.records
-        return {
+        told = {
             "boot_began_ns": self.boot_began_ns,
             "phases": {name: self.phases.get(name, 0) for name in ("boot", "restore")},
             "digest_ns": self._digest_ns,
@@ -628,6 +647,7 @@ class Kernel:
             "failures": [describe(error) for error in self._restore_failures],
             "dma": [stray._asdict() for stray in self.strays],
         }
+        return told if self.agent is None else told | self.agent.result()
 
     def clone(self) -> Kernel:
         """Return a kernel like this one on a clone of its machine: for one more measurement.
@@ -700,7 +720,7 @@ class Kernel:
         self.recorder.touch()
         if self._kho is not None and self.luo.enabled:
             self._kho.place_segments()
-            self._layer.prefault()
+            (self._layer if self.agent is None else self.agent).prefault()
 
     def kexec(
         self, *, preflight: bool = True, timeout: float = 60.0, verify: bool = False
@@ -773,23 +793,32 @@ class Kernel:
 
         REBOOT may have run, one callback at a time.
         """
-        frozen = self.liveupdate.freeze()
+        frozen = self._freeze()
         return self._departure(self.luo.published or self.luo.reboot(), verify, frozen)
 
     def _rebooting(self, verify: bool) -> Generator[Step, None, Departure]:
         """Run :meth:`reboot` one callback at a time."""
-        frozen = self.liveupdate.freeze()
+        frozen = self._freeze()
         live = self.luo.state is State.PREPARED
         if live and not self.luo.published:
             yield from self.luo.steps(Event.REBOOT, ahead=True)
         return self._departure(live, verify, frozen)
+
+    def _freeze(self) -> bool:
+        if self.machine.control is not None:
+            self.machine.control.settle()
+        return self.liveupdate.freeze()
 
     def _departure(self, live: bool, verify: bool, frozen: bool) -> Departure:
         handover = self._hand_over(live)
         ended = self.recorder.read_clock()
         if handover is not None and self.on_handover is not None:
             self.on_handover(handover)
-        digests = self._layer.digests() if live and verify else {}
+        digests: Digests = {}
+        if verify and self.agent is not None:
+            digests = self.agent.digests()
+        elif verify and live:
+            digests = self._layer.digests()
         began = [ended]
         if frozen:
             began.append(self.liveupdate.freeze_began_ns)
@@ -833,7 +862,7 @@ class Kernel:
             )
         return {
             "root_fdt_bytes": self._kho.root_bytes,
-            "device_tree_bytes": self._layer.record_bytes,
+            "device_tree_bytes": (self._layer if self.agent is None else self.agent).record_bytes,
             "map_bytes": self._kho.tree_pages * self.machine.memory.page_size,
             "preserved_pages": self._kho.preserved_pages,
         }
@@ -919,10 +948,11 @@ def dry_run(kernel: Kernel | RemoteKernel, *, report: Report | None = None) -> R
     """
     report = report if report is not None else Report()
     report.begin(kernel)
+    front = kernel.luo if kernel.agent is None else kernel.agent
     with report.watch(kernel):
-        kernel.luo.prepare()
+        front.prepare()
         report.note_state(kernel)
-        report.note_dry(kernel, kernel.luo.dry_reboot())
+        report.note_dry(kernel, front.dry_reboot())
     return report
 
 
@@ -972,11 +1002,15 @@ def live_update(
                 kernel.kexec_load(successor, timeout=timeout)
             else:
                 kernel.kexec_load(successor, timeout=timeout)
-            kernel.luo.prepare()
+            agent = kernel.agent
+            (kernel.luo if agent is None else agent).prepare()
             report.note_state(kernel)
-            kernel = kernel.kexec(timeout=timeout, verify=True)
+            kernel = (kernel if agent is None else agent).kexec(timeout=timeout, verify=True)
+            if kernel.agent is not None:
+                kernel.agent.retrieve(verify=True)
             report.note_state(kernel)
-            report.note_finish(kernel, kernel.luo.finish())
+            front = kernel.luo if kernel.agent is None else kernel.agent
+            report.note_finish(kernel, front.finish())
         if repeat > 1:
             kernel.devices.request(requested)
     return report

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from luo.errors import (
+    CallbackError,
     FdtError,
     HandoverError,
     HostCrashError,
@@ -34,7 +35,17 @@ if TYPE_CHECKING:
     from luo.profile.tables import Profile
     from luo.remote import RemoteKernel
 
-__all__ = ["ARCHES", "Arrival", "Departure", "LocalSuccessor", "handover_of", "jump", "record_of"]
+__all__ = [
+    "ARCHES",
+    "Arrival",
+    "Departure",
+    "LocalSuccessor",
+    "handover_of",
+    "jump",
+    "kexec_or_cancel",
+    "record_of",
+    "revised",
+]
 
 
 #: Architectures that hand over, and how the next kernel is told (kho-abi 9.1, 9.2).
@@ -269,22 +280,51 @@ def jump(
         raise HostCrashError(
             errno.EHOSTDOWN, f"start: {successor}: {why}, after the commit point: the host is down"
         ) from error
-    result = successor.result
+    kernel.arrival = _arrival(departure, old.profile, successor.result, began)
+    return kernel
+
+
+def _arrival(
+    departure: Departure, before: Profile, result: dict[str, Any], began_ns: int
+) -> Arrival:
+    """Return how a kernel came to run, whose jump began at *began_ns*."""
     restored_ns = result["last_reclaim_ns"] or (
         result["boot_began_ns"] + result["phases"]["boot"] + result["phases"]["restore"]
     )
-    instruments = began - departure.reboot_ended_ns + result["digest_ns"]
-    kernel.arrival = Arrival(
+    instruments = began_ns - departure.reboot_ended_ns + result["digest_ns"]
+    return Arrival(
         departure,
-        old.profile,
+        before,
         result,
         {
             "reboot": departure.reboot_ended_ns - departure.reboot_began_ns,
-            "jump": result["boot_began_ns"] - began,
+            "jump": result["boot_began_ns"] - began_ns,
             **result["phases"],
             "blackout": restored_ns - departure.reboot_began_ns - instruments,
         },
         (departure.reboot_began_ns, restored_ns),
-        (began, result["boot_began_ns"]),
+        (began_ns, result["boot_began_ns"]),
     )
-    return kernel
+
+
+def revised(arrival: Arrival, result: dict[str, Any]) -> Arrival:
+    """Return *arrival* with what came of it later: with sessions, user space restores."""
+    return _arrival(arrival.departure, arrival.before, result, arrival.jump[0])
+
+
+def kexec_or_cancel(agent: Any, kernel: Any, settings: dict[str, Any]) -> Any:
+    """Return the kernel that *kernel* jumps into; *agent* cancels what it preserved if it stays.
+
+    Raises:
+        CallbackError, SuccessorError: what :meth:`luo.kernel.Kernel.kexec` raised, with what came
+            of cancelling in it.
+    """
+    try:
+        return kernel.kexec(**settings)
+    except BaseException as error:
+        if kernel.machine.running is kernel and agent.state == "preserved":
+            problems = agent.cancel().failures
+            if isinstance(error, CallbackError | SuccessorError):
+                error.undo_errors = [*problems]
+                error.rolled_back = not problems
+        raise

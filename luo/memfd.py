@@ -24,6 +24,7 @@ import errno
 import fcntl
 import logging
 import os
+import struct
 import time
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -136,11 +137,9 @@ class MemfdHandler(FileHandler):
     """Keeps memfds; made by :func:`memfd_handler`.
 
     Attributes:
-        max_order: the largest folios that it makes.
         cost: what all its files cost.
     """
 
-    max_order: int = 0
     cost: MemfdCost = field(default_factory=MemfdCost)
 
 
@@ -157,21 +156,45 @@ def memfd_handler(max_order: int = 0) -> MemfdHandler:
     """
     if max_order < 0:
         raise ValueError(f"max_order {max_order}: is negative")
+    operations = _Operations(max_order, MemfdCost())
     return MemfdHandler(
         abi.LUO_MEMFD_COMPATIBLE,
         can_preserve=_can_preserve,
-        preserve=_preserve,
+        preserve=operations.preserve,
         unpreserve=_unpreserve,
-        retrieve=_retrieve,
+        retrieve=operations.retrieve,
         finish=_finish,
-        freeze=_freeze,
-        max_order=max_order,
+        freeze=operations.freeze,
+        cost=operations.cost,
     )
 
 
-def _handler(args: FileArgs) -> MemfdHandler:
-    assert isinstance(args.handler, MemfdHandler)
-    return args.handler
+class _Operations:
+    """The callbacks that cost something."""
+
+    def __init__(self, max_order: int, cost: MemfdCost) -> None:
+        self.max_order = max_order
+        self.cost = cost
+
+    def preserve(self, args: FileArgs) -> None:
+        begin = time.perf_counter_ns()
+        kept = _preserve(args, self.max_order)
+        kept.cost.preserve_ns = time.perf_counter_ns() - begin
+        self.cost.add(kept.cost)
+        args.private = kept
+
+    def freeze(self, args: FileArgs) -> None:
+        begin = time.perf_counter_ns()
+        cost = _freeze(args)
+        cost.freeze_ns = time.perf_counter_ns() - begin
+        args.private.cost.add(cost)
+        self.cost.add(cost)
+
+    def retrieve(self, args: FileArgs) -> None:
+        begin = time.perf_counter_ns()
+        cost = _retrieve(args)
+        cost.retrieve_ns = time.perf_counter_ns() - begin
+        self.cost.add(cost)
 
 
 # ---- before the jump ----
@@ -191,23 +214,21 @@ def _can_preserve(file: Any) -> bool:
     return os.fstat(file).st_nlink == 0 and os.fstatvfs(file).f_bsize == os.sysconf("SC_PAGESIZE")
 
 
-def _preserve(args: FileArgs) -> None:
-    begin = time.perf_counter_ns()
+def _preserve(args: FileArgs, max_order: int) -> PreservedMemfd:
     kho, memory, fd = args.kho, args.memory, args.file
-    what = f"preserve memfd {fd}"
     with ExitStack() as undo:
         phys = kho.alloc_preserve(abi.LUO_MEMFD_SER.size + abi.VMALLOC_SER.size)
         undo.callback(kho.unpreserve_free, phys)
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
         if seals & ~_SEALS:
             raise from_errno(
-                errno.EOPNOTSUPP, f"{what}: seals {seals & ~_SEALS:#x} are none of memfd-v2"
+                errno.EOPNOTSUPP, f"memfd has seals {seals & ~_SEALS:#x}, unknown to memfd-v2"
             )
         size = os.fstat(fd).st_size
         nr_pages = -(-size // memory.page_size)
         if nr_pages > _PAGES_MAX:
-            raise from_errno(errno.EFBIG, f"{what}: {nr_pages} pages, above 2^32 - 1")
-        folios, orders = _alloc(memory, nr_pages, _handler(args).max_order)
+            raise from_errno(errno.EFBIG, f"memfd has {nr_pages} pages, above 2^32 - 1")
+        folios, orders = _alloc(memory, nr_pages, max_order)
         undo.callback(memory.free_folios, folios)
         sizes = np.left_shift(np.uint64(memory.page_size), orders.astype(np.uint64))
         offsets = np.cumsum(sizes) - sizes
@@ -224,9 +245,7 @@ def _preserve(args: FileArgs) -> None:
         record = abi.LUO_MEMFD_SER.pack(_position(fd), size, seals, 0, len(folios)) + descriptor
         memory.view(phys, len(record))[:] = record
         args.data = phys
-        cost.preserve_ns = time.perf_counter_ns() - begin
-        _handler(args).cost.add(cost)
-        args.private = PreservedMemfd(size, seals, folios, orders, cost, layout, undo.pop_all())
+        return PreservedMemfd(size, seals, folios, orders, cost, layout, undo.pop_all())
 
 
 def _position(fd: int) -> int:
@@ -237,47 +256,41 @@ def _unpreserve(args: FileArgs) -> None:
     args.private._undo.close()
 
 
-def _freeze(args: FileArgs) -> None:
-    begin = time.perf_counter_ns()
-    fd, kept = args.file, args.private
-    what = f"freeze memfd {fd}"
+def _freeze(args: FileArgs) -> MemfdCost:
+    memory, fd, kept = args.memory, args.file, args.private
     size = os.fstat(fd).st_size
     if size != kept.size:
         raise from_errno(
-            errno.EPERM, f"{what}: is {size} bytes, was preserved with {kept.size}: was resized"
+            errno.EPERM, f"memfd was resized from {kept.size} to {size} bytes while preserved"
         )
     cost = MemfdCost()
     if kept.seals & _FIXED != _FIXED:
         cost.compared_bytes = size
-        cost.recopied_bytes = _refill(fd, size, args.memory, kept._layout)
-    _, *rest = abi.LUO_MEMFD_SER.unpack_from(args.memory.view(args.data, abi.LUO_MEMFD_SER.size))
-    abi.LUO_MEMFD_SER.pack_into(
-        args.memory.view(args.data, abi.LUO_MEMFD_SER.size), 0, _position(fd), *rest
-    )
-    cost.freeze_ns = time.perf_counter_ns() - begin
-    kept.cost.add(cost)
-    _handler(args).cost.add(cost)
+        cost.recopied_bytes = _refill(fd, size, memory, kept._layout)
+    struct.pack_into("=Q", memory.view(args.data, 8), 0, _position(fd))
+    return cost
 
 
 def _alloc(
     memory: PhysicalMemory, nr_pages: int, max_order: int
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
     """Return (addresses, orders) of folios that make up *nr_pages* pages, the largest first."""
-    for order in range(min(max_order, memory.max_order), -1, -1):
-        parts: list[NDArray[np.uint64]] = []
+    order = min(max_order, memory.max_order)
+    while True:
         counts = [(nr_pages >> order, order)]
         counts += [(1, o) for o in range(order - 1, -1, -1) if nr_pages >> o & 1]
+        parts = [np.empty(0, np.uint64)]
         try:
             for count, o in counts:
                 parts.append(memory.alloc_folios(count, o))
         except KhoNoMemoryError:
-            memory.free_folios(np.concatenate([np.empty(0, np.uint64), *parts]))
+            memory.free_folios(np.concatenate(parts))
             if order == 0:
                 raise
+            order -= 1
             continue
         orders = np.repeat([o for _, o in counts], [count for count, _ in counts])
         return np.concatenate(parts), orders.astype(np.uint8)
-    raise AssertionError("order 0 is always tried")
 
 
 def _write_array(
@@ -348,7 +361,7 @@ def read_memfd(incoming: Incoming, phys: int) -> MemfdRecord:
     if header.seals & ~_SEALS:
         raise from_errno(
             errno.EOPNOTSUPP,
-            f"memfd at {phys:#x}: seals {header.seals & ~_SEALS:#x} are none of memfd-v2",
+            f"memfd at {phys:#x} has seals {header.seals & ~_SEALS:#x}, unknown to memfd-v2",
         )
     if header.flags:
         raise HandoverError(f"memfd has flags {header.flags:#x}, of which there are none", phys)
@@ -463,39 +476,33 @@ def write_contents(
     )
 
 
-def _retrieve(args: FileArgs) -> None:
-    begin = time.perf_counter_ns()
+def _retrieve(args: FileArgs) -> MemfdCost:
     incoming, memory = args.incoming, args.memory
-    what = f"retrieve memfd {args}"
     try:
         record = read_memfd(incoming, args.data)
-    except BaseException as error:
+    except (HandoverError, KhoError) as error:
         _discard(incoming, args.data)
-        if isinstance(error, HandoverError):
-            raise from_errno(errno.EINVAL, f"{what}: {error}") from error
-        raise
+        if isinstance(error, KhoError):
+            raise
+        raise from_errno(errno.EINVAL, f"memfd at {args.data:#x}: {error}") from error
     _free_metadata(incoming, args.data)
     try:
         orders = incoming.restore_folios(record.folios)
-    except BaseException as error:
+    except KhoError as error:
         _free_folios(incoming, record.folios)
-        if isinstance(error, KhoError):
-            raise from_errno(errno.EIO, f"{what}: {error}") from error
-        raise
+        raise from_errno(errno.EIO, f"memfd's folio: {error}") from error
     with ExitStack() as undo:
         undo.callback(memory.free_folios, record.folios)
         with ExitStack() as on_error:
             fd = _new_memfd()
             on_error.callback(os.close, fd)
-            nbytes = write_contents(memory, record, orders, fd)
+            cost = MemfdCost(retrieved_bytes=write_contents(memory, record, orders, fd))
             if record.pos < 1 << 63:  # Linux leaves the new file at 0 otherwise
                 os.lseek(fd, record.pos, os.SEEK_SET)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, record.seals)
             on_error.pop_all()
     args.file = fd
-    _handler(args).cost.add(
-        MemfdCost(retrieved_bytes=nbytes, retrieve_ns=time.perf_counter_ns() - begin)
-    )
+    return cost
 
 
 def _new_memfd() -> int:
@@ -687,17 +694,19 @@ def _copy(source: _Source, offset: int, memory: PhysicalMemory, phys: int, nbyte
 def _refill(fd: int, size: int, memory: PhysicalMemory, layout: _Layout) -> int:
     """Copy what differs in a file to memory; return the bytes of it."""
     copied = 0
-    buffer = np.zeros(_CHUNK // 8, np.uint64)
-    with closing(_Source(fd)) as source:
+    buffer = bytearray(_CHUNK)
+    with closing(_Source(fd)) as source, memoryview(buffer) as view:
         for start, end, is_data in source.extents(size):
             for offset, phys, nbytes in layout.pieces(start, end, _CHUNK):
                 if not is_data:
                     copied += _clear(memory, phys, nbytes)
                     continue
-                source.read(buffer.data.cast("B")[:nbytes], offset)
+                source.read(view[:nbytes], offset)
+                if nbytes == _CHUNK and buffer == memory.view(phys, nbytes):  # memcmp()
+                    continue
                 whole = -(-nbytes // _GRAIN) * _GRAIN  # of the file's last page, with zeros
-                buffer.data.cast("B")[nbytes:whole] = bytes(whole - nbytes)
-                copied += _update(memory, phys, buffer[: whole // 8])
+                view[nbytes:whole] = bytes(whole - nbytes)
+                copied += _update(memory, phys, np.frombuffer(buffer, np.uint64, whole // 8))
     return copied
 
 
@@ -718,8 +727,7 @@ def _clear(memory: PhysicalMemory, phys: int, nbytes: int) -> int:
     for at in range(phys, phys + nbytes, _CHUNK):
         part = min(_CHUNK, -(-(phys + nbytes - at) // _GRAIN) * _GRAIN)
         if _peek(memory, at, part).any():
-            memory.view(at, part)[:] = bytes(part)
-            cleared += part
+            cleared += _update(memory, at, np.zeros(part // 8, np.uint64))
     return cleared
 
 
@@ -735,18 +743,16 @@ def _peek(memory: PhysicalMemory, phys: int, nbytes: int) -> NDArray[np.uint64]:
 def _write(fd: int, offset: int, memory: PhysicalMemory, phys: int, nbytes: int) -> int:
     """Write bytes of memory to a file of zeros; return how many were written."""
     if memory.is_resident(phys, nbytes):
-        _write_all(fd, memory.view(phys, nbytes), offset)
-        return nbytes
+        return _write_all(fd, memory.view(phys, nbytes), offset)
     whole = -(-nbytes // _GRAIN) * _GRAIN
     words = _peek(memory, phys, whole)
     grains = np.flatnonzero(words.reshape(-1, _GRAIN // 8).any(axis=1)) * _GRAIN
-    bytes_of = words.data.cast("B")[:nbytes]
-    for at in grains.tolist():
-        _write_all(fd, bytes_of[at : at + _GRAIN], offset + at)
-    return len(grains) * _GRAIN
+    data = words.data.cast("B")[:nbytes]
+    return sum(_write_all(fd, data[at : at + _GRAIN], offset + at) for at in grains.tolist())
 
 
-def _write_all(fd: int, data: memoryview, offset: int) -> None:
+def _write_all(fd: int, data: memoryview, offset: int) -> int:
     done = 0
     while done < len(data):
         done += os.pwritev(fd, [data[done:]], offset + done)
+    return done

@@ -52,7 +52,7 @@ from luo.errors import (
     SuccessorError,
     from_errno,
 )
-from luo.kexec import Departure, drained, handover_of, jump
+from luo.kexec import Departure, drained, handover_of, jump, kexec_or_cancel, revised
 from luo.liveupdate import CancelResult, FinishResult, State
 from luo.profile.tables import Profile
 
@@ -68,7 +68,7 @@ _log = logging.getLogger(__name__)
 _START: Final = "from luo.remote import serve; serve()"
 
 #: Commands in the middle of which an interrupt is passed on, and waited for until it took effect.
-_INTERRUPTIBLE: Final = ("event", "reboot", "request", "request_one")
+_INTERRUPTIBLE: Final = ("agent", "event", "reboot", "request", "request_one")
 
 
 def _transfer(call: Any, fd: int, array: NDArray[Any], at: int) -> None:
@@ -121,6 +121,7 @@ class RemoteKernel:
             that led to them returns. It, and the machine's watchers, run in the thread that
             receives: they may look at ``luo.state``, any other question is EDEADLK.
         pid: its process.
+        agent: its user space, if devices are kept by sessions; runs there as well.
         result: what its boot came to: phases, digests, records without a device.
         arrival: how it came to run.
 
@@ -155,6 +156,7 @@ class RemoteKernel:
         self._bulk_lock = threading.Lock()
         self._last: dict[str, Any] = {}  # its profile at its last REBOOT
         self._gone_profile: Profile | None = None
+        self.agent: RemoteAgent | None = None
         self._next: RemoteKernel | None = None
         receiver = weakref.WeakMethod(self._receive)  # the line must not keep the kernel alive
 
@@ -199,6 +201,8 @@ class RemoteKernel:
             self.kho_abi: str = told["kho_abi"]
             self.behaviour: str = told["behaviour"]
             self.quirks = frozenset(told["quirks"])
+            if told["agent"]:
+                self.agent = RemoteAgent(self)
         except BaseException:
             self.close()
             raise
@@ -566,6 +570,58 @@ class RemoteOrchestrator:
         return tuple(error for error in errors if isinstance(error, CallbackError))
 
 
+class RemoteAgent:
+    """The :class:`luo.agent.Agent` of a :class:`RemoteKernel`.
+
+    Attributes:
+        state: as there.
+    """
+
+    def __init__(self, kernel: RemoteKernel) -> None:
+        self._kernel = kernel
+        self.state = "normal"
+
+    def _tell(self, call: str, **arguments: Any) -> dict[str, Any]:
+        told = self._kernel._ask("agent", call=call, **arguments)
+        self.state = told["state"]
+        return told
+
+    def prepare(self) -> None:
+        """As :meth:`luo.agent.Agent.prepare`."""
+        self._tell("prepare")
+
+    def cancel(self) -> CancelResult:
+        """As :meth:`luo.agent.Agent.cancel`."""
+        return CancelResult(RemoteOrchestrator._failures(self._tell("cancel")))
+
+    def dry_reboot(self) -> CancelResult:
+        """As :meth:`luo.agent.Agent.dry_reboot`."""
+        try:
+            return CancelResult(RemoteOrchestrator._failures(self._tell("dry_reboot")))
+        except CallbackError:
+            self.state = "normal"
+            raise
+
+    def kexec(self, **settings: Any) -> RemoteKernel:
+        """As :meth:`luo.agent.Agent.kexec`."""
+        kernel: RemoteKernel = kexec_or_cancel(self, self._kernel, settings)
+        return kernel
+
+    def retrieve(self, verify: bool = False) -> dict[str, Any]:
+        """As :meth:`luo.agent.Agent.retrieve`."""
+        kernel = self._kernel
+        result: dict[str, Any] = self._tell("retrieve", verify=verify)["result"]
+        kernel.result = result
+        if kernel.arrival is not None:
+            kernel.arrival = revised(kernel.arrival, result)
+        return result
+
+    def finish(self) -> FinishResult:
+        """As :meth:`luo.agent.Agent.finish`."""
+        told = self._tell("finish")
+        return FinishResult(tuple(told["unreclaimed"]), RemoteOrchestrator._failures(told))
+
+
 class RemoteDevices:
     """The devices of a :class:`RemoteKernel`: what can be asked of them from here."""
 
@@ -836,6 +892,7 @@ class _Server:
             "kho_abi": kernel.kho_abi,
             "behaviour": kernel.behaviour,
             "quirks": sorted(kernel.quirks),
+            "agent": kernel.agent is not None,
         }
 
     def _observe(self, also: Callable[[str, str], None] | None, what: str, name: str) -> None:
@@ -876,6 +933,20 @@ class _Server:
             if luo.state is State.PREPARED and (before is State.NORMAL or event == "dry_reboot"):
                 luo.cancel()  # it came when PREPARE, or REBOOT, was just done
             raise
+
+    def do_agent(self, call: str, **arguments: Any) -> dict[str, Any]:
+        """Have user space of this kernel do something; see :class:`luo.agent.Agent`."""
+        agent = self.kernel.agent
+        if agent is None:
+            raise StateError(errno.EOPNOTSUPP, f"{call}: this kernel keeps nothing by sessions")
+        done = getattr(agent, call)(**arguments)
+        told: dict[str, Any] = {"state": agent.state}
+        if isinstance(done, dict):
+            return told | {"result": done}
+        return told | {
+            "failures": [encode_error(error) for error in getattr(done, "failures", ())],
+            "unreclaimed": list(getattr(done, "unreclaimed", ())),
+        }
 
     def do_reboot(self, verify: bool) -> dict[str, Any]:
         """Run REBOOT for the jump that the other side leads."""

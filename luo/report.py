@@ -38,11 +38,20 @@ PHASES: Final = ("prepare", "reboot", "jump", "boot", "restore", "finish", "blac
 _UNITS: Final = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
 #: Events whose callbacks are a part of the phase.
 _EVENTS: Final = {
-    "prepare": ("PREPARE", "PRESERVE"),
+    "prepare": ("PREPARE", "CAN_PRESERVE", "PRESERVE"),
     "reboot": ("REBOOT", "FREEZE"),
     "restore": ("RESTORE", "RETRIEVE"),
-    "finish": ("FINISH",),
+    "finish": ("FINISH", "CAN_FINISH"),
     "blackout": BLACKOUT_EVENTS,
+}
+_OLD_EVENTS: Final = (*_EVENTS["prepare"], *_EVENTS["reboot"])
+_NEW_EVENTS: Final = (*_EVENTS["restore"], *_EVENTS["finish"])
+#: What of a file handler is called in an update, and what says whether it is.
+_FILE_EVENTS: Final = {
+    "PRESERVE": "preserve",
+    "FREEZE": "freeze",
+    "RETRIEVE": "retrieve",
+    "FINISH": "finish",
 }
 _DEVICES: Final = "devices"  # the subsystem that calls drivers and buses
 _NR_WORST: Final = 3
@@ -86,6 +95,12 @@ def budget_names(kernel: Any) -> list[str]:
     It may have fewer: a callback may turn out not to be called.
     """
     devices, names = kernel.devices, dict.fromkeys(PHASES)
+    if kernel.agent is not None:
+        for handler in kernel.liveupdate.handlers:
+            for event, call in _FILE_EVENTS.items():
+                if getattr(handler, call) is not None:
+                    names[f"files/{event}"] = names[f"files/{handler.compatible}/{event}"] = None
+        return list(names)
     kept = above = np.flatnonzero(devices.requested)
     while len(above):
         above = np.unique(devices.tree.parents[above])
@@ -214,7 +229,8 @@ class Report:
     def note_state(self, kernel: Any) -> None:
         """Note the state of *kernel*, which runs now."""
         self.kernel = kernel
-        self.states.append(kernel.luo.state.name.lower())
+        agent = getattr(kernel, "agent", None)
+        self.states.append(kernel.luo.state.name.lower() if agent is None else agent.state)
 
     @contextlib.contextmanager
     def watch(self, kernel: Any) -> Iterator[None]:
@@ -236,7 +252,7 @@ class Report:
                     if isinstance(error, KeyboardInterrupt):
                         self.error["message"] = "interrupted"
                         undo = self.error["undo_errors"] = list(getattr(error, "__notes__", ()))
-                        normal = running.luo.state is State.NORMAL
+                        normal = self.states[-1] == State.NORMAL.name.lower()
                         self.error["rolled_back"] = normal and not undo
             raise
 
@@ -248,6 +264,8 @@ class Report:
         phases = {"prepare": departure.phases.get("prepare", 0), **arrival.phases}
         phases["finish"] = kernel.phases.get("finish", 0)
         departed = {name: (begin, end) for name, (begin, end) in departure.marks.items()}
+        if "freeze" in departed:  # what the jump begins with, in sessions
+            departed["reboot"] = departure.reboot_began_ns, departure.reboot_ended_ns
         new = _track("new kernel", kernel)
         new.marks["jump"] = arrival.jump
         self.tracks = [Track("old kernel", departure.pid, departed, arrival.before), new]
@@ -266,8 +284,8 @@ class Report:
         }
         calls = CallRecorder()
         for dump, events in (
-            (arrival.before.dump(), ("PREPARE", "REBOOT")),
-            (profile.dump(), ("RESTORE", "FINISH")),
+            (arrival.before.dump(), _OLD_EVENTS),
+            (profile.dump(), _NEW_EVENTS),
         ):
             calls.merge(dump, events)
         self._calls.merge(calls.dump())
@@ -307,7 +325,9 @@ class Report:
         self.note_state(kernel)
         self.devices["requested"] = int(kernel.devices.requested.sum())
         self.tracks = [_track("old kernel", kernel)]
-        self.dry = {name: kernel.phases.get(name, 0) for name in ("prepare", "reboot", "cancel")}
+        spent = kernel.phases
+        spent.setdefault("reboot", spent.get("freeze", 0))
+        self.dry = {name: spent.get(name, 0) for name in ("prepare", "reboot", "cancel")}
         self._calls.merge(kernel.profile.dump())
         self._count(kernel.profile)
         self.failures += map(describe, cancelled.failures)

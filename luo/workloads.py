@@ -47,6 +47,7 @@ from numpy.typing import NDArray
 
 from luo import drivers as builtin
 from luo.device import Bus, Driver
+from luo.drivers import ASSIGNABLE_DRIVER
 from luo.errors import KhoError, LuoError
 from luo.kernel import Kernel, KernelImage, live_update
 from luo.kho import ScratchParam, parse_kho_scratch, scratch_layout
@@ -70,8 +71,7 @@ MAX_VM_DEVICES = 1 << 16
 # tables of the IOMMU, nodes of the map.
 KERNEL_SHARE = 64
 FOLIO_ORDERS: Final = {"4KiB": 0, "2MiB": 9, "1GiB": 18}
-ASSIGNABLE_DRIVER = "vfio-pci"
-_REHEARSED: Final = ("cmdline", "kho_abi", "kho_bugs", "behaviour", "quirks")
+_REHEARSED: Final = ("api", "cmdline", "kho_abi", "kho_bugs", "behaviour", "quirks")
 
 _VM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 

@@ -15,6 +15,7 @@ from rich.text import Text
 from luo import abi
 from luo.cli.errors import FAILED, Wrong, wrong_input
 from luo.cli.image_boot import boot
+from luo.cli.image_edit import edit
 from luo.cli.image_retrieve import retrieve, session_table
 from luo.cli.image_text import (
     abi_option,
@@ -25,6 +26,7 @@ from luo.cli.image_text import (
     printable,
     size_text,
 )
+from luo.cli.image_verdict import show_verdict, verdict_options
 from luo.errors import FdtError
 from luo.fdt import Fdt
 from luo.handover import Handover
@@ -51,6 +53,8 @@ def image() -> None:
     """
 
 
+image.add_command(boot)
+image.add_command(edit)
 image.add_command(retrieve)
 
 
@@ -86,12 +90,27 @@ def inspect(
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @abi_option
 @memory_options
+@verdict_options
 def verify(
-    path: Path, as_json: bool, name: str | None, base: int | None, handover: Handover | None
+    path: Path,
+    as_json: bool,
+    name: str | None,
+    base: int | None,
+    handover: Handover | None,
+    kernel: str | None,
+    pairs: tuple[str, ...],
 ) -> None:
-    """Check PATH against every rule of its format; exit status 1 if it breaks one."""
+    """Check PATH against every rule of its format; exit status 1 if it breaks one.
+
+    With --for: say what that kernel would do with it; exit status 1 unless it takes it.
+    """
+    if pairs and kernel is None:
+        raise click.UsageError("--target: of what? see --for")
     with wrong_input():
         found = Image.load(path, abi=name, base=base, handover=handover)
+        if kernel is not None:
+            show_verdict(path, found, pairs, as_json=as_json)
+            return
         violations = found.verify()
         warnings = found.survey.warnings
     if as_json:
@@ -191,9 +210,6 @@ def encode(source: Path | None, in_json: Path, out_path: Path) -> None:
         pages = None if source is None else Image.load(source)
         nbytes = encode_image(document, source=pages).save(out_path)
     click.echo(f"{out_path}: {document['abi']}, {size_text(nbytes)}")
-
-
-image.add_command(boot)
 
 
 # ---- text ----

@@ -170,6 +170,8 @@ def _cut(text: str) -> str:
 
 def _cells(file: SavedFile) -> list[Text]:
     cells = [f"  {file.token:#x}", _cut(printable(file.handler)) + (" !" if file.wrong else "")]
+    if file.device is not None:
+        return [Text(cell) for cell in (*cells, f"{file.size:,}")]
     if file.memfd is None:
         return [Text(cell) for cell in (*cells, f"data {file.data:#x}")]
     cells += f"{file.size:,}", f"{file.pos:,}", f"{file.seals:#x}", f"{file.nr_folios:,}"

@@ -13,6 +13,7 @@ import click
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from luo import drivers
 from luo.cli.clock import ClockSettings, arguments, clock_options, show_missed
 from luo.cli.errors import (
     FAILED,
@@ -71,6 +72,13 @@ class Budgets(click.ParamType["dict[str, int]"]):
 @request_option
 @kernel_options
 @clock_options
+@click.option(
+    "--api",
+    type=click.Choice(drivers.APIS),
+    default=drivers.APIS[0],
+    show_default=True,
+    help="Design of LUO: notifiers and devices, or mainline's sessions and files.",
+)
 @click.option("--in-process", is_flag=True, help="The next kernel runs in this process.")
 @click.option(
     "--dry-reboot",
@@ -133,6 +141,7 @@ def run(
     kernels: KernelSettings,
     clocks: ClockSettings,
     requests: tuple[str, ...],
+    api: str,
     in_process: bool,
     dry_reboot: bool,
     callback_limit: int | None,
@@ -146,6 +155,8 @@ def run(
     exports: Exports,
 ) -> None:
     """Run a live update of a host, of this machine unless another is named."""
+    if api == "sessions" and (clocks.virtual or callback_limit is not None):
+        raise click.UsageError("--api sessions: callbacks of files have no limit and no model")
     if dry_reboot and budget:
         raise click.UsageError("--dry-reboot: there is no blackout to hold to a budget")
     repeat = repeat or (_REPEAT_WITH_BUDGET if budget else 1)
@@ -178,7 +189,13 @@ def run(
         limit = None if callback_limit is None else callback_limit / 1e9
         spans = exports.trace is not None
         kernel, image = boot(
-            host, kernels, callback_limit=limit, by_device=True, spans=spans, **arguments(costs)
+            host,
+            kernels,
+            api=api,
+            callback_limit=limit,
+            by_device=True,
+            spans=spans,
+            **arguments(costs),
         )
         request(kernel, requests, host)
         known = budget_names(kernel) if budget else []

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -17,8 +18,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from luo import abi
+from luo.agent import STATE, Guest
 from luo.device import Bus, Driver, LiveUpdateOps
+from luo.device_files import DeviceFiles, flb_of, subsystem_handler
 from luo.drivers import generic, pci, virtio
+from luo.drivers.chain import ChainSubsystem
 from luo.drivers.interrupts import Interrupts
 from luo.drivers.iommu import Iommu
 from luo.drivers.kvm import Kvm
@@ -32,7 +36,13 @@ if TYPE_CHECKING:
     from luo.machine import DeviceTree, Machine
     from luo.topology import VM
 
-__all__ = ["absolute", "kernel", "load"]
+__all__ = ["APIS", "ASSIGNABLE_DRIVER", "absolute", "kernel", "load"]
+
+#: Designs of LUO that devices can be kept by.
+APIS = ("rfc1", "sessions")
+
+#: Bound to what a virtual machine may be given.
+ASSIGNABLE_DRIVER = "vfio-pci"
 
 #: What modules bring.
 Part: TypeAlias = Driver | Bus | Subsystem | FileHandler
@@ -57,6 +67,7 @@ def kernel(
     *,
     vms: Sequence[VM] = (),
     modules: Iterable[str | Part] = (),
+    api: str = "rfc1",
     cmdline: str = "kho=on liveupdate=on",
     observer: Callable[[str, str], None] | None = None,
     memfd: bool = False,
@@ -70,6 +81,8 @@ def kernel(
             handed.
         modules: the user's drivers, subsystems and file handlers: where they are, as :func:`load`
             takes it, or themselves; a driver or bus of a built-in name replaces it.
+        api: ``"rfc1"``: notifiers and the device layer; ``"sessions"``: mainline's sessions and
+            files (:mod:`luo.device_files`).
         cmdline: as of :class:`~luo.kernel.Kernel`.
         observer: likewise.
         memfd: have it keep memfds in sessions, too; more handlers are *modules*.
@@ -78,8 +91,11 @@ def kernel(
     tree = machine.devices
     drivers = {driver.name: driver for driver in _drivers(tree)}
     buses = {name: Bus(name, LiveUpdateOps()) for name in tree.bus_names}
+    if api not in APIS:
+        raise ValueError(f"api {api!r}: none of {', '.join(APIS)}")
     subsystems: dict[str, Subsystem] = {}
-    for part in (Regions(), Kvm(vms), Iommu(vms), Interrupts()):
+    parts: tuple[ChainSubsystem, ...] = (Regions(), Kvm(vms), Iommu(vms), Interrupts())
+    for part in parts:
         subsystems[part.subsystem.name] = part.subsystem
     handlers: dict[str, FileHandler] = {}
     if memfd:
@@ -99,16 +115,52 @@ def kernel(
                 else subsystems
             )
             kind[thing.name] = thing
+    given: dict[str, Any] = {"cmdline": cmdline, "observer": observer, **settings}
+    given |= {"drivers": drivers.values(), "buses": buses.values()}
+    if api == "sessions":
+        return _with_sessions(machine, vms, parts, subsystems, handlers.values(), given)
     return Kernel(
         machine,
-        drivers=drivers.values(),
-        buses=buses.values(),
         subsystems=subsystems.values(),
         file_handlers=handlers.values() if handlers else None,
-        cmdline=cmdline,
-        observer=observer,
-        **settings,
+        **given,
     )
+
+
+def _with_sessions(
+    machine: Machine,
+    vms: Sequence[VM],
+    parts: Sequence[ChainSubsystem],
+    subsystems: dict[str, Subsystem],
+    others: Iterable[FileHandler],
+    given: dict[str, Any],
+) -> Kernel:
+    """Build a kernel whose user space keeps devices and virtual machines by sessions.
+
+    A subsystem that has nothing to do in the jump is an FLB of the devices, that of the IOMMU of
+    those that can be assigned. A virtual machine has a file, and so has what the user brings with a
+    callback for the jump.
+    """
+    kept = {part.name: part.subsystem for part in parts if subsystems[part.name] is part.subsystem}
+    theirs = [one for name, one in subsystems.items() if name not in kept]
+    moving = [one for one in theirs if one.reboot is not None]
+    still = [kept[name] for name in (Regions.name, Interrupts.name) if name in kept]
+    still += [one for one in theirs if one.reboot is None]
+    tables = {ASSIGNABLE_DRIVER: (flb_of(kept[Iommu.name]),)} if Iommu.name in kept else {}
+    files = DeviceFiles(given["drivers"], given["buses"], map(flb_of, still), tables)
+    handlers = [*files.handlers, STATE, *others]
+    handlers += [subsystem_handler(one.name, partial(_same, one)) for one in moving]
+    guests = []
+    if Kvm.name in kept:
+        handlers.append(subsystem_handler(Kvm.name, lambda: Kvm().subsystem))
+        guests = [Guest(vm.name, Kvm([vm]).subsystem, vm.devices) for vm in vms]
+    made = Kernel(machine, file_handlers=handlers, **given)
+    made.use_sessions(files, guests, moving)
+    return made
+
+
+def _same(subsystem: Subsystem) -> Subsystem:
+    return subsystem
 
 
 def load(spec: str) -> list[Part]:

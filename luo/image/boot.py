@@ -421,7 +421,7 @@ def _device_tree(base: bytes, image: Image, cmdline: str, initrd: tuple[int, int
     for name in memory:
         editor.del_node(f"/{name}")
     nodes = {node for _, _, node in image.ram.ranges}
-    for start, nbytes, node in image.ram.ranges:
+    for start, nbytes, node in reversed(image.ram.ranges):  # each goes before the others
         name = f"memory@{start:x}"
         editor.add_node("/", name)
         editor.set_property(f"/{name}", "device_type", b"memory\0")

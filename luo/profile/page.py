@@ -19,6 +19,7 @@ import jinja2
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
+from luo._kho import BLACKOUT_EVENTS
 from luo.profile.figures import Section, Table, capped, columns, sections, words
 from luo.profile.screen import duration, size
 from luo.report import p95
@@ -26,7 +27,6 @@ from luo.report import p95
 __all__ = ["page"]
 
 _SCHEMA: Final = "luo-run/1"
-_IN_BLACKOUT: Final = ("REBOOT", "RESTORE")
 _ERROR: Final = dict.fromkeys(("errno_name", "file", "line", "rolled_back"))
 _TROUBLE: Final = ("event", "kind", "name", "device", "message")
 #: What reading a document may come to, in which something is not what it should be.
@@ -145,7 +145,7 @@ def _headline(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     dear = [
         row
         for row in document["callbacks"]
-        if row.get("blackout_share", row["event"] in _IN_BLACKOUT or None) is not None
+        if row.get("blackout_share", row["event"] in BLACKOUT_EVENTS or None) is not None
     ]
     if runs and dear:
         worst = max(dear, key=lambda row: row["total_ns"])

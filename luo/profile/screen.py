@@ -10,6 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from luo._kho import BLACKOUT_EVENTS
 from luo.report import PHASES
 
 __all__ = ["duration", "show", "show_comparison", "size"]
@@ -18,8 +19,10 @@ _PHASES: Final = ("prepare", "reboot", "jump", "boot", "restore", "finish")
 _BLACKOUT: Final = ("reboot", "jump", "boot", "restore")
 _LABELS: Final = {"prepare": "PREPARE", "reboot": "REBOOT", "finish": "FINISH"}
 _MODELLED: Final = "kernel boot"
-_EVENTS: Final = ("PREPARE", "REBOOT", "RESTORE", "FINISH", "CANCEL")
-_IN_BLACKOUT: Final = ("REBOOT", "RESTORE")
+_EVENTS: Final = (
+    *("PREPARE", "CAN_PRESERVE", "PRESERVE", "REBOOT", "FREEZE"),
+    *("RESTORE", "RETRIEVE", "CAN_FINISH", "FINISH", "CANCEL", "UNPRESERVE"),
+)
 _WORDS: Final = ("subsystem", "event", "kind", "name")
 _UNDO_SHOWN: Final = 3  # failures while rolling back; the document has them all
 _DEVICES_SHOWN: Final = 3
@@ -264,7 +267,7 @@ def _callbacks(document: Mapping[str, Any], screen: int) -> Table:
             max_width=max(8, left) if name == "name" else None,
         )
     for row in cells:
-        style = {"subsystem": "bold", "event": "red" if row["event"] in _IN_BLACKOUT else ""}
+        style = {"subsystem": "bold", "event": "red" if row["event"] in BLACKOUT_EVENTS else ""}
         table.add_row(*(Text(row[name], style.get(name, "")) for name in columns))
     return table
 

@@ -27,7 +27,7 @@ die() {
 mkdir -p "$cache"
 cache=$(cd "$cache" && pwd)
 kernel_key=$({ echo "$package"; cat "$here/kernel.config"; } | sha256sum | cut -c 1-16)
-tools_key=$(cat "$here/init.c" "$here/stub.S" | sha256sum | cut -c 1-16)
+tools_key=$(cat "$here/init.c" "$here/stub.S" "$here/build.sh" | sha256sum | cut -c 1-16)
 kernel=$cache/kernel-$kernel_key
 tools=$cache/tools-$tools_key
 
@@ -133,7 +133,7 @@ build_tools() {
   need libc6-dev-arm64-cross /usr/aarch64-linux-gnu/lib/libc.a
   install_missing
   work=$(mktemp -d "$cache/work.XXXXXX")
-  ${cross}gcc -static -s -O2 -Wall -Wextra -Werror -o "$work/init" "$here/init.c"
+  ${cross}gcc -static -s -O2 -march=armv8-a+crc -Wall -Wextra -Werror -o "$work/init" "$here/init.c"
   ${cross}gcc -c -o "$work/stub.o" "$here/stub.S"
   ${cross}objcopy -O binary -j .text "$work/stub.o" "$work/stub"
   rm "$work/stub.o"

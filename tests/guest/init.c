@@ -17,8 +17,8 @@
 //   write SESSION TOKEN OFFSET HEX        changes a file of "file" in place
 //   preserve SESSION TOKEN PATH           preserves what is not a memfd
 //   again SESSION TOKEN OF-SESSION OF-TOKEN          preserves a file that is open already
-//   retrieve SESSION TOKEN                size, position, seals, blocks, crc32 and sha256
-//   bytes SESSION TOKEN OFFSET LENGTH     as hex, 256 at most
+//   retrieve SESSION TOKEN [crc]          size, position, seals, blocks, crc32, sha256 unless "crc"
+//   bytes SESSION TOKEN OFFSET LENGTH     as hex, 256 at most; retrieved if it is not open
 //   kexec-load IMAGE [initrd=self|none|PATH] [PARAMETERS...]     initrd=self: this one's files
 //   kexec                                 reboot(KEXEC): comes back only with an error
 //   cat PATH   hex PATH   ls PATH   set PATH TEXT   echo TEXT...   sleep MS   poweroff   halt
@@ -27,6 +27,7 @@
 // i is ((token << 32) | (i & 0xffffffff)) mod 2^64.
 
 #define _GNU_SOURCE
+#include <arm_acle.h>
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -132,21 +133,17 @@ static void failed(const char *what)
 
 // ---- checksums ----
 
-static uint32_t crc_table[256];
-
 static uint32_t crc32_add(uint32_t crc, const unsigned char *data, size_t n)
 {
-	if (!crc_table[1])
-		for (uint32_t i = 0; i < 256; i++) {
-			uint32_t c = i;
-
-			for (int k = 0; k < 8; k++)
-				c = c & 1 ? c >> 1 ^ 0xedb88320 : c >> 1;
-			crc_table[i] = c;
-		}
 	crc = ~crc;
+	for (; n >= 8; n -= 8, data += 8) {
+		uint64_t word;
+
+		memcpy(&word, data, 8);
+		crc = __crc32d(crc, word);
+	}
 	while (n--)
-		crc = crc >> 8 ^ crc_table[(crc ^ *data++) & 0xff];
+		crc = __crc32b(crc, *data++);
 	return ~crc;
 }
 
@@ -457,8 +454,11 @@ static int fill(int fd, uint64_t token, uint64_t size)
 {
 	const char *how = option("fill"), *from = option("from"), *at = option("at");
 	int in = from ? open(from, O_RDONLY | O_CLOEXEC) : -1;
+	uint64_t order = option_number("order", 0), step = order ? PAGE << order : size;
 
 	if (from && in < 0)
+		return -1;
+	if (!order && ftruncate(fd, size))
 		return -1;
 	if (at) {  // only these pages
 		for (char *end; *at; at = *end ? end + 1 : end) {
@@ -479,6 +479,11 @@ static int fill(int fd, uint64_t token, uint64_t size)
 	for (uint64_t done = 0; done < size;) {
 		size_t n = size - done < BUFFER ? size - done : BUFFER;
 
+		// A file that has grown by a folio has room for no larger one.
+		if (order && done % step == 0 && ftruncate(fd, done + step < size ? done + step : size))
+			return -1;
+		if (n > step - done % step)
+			n = step - done % step;
 		if (from) {
 			ssize_t got = read(in, buffer, n);
 
@@ -501,23 +506,16 @@ static int fill(int fd, uint64_t token, uint64_t size)
 	return 0;
 }
 
-static void huge_pages(uint64_t order)
+// Memfds get the largest folios that end within the file: "within_size", or none.
+static void huge_pages(int on)
 {
-	char path[128];
-	int fd;
+	int fd = open("/sys/kernel/mm/transparent_hugepage/shmem_enabled", O_WRONLY | O_CLOEXEC);
+	const char *value = on ? "within_size" : "never";
 
-	for (int o = 1; o <= 10; o++) {
-		snprintf(path, sizeof(path), "/sys/kernel/mm/transparent_hugepage/hugepages-%lukB/shmem_enabled",
-			 4UL << o);
-		fd = open(path, O_WRONLY | O_CLOEXEC);
-		if (fd >= 0) {
-			const char *value = (uint64_t)o == order ? "always" : "never";
-
-			if (write(fd, value, strlen(value)) < 0)
-				say("warning=%s", path);
-			close(fd);
-		}
-	}
+	if (fd >= 0 && write(fd, value, strlen(value)) < 0)
+		say("warning=shmem_enabled");
+	if (fd >= 0)
+		close(fd);
 }
 
 static void do_file(void)
@@ -529,9 +527,9 @@ static void do_file(void)
 
 	if (session < 0)
 		return;
-	huge_pages(option_number("order", 0));
+	huge_pages(option_number("order", 0) > 0);
 	fd = memfd_create("luo", MFD_ALLOW_SEALING | (unsigned)option_number("flags", 0));
-	if (fd < 0 || ftruncate(fd, size) || fill(fd, args.token, size)) {
+	if (fd < 0 || fill(fd, args.token, size) || ftruncate(fd, size)) {
 		failed("make");
 		return;
 	}
@@ -600,14 +598,11 @@ static void do_again(void)
 	preserve(session, i < 0 ? -1 : opened[i].fd);
 }
 
-static int retrieved(void)
+static int retrieve(void)
 {
 	struct by_token args = { .size = sizeof(args), .token = number(2) };
-	int session, i = find(word(1), 0, args.token);
+	int session = session_fd(1);
 
-	if (i >= 0)
-		return opened[i].fd;
-	session = session_fd(1);
 	if (session < 0)
 		return -1;
 	if (ioctl(session, RETRIEVE_FD, &args)) {
@@ -620,12 +615,13 @@ static int retrieved(void)
 
 static void do_retrieve(void)
 {
-	char digest[65];
+	int only_crc = !strcmp(word(3), "crc");
+	char digest[65] = "";
 	struct sha256 sha;
 	struct stat st;
 	uint32_t crc = 0;
 	long long pos;
-	int fd = retrieved();
+	int fd = retrieve();
 
 	if (fd < 0)
 		return;
@@ -641,10 +637,12 @@ static void do_retrieve(void)
 			return;
 		}
 		crc = crc32_add(crc, buffer, n);
-		sha_add(&sha, buffer, n);
+		if (!only_crc)
+			sha_add(&sha, buffer, n);
 		done += n;
 	}
-	sha_text(&sha, digest);
+	if (!only_crc)
+		sha_text(&sha, digest);
 	say("ok session=%s token=%#llx size=%lld pos=%lld seals=%#x blocks=%ld crc32=%08x sha256=%s",
 	    word(1), (unsigned long long)number(2), (long long)st.st_size, pos, fcntl(fd, F_GET_SEALS),
 	    (long)st.st_blocks, crc, digest);
@@ -654,7 +652,7 @@ static void do_bytes(void)
 {
 	char hex[513] = "";
 	size_t want = number(4) < 256 ? number(4) : 256;
-	int fd = retrieved();
+	int i = find(word(1), 0, number(2)), fd = i < 0 ? retrieve() : opened[i].fd;
 	ssize_t n;
 
 	if (fd < 0)

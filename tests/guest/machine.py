@@ -34,6 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from luo import Kernel
 from luo.fdt import Fdt
 from luo.image import Extent, Image, Survey
 from luo.image import boot as luo_boot
@@ -354,7 +355,7 @@ class Guest:
         found = self.run()
         assert found.stub is not None
         four, ranges = read_device_tree(Fdt(self.device_tree(found.stub)))
-        low, high = ranges[0][0], ranges[-1][0] + ranges[-1][1]
+        low, high = min(ranges)[0], sum(max(ranges)[:2])
         path = Path(self._place.name) / "all"
         self.dump_raw(path, low, high - low)
         with path.open("rb") as file:
@@ -399,7 +400,7 @@ def start(
     build: Build,
     scripts: str | Sequence[str],
     *,
-    image: Image | None = None,
+    image: Image | Kernel | None = None,
     files: Mapping[str, bytes] | None = None,
     memory: int = 512 << 20,
     cmdline: str = CMDLINE,
@@ -411,7 +412,7 @@ def start(
     Args:
         build: kernel and init.
         scripts: of the first kernel, and of those that it starts.
-        image: the handover; None: a cold boot.
+        image: the handover, or the kernel whose it is; None: a cold boot.
         files: besides, in the initramfs.
         memory: bytes of it, without an image.
         cmdline: of the first kernel.

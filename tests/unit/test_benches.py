@@ -245,3 +245,54 @@ def test_compare_with_one_saved_run_says_so(tmp_path, monkeypatch, capsys):
     compare.main()
 
     assert capsys.readouterr().out.startswith("1 saved run called quick: nothing to compare")
+
+
+def api_entry(role, seconds, n, shape="generated"):
+    """Return an entry of a row on the two designs, each phase of *seconds*."""
+    phases = ("prepare", "reboot", "jump", "boot", "restore", "finish", "blackout")
+    return entry(
+        role, seconds, "api.prepare", [n, shape], items=n, shape=shape, sessions=2,
+        phases=dict.fromkeys(phases, seconds), records=100 * n, map=4096, pages=2 * n,
+    )  # fmt: skip
+
+
+def test_two_designs_are_told_in_tables_and_sentences():
+    """Ratios are of the same race; the page between its marks is what the run says."""
+    import report
+    import two_apis
+
+    roles = {"notifiers native": 1, "notifiers python": 2, "notifiers steps": 4}
+    roles |= {"files native": 8, "files python": 16}
+    entries = [
+        api_entry(f"luo {role}", factor * n * 1e-6, n)
+        for n in (100, 1000)
+        for role, factor in roles.items()
+    ]
+    run = run_of(*entries, *(api_entry(f"luo {role}", 1e-3, 50, "cloud") for role in roles))
+    text = two_apis.block(run)
+
+    cells = "| 1.00 µs | 2.00 µs | 4.00 µs | 16.0 µs | 2.00 times | 4.00 times | 16.0 times |"
+    assert f"| PREPARE, or PRESERVE {cells}" in text
+    assert "2.00 times by notifiers and 2.00 times by files as fast" in text
+    assert "100 µs to 1.00 ms (10.0 times) by notifiers" in text
+    assert "50 devices of the preset cloud, with guests" in text
+    assert "## By notifiers and by files" in report.page(run)
+    assert two_apis.block(run_of()) == ""
+    assert "## By notifiers and by files" not in report.page(run_of())
+
+
+def test_page_on_the_two_designs_has_the_figures_of_a_run(tmp_path):
+    """Between the marks, and only if the run has them."""
+    import report
+
+    run = run_of(*(api_entry(f"luo {d} native", 1e-3, 50) for d in ("notifiers", "files")))
+    report.write_two_apis(run_of(), tmp_path / "none.md")
+    report.write_two_apis(run, tmp_path / "some.md")
+
+    assert not (tmp_path / "none.md").exists()
+    page = (tmp_path / "some.md").read_text()
+    assert (
+        page.partition(report.MARKS[0])[0]
+        == report.TWO_APIS.read_text().partition(report.MARKS[0])[0]
+    )
+    assert "50 devices of a generated host" in page.partition(report.MARKS[0])[2]

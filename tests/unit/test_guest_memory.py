@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from guest_memory import MIB, PAGE, Guest, write_elf, write_raw
 from kho_builder import Builder, flatten
 
+from luo.cli import main
 from luo.errors import HandoverError
 from luo.image import Image
 from luo.image.retrieve import (
@@ -528,3 +530,31 @@ def test_luo_v1_was_a_tree_and_none_is_none(tmp_path):
     path = write_raw(tmp_path / "raw", pages, made.base, made.size)
     with pytest.raises(HandoverError, match="no sessions"):
         sessions(Image.load(path))
+
+
+def test_devices_of_this_library_are_files_too(tmp_path):
+    """Of a kernel that kept its devices in sessions: each record, with the slots."""
+    from luo.device_files import RECORD
+    from luo.image.formats import STRUCTS
+
+    host = tmp_path / "host.toml"
+    host.write_text('memory = "1GiB"\n[devices]\nsource = "synthetic"\ncount = 10\n')
+    arguments = ["run", "--host", str(host), "--in-process", "--api", "sessions", "--save"]
+    done = CliRunner().invoke(main, [*arguments, str(tmp_path / "image")])
+    assert 0 == done.exit_code, done.output
+    image = Image.load(tmp_path / "image")
+
+    files = [file for session in sessions(image) for file in session.files if file.device]
+
+    assert RECORD.size == STRUCTS["device"][0].size
+    assert len(files) == len({file.device["path"] for file in files}) >= 5
+    for file in files:
+        contents = read_file(image, file)
+        path, bus, index, slot, _ = RECORD.unpack_from(contents)
+        assert file.device["path"].encode() == contents[24 : 24 + path]
+        assert file.device["bus"].encode() == contents[24 + path : 24 + path + bus]
+        assert (index, slot) == (file.device["index"], file.device["slot_bytes"])
+        assert file.size == len(contents)
+    results = retrieve(image, tmp_path / "out")
+    assert {f.name for f in files} == {r.file.name for r in results if r.path}
+    assert all(r.error is None for r in results)

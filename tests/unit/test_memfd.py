@@ -15,7 +15,7 @@ import pytest
 
 from luo import memfd
 from luo.errors import HandoverError, KhoError, KhoNoMemoryError
-from luo.files import FileArgs
+from luo.files import FileArgs, FileHandler
 from luo.kho import Kho
 from luo.memfd import folio_orders, memfd_handler, read_memfd, write_contents
 from luo.memory import PhysicalMemory
@@ -198,6 +198,26 @@ def test_fragmented_memory_gives_smaller_folios():
     assert data == contents(two.retrieve(args.data).file)
 
 
+def test_handler_made_anew_from_the_callbacks_works():
+    """As when it is given FLBs, or a callback is wrapped; the cost is known to the first."""
+    one = side("16MiB")
+    first = one.handler
+    one.handler = FileHandler(
+        first.compatible,
+        first.can_preserve,
+        first.preserve,
+        first.unpreserve,
+        first.retrieve,
+        first.finish,
+        freeze=first.freeze,
+    )
+    args = one.preserve(new(b"contents"))
+    one.handler.freeze(args)
+
+    assert 8 == first.cost.copied_bytes == args.private.cost.copied_bytes
+    assert b"contents" == contents(one.jump().retrieve(args.data).file)
+
+
 def test_negative_order_is_refused():
     """There are no such folios."""
     with pytest.raises(ValueError, match="negative"):
@@ -244,6 +264,24 @@ def test_other_pages_than_the_hosts(page):
     args = one.preserve(new(data))
 
     assert 6 == len(args.private.folios)
+    assert data == contents(one.jump().retrieve(args.data).file)
+
+
+@pytest.mark.parametrize("settings", [{"base": 1 << 30}, {"base": 0x40000000, "nodes": 2}])
+def test_memory_that_the_host_does_not_have_yet(settings):
+    """What is not resident is written to the file of memory, at the right place."""
+    one = Side(Kho(PhysicalMemory("256MiB", **settings), scratch=[]), 9)
+    data = pattern((40 << 20) + 5)
+    fd = new(data)
+    args = one.preserve(fd)
+    kept = args.private
+    found = b"".join(
+        bytes(one.memory.view(int(phys), PAGE << int(order)))
+        for phys, order in zip(kept.folios, kept.orders, strict=True)
+    )
+
+    assert data == found[: len(data)]
+    assert not any(found[len(data) :])
     assert data == contents(one.jump().retrieve(args.data).file)
 
 
@@ -490,22 +528,23 @@ def test_only_files_of_tmpfs_without_a_name_are_taken(tmp_path):
     can_preserve = memfd_handler().can_preserve
     pipe = os.pipe()
     regular = os.open(tmp_path / "regular", os.O_CREAT | os.O_RDWR)
+    others = [*pipe, regular, os.open("/dev/null", os.O_RDWR)]
+    with contextlib.suppress(OSError):  # a host without huge pages
+        others.append(os.memfd_create("huge", os.MFD_HUGETLB | os.MFD_ALLOW_SEALING))
+    _open.extend(others[1:])
 
     assert can_preserve(new())
     assert can_preserve(new(flags=0))
-    for fd in (*pipe, regular, os.open("/dev/null", os.O_RDWR)):
-        assert not can_preserve(fd)
+    assert not any(map(can_preserve, others))
     assert not can_preserve("file")
     assert not can_preserve(None)
-    with contextlib.suppress(OSError):
-        assert not can_preserve(os.memfd_create("huge", os.MFD_HUGETLB | os.MFD_ALLOW_SEALING))
     os.close(pipe[0])
     with pytest.raises(OSError, match="Bad file") as closed:
         can_preserve(pipe[0])
     assert errno.EBADF == closed.value.errno
 
 
-def test_unlinked_file_of_another_tmpfs(tmp_path):
+def test_unlinked_file_of_another_tmpfs():
     """It is no memfd, but becomes one; the mount is not memory's."""
     try:
         fd, name = tempfile.mkstemp(dir="/dev/shm")
@@ -565,6 +604,7 @@ def test_file_open_for_writing_only_is_read_all_the_same():
     one = side()
     fd = new(b"contents")
     writer = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY)
+    _open.append(writer)
     args = one.preserve(writer)
 
     assert b"contents" == contents(one.jump().retrieve(args.data).file)
@@ -825,6 +865,58 @@ def test_record_of_another_memory_page_that_was_never_written_is_einval():
         two.retrieve(phys)
 
     assert errno.EINVAL == refused.value.errno
+
+
+def test_array_that_was_never_written_is_einval():
+    """A hole in memory says nothing of folios."""
+    memory = PhysicalMemory("16MiB")
+    one = Side(Kho(memory, scratch=[]))
+    args = one.preserve(new(b"x"))
+    blank = memory.alloc_folios(1, 0)
+    memory.view(args.data + 32, 16)[:] = one.kho.preserve_vmalloc(blank)
+    with pytest.raises(KhoError, match="never written") as refused:
+        one.jump().retrieve(args.data)
+
+    assert errno.EINVAL == refused.value.errno
+
+
+def test_pfn_beyond_all_addresses_is_einval():
+    """52 bits of pages of 64 KiB are more than 64 bits of address."""
+    one = side("64MiB", page_size="64KiB")
+    args = one.preserve(new(b"x"))
+    array = u64(one.memory, u64(one.memory, args.data + 32) + 8)
+    put_u64(one.memory, array, u64(one.memory, array) | 1 << 51)
+    with pytest.raises(KhoError, match="pfn") as refused:
+        one.jump().retrieve(args.data)
+
+    assert errno.EINVAL == refused.value.errno
+
+
+def test_file_that_is_cut_while_it_is_read_is_eperm(monkeypatch):
+    """Between its size and its bytes somebody was faster."""
+    one = side()
+    args = one.preserve(new(pattern(3 * PAGE)))
+    monkeypatch.setattr(os, "preadv", lambda *args: 0)
+    with pytest.raises(KhoError) as refused:
+        one.handler.freeze(args)
+
+    assert errno.EPERM == refused.value.errno
+
+
+def test_host_that_has_only_executable_memfds(monkeypatch):
+    """A kernel before 6.3 knows no MFD_EXEC, and makes what that means."""
+    one = side("16MiB")
+    args = one.preserve(new(b"old host"))
+    create = os.memfd_create
+
+    def old(name, flags):
+        if flags & 0x10:
+            raise OSError(errno.EINVAL, "unknown flag")
+        return create(name, flags)
+
+    monkeypatch.setattr(os, "memfd_create", old)
+
+    assert b"old host" == contents(one.jump().retrieve(args.data).file)
 
 
 # ---- what Linux takes, too ----

@@ -11,7 +11,9 @@ import pytest
 from memfd_kernels import told
 
 from luo.errors import CallbackError, KhoError
+from luo.image import Image
 from luo.kernel import KernelImage
+from luo.machine import DeviceTree, Machine
 
 PAGE = 4096
 
@@ -238,3 +240,55 @@ def test_retrieved_twice_is_the_same_file(kernel, new):
     assert b"contents" == os.pread(one, 9, 0)
     os.close(one)
     os.close(two)
+
+
+@pytest.mark.parametrize("max_order", [0, 9])
+def test_image_of_it_breaks_no_rule(new, max_order):
+    """The reader of images, which knows the format on its own, finds every file as it is."""
+    kernel = memfd_kernels.plain(memfd_kernels.machine(), max_order).boot()
+    files = various(new)
+    preserve(kernel, "image", files)
+    with kernel.liveupdate.frozen():
+        image = Image.from_kernel(kernel)
+        assert [] == image.verify()
+        decoded = next(tree for tree in image.survey.subtrees if tree.name == "LUO").decoded
+    (session,) = decoded["sessions"]
+    memory = kernel.machine.memory
+
+    assert list(files) == [file["token"] for file in session["files"]]
+    for file in session["files"]:
+        fd, found = files[file["token"]], file["memfd"]
+        facts = told(fd)
+        assert [facts[key] for key in ("size", "pos", "seals")] == [
+            found[key] for key in ("size", "pos", "seals")
+        ]
+        contents = b""
+        for pfn, flags, index, order in found["folios"]:
+            assert (3, len(contents) // PAGE) == (flags, index)
+            contents += bytes(memory.view(pfn * PAGE, PAGE << order))
+        assert max_order or all(folio[3] == 0 for folio in found["folios"])
+        assert -(-facts["size"] // PAGE) * PAGE == len(contents)
+        assert os.pread(fd, len(contents), 0) == contents[: facts["size"]]
+        assert not any(contents[facts["size"] :])
+
+
+def test_memfds_of_a_real_kernel_are_retrieved(shared):
+    """Linux 7.3 left eleven; contents are compared where the dump has all pages."""
+    place = shared / "golden" / "kho_v4_arm64"
+    image = Image.load(place)
+    manifest = json.loads((place / "manifest.json").read_text())
+    kernel = memfd_kernels.plain(Machine(image.memory(), DeviceTree())).boot(image.handover)
+    seen = 0
+    for expected in manifest["sessions"]:
+        found, session = files_of(kernel, expected["name"])
+        assert len(expected["files"]) == len(found)
+        for file in expected["files"]:
+            got = found[int(file["token"], 16)]
+            assert all(file[what] == got[what] for what in ("size", "pos", "seals"))
+            if file["pages_stored"] == "all":
+                assert file["sha256"] == got["sha256"]
+                seen += 1
+        session.close()
+
+    assert 6 == seen
+    assert kernel.liveupdate.problems == ()

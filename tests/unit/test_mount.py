@@ -144,7 +144,7 @@ def test_script_for_the_rfcs_files_updates_twice(base, where):
             assert done.stdout.split("\n", 2)[0] == "normal"
             assert done.stdout.endswith(" devices requested\nprepared\nupdated\nnormal\n")
             assert shell(base, "ls kernel/debug/kho/in/sub_fdts") == (
-                "kexec-metadata\nliveupdate_orchestrator"
+                "LUO\nkexec-metadata\nliveupdate_orchestrator"
             )
 
 
@@ -153,7 +153,7 @@ def test_files_say_what_sysfs_would(base):
     """Sizes, truncation, refusals and new files are what a script meets on /sys."""
     device = "devices/pci0000:00/liveupdate"
     with mounted(base, "--in-process"):
-        assert shell(base, "ls") == "devices\nkernel"
+        assert shell(base, "ls") == "dev\ndevices\nkernel"
         assert shell(base, "stat -c '%a %u %s' kernel/liveupdate/*") == "\n".join(
             f"{mode} {os.geteuid()} 4096" for mode in ("200", "200", "444")
         )

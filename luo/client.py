@@ -121,7 +121,7 @@ class LiveUpdate(_Open):
     """The open node: whoever has it makes sessions, one process at a time."""
 
     @classmethod
-    def open(cls, path: str = uapi.NODE, *, timeout: float = 60.0) -> LiveUpdate:
+    def open(cls, path: str | os.PathLike[str] = uapi.NODE, *, timeout: float = 60.0) -> LiveUpdate:
         """Open the node at *path*.
 
         Args:
@@ -133,10 +133,12 @@ class LiveUpdate(_Open):
                 cannot be read; ENODEV with live update off; ENOENT, EACCES, ECONNREFUSED if nobody
                 offers one there; ETIMEDOUT.
         """
-        return cls._connected(path, uapi.OPEN, timeout)
+        return cls._connected(os.fspath(path), uapi.OPEN, timeout)
 
     @classmethod
-    def list_sessions(cls, path: str = uapi.NODE, *, timeout: float = 60.0) -> dict[str, Any]:
+    def list_sessions(
+        cls, path: str | os.PathLike[str] = uapi.NODE, *, timeout: float = 60.0
+    ) -> dict[str, Any]:
         """Return which sessions and files there are, whether the node is open or not.
 
         Ours: no real kernel tells. The document is ``luo-sessions/1``.
@@ -144,7 +146,7 @@ class LiveUpdate(_Open):
         Raises:
             OSError: as of :meth:`open`; ENOTTY from a real kernel.
         """
-        with cls._connected(path, uapi.LIST, timeout) as node:
+        with cls._connected(os.fspath(path), uapi.LIST, timeout) as node:
             return node._listed
 
     _listed: dict[str, Any]

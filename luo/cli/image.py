@@ -26,6 +26,7 @@ from luo.cli.image_text import (
     printable,
     size_text,
 )
+from luo.cli.image_verdict import show_verdict, verdict_options
 from luo.errors import FdtError
 from luo.fdt import Fdt
 from luo.handover import Handover
@@ -89,12 +90,27 @@ def inspect(
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @abi_option
 @memory_options
+@verdict_options
 def verify(
-    path: Path, as_json: bool, name: str | None, base: int | None, handover: Handover | None
+    path: Path,
+    as_json: bool,
+    name: str | None,
+    base: int | None,
+    handover: Handover | None,
+    kernel: str | None,
+    pairs: tuple[str, ...],
 ) -> None:
-    """Check PATH against every rule of its format; exit status 1 if it breaks one."""
+    """Check PATH against every rule of its format; exit status 1 if it breaks one.
+
+    With --for: say what that kernel would do with it; exit status 1 unless it takes it.
+    """
+    if pairs and kernel is None:
+        raise click.UsageError("--target: of what? see --for")
     with wrong_input():
         found = Image.load(path, abi=name, base=base, handover=handover)
+        if kernel is not None:
+            show_verdict(path, found, pairs, as_json=as_json)
+            return
         violations = found.verify()
         warnings = found.survey.warnings
     if as_json:
@@ -110,7 +126,7 @@ def verify(
             click.echo(_line(violation))
         for warning in warnings:
             click.echo(f"warning: {_line(warning)}")
-        for note in found.notes:
+        for note in found.notes[:1]:
             click.echo(printable(f"{path}: {note}"))
         count = sum(violation.count for violation in violations)
         blocks = len(found.survey.phys)

@@ -1,0 +1,131 @@
+"""What Linux 7.3 does with each wrong handover of ``verdicts.py`` is what the verdict says."""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import machine
+import pytest
+from verdicts import CASES, Case, Handmade
+
+from luo.image import boot
+
+SILENT = 8.0  # a panic before there is a console says nothing
+BUILD = machine.Build.find()
+WARNING = re.compile(r"WARNING: |refcount_t: ")
+OOPS = re.compile(r"Unable to handle kernel|Internal error: ")
+
+pytestmark = pytest.mark.skipif(BUILD is None, reason="there is no kernel: make kernel")
+
+
+def run(handmade: Handmade, place: Path, timeout: float) -> machine.Run:
+    """Boot with it: QEMU's loader puts kernel, initrd and the handover into place."""
+    assert BUILD is not None
+    (place / "initrd").write_bytes(machine.initramfs(BUILD, ["\n".join(handmade.script())]))
+    (place / "dtb").write_bytes(handmade.device_tree())
+    image = handmade.image(handmade.memory)
+    arguments = [
+        *boot.machine_arguments(handmade.memory),
+        "-kernel", str(BUILD.image), "-initrd", "initrd", "-dtb", "dtb",
+        "-append", " ".join([machine.CMDLINE, *handmade.parameters]),
+    ]  # fmt: skip
+    for i, (start, data) in enumerate(segments(image)):
+        (place / f"segment{i}").write_bytes(data)
+        arguments += ["-device", f"loader,file=segment{i},addr={start:#x},force-raw=on"]
+    guest = machine.Guest(arguments, directory=place, timeout=timeout)
+    try:
+        guest.wait()
+        return guest.run()
+    finally:
+        guest.stop()
+
+
+def segments(image) -> Iterator[tuple[int, bytes]]:
+    """Yield what the image has, with small gaps filled."""
+    start, data = 0, bytearray()
+    for extent in image.extents:
+        gap = extent.phys - start - len(data)
+        if data and gap > 1 << 20:
+            yield start, bytes(data)
+            data.clear()
+        if not data:
+            start, gap = extent.phys, 0
+        data += bytes(gap) + bytes(extent.data)
+    yield start, bytes(data)
+
+
+def seen(handmade: Handmade, found: machine.Run) -> str:
+    """What was seen first, in the words of a verdict."""
+    lines = found.console
+    text = "\n".join(lines)
+    begun = next((i for i, line in enumerate(lines) if "@ 0 start" in line), None)
+    if begun is None:
+        return "panics" if found.panic or not text.strip() else found.outcome
+    if "found kexec handover data" not in text or "disabling KHO revival" in text:
+        return "boots cold"
+    at_boot = "\n".join(lines[:begun])
+    if "reserve_mem" in at_boot and "Revived memory reservation" not in at_boot:
+        return "new region"
+    if WARNING.search(at_boot):
+        return "warning"
+    return after_boot(handmade, lines[begun + 1 :])
+
+
+WHERE = {
+    "start": "open", "open": "open", "retrieve-session": "RETRIEVE_SESSION",
+    "retrieve": "RETRIEVE_FD", "finish": "FINISH", "close": "FINISH",
+}  # fmt: skip
+
+
+def after_boot(handmade: Handmade, lines: list[str]) -> str:
+    """The same, of what PID 1 did."""
+    names = {called: name for name, called in handmade.names.items()}
+    warned = False
+    script = list(handmade.script())
+    last = 0
+    for line in lines:
+        if OOPS.search(line):
+            command = script[last].split()[0] if last < len(script) else "end"
+            return f"oops at {WHERE.get(command, command)}"
+        warned = warned or bool(WARNING.search(line))
+        result = re.search(r"@ (\d+) (\S+) (.*)", line)
+        if result is None:
+            continue
+        last, command, text = int(result[1]), result[2], result[3]
+        if text.startswith("error=") and "at=read" not in text:
+            return f"{text.split()[0][6:]} at {WHERE.get(command, command)}"
+        if command != "retrieve":
+            continue
+        values = dict(part.split("=", 1) for part in text.split() if "=" in part)
+        called = script[last - 1].split()[1]
+        want = handmade.expect[names.get(called, called), int(script[last - 1].split()[2])]
+        has = [int(values[name], 0) for name in ("size", "pos", "seals")]
+        if has != [want.size, want.pos, want.seals]:
+            return "wrong attributes"
+        if values["sha256"] != hashlib.sha256(want.contents).hexdigest():
+            return "wrong data"
+    if not any("@" in line and " end ok" in line for line in lines):
+        return "hang"
+    return "warning" if warned else "takes it"
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_kernel_does_what_the_verdict_says(case: Case, tmp_path: Path):
+    """Of what is possible, one happens; without a problem the kernel takes it."""
+    handmade = case.make()
+    verdict = handmade.judged()
+    silent = verdict.seen == ("panics",)
+    found = run(handmade, tmp_path, SILENT if silent else 60)
+
+    what = seen(handmade, found)
+
+    assert what in verdict.seen, "\n".join([*map(str, verdict.problems[:5]), *found.console[-60:]])
+
+
+def test_the_cases_are_of_many_kinds():
+    """More than 25 wrong handovers, and every outcome."""
+    verdicts = [case.make().judged() for case in CASES.values()]
+
+    assert len([v for v in verdicts if v.problems]) >= 25
+    assert {v.outcome.name for v in verdicts} == {"TAKES", "COLD", "PANICS", "LATER", "UNDEFINED"}

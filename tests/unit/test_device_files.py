@@ -289,6 +289,25 @@ def test_cancel_and_finish_that_fail_stop_nothing():
     kernel.close()
 
 
+def test_interrupt_while_cancelling_comes_when_all_is_closed():
+    """Every device is cancelled, memory is as before, and the agent can begin again."""
+    log = Log()
+    guests = [device_session_kernels.guest(log, "a", np.array([4], np.int32))]
+    kernel = booted("sessions", log=log, guests=guests)
+    before = rehearsed(kernel)
+    log.clear()
+    kernel.agent.prepare()
+    log.faults["CANCEL", "driver", "nic", NIC1] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        kernel.agent.cancel()
+
+    assert kept(kernel) == before
+    assert {path for _, side, path in calls(log, "CANCEL") if side == "bus"} == set(ORDER[:4])
+    assert kernel.agent.state == "normal"
+    kernel.agent.prepare()
+    kernel.close()
+
+
 def test_successor_that_refuses_has_the_agent_cancel():
     """Before the commit point everything is undone, and the error says so."""
     kernel = booted("sessions")
@@ -728,6 +747,10 @@ def test_run_with_sessions_writes_the_same_document(tmp_path):
     phases = [phase for kernel in other["timeline"]["kernels"] for phase, *_ in kernel["phases"]]
     assert phases == ["prepare", "reboot", "jump", "boot", "restore", "finish"]
     assert run("compare", files["rfc1"], files["sessions"]).exit_code == 0
+    pytest.importorskip("plotly")
+    page = tmp_path / "page.html"
+    assert run("report", files["sessions"], files["rfc1"], "-o", page).exit_code == 0
+    assert "luo-vfio-pci-v1" in page.read_text()
 
 
 def test_run_with_sessions_says_what_it_cannot(tmp_path):

@@ -1,12 +1,13 @@
 """File-lifecycle-bound data (FLB): one sentence of luo-mainline.md section 4.4 a test."""
 
+import dataclasses
 import errno
 import struct
 
 import pytest
 import session_rig as rig
 from rig import errno_of
-from session_model import FLBS_MAX, Handler, Raises, Thing, answer_data
+from session_model import FLBS_MAX, INTERRUPT, Handler, Raises, Thing, answer_data
 from session_rig import short, updated
 
 from luo.errors import CallbackError, KernelPanic
@@ -355,6 +356,93 @@ def test_the_page_is_free_in_the_next_kernel(recorder, kernel):
             if kernel.liveupdate.incoming:
                 node.retrieve_session("x").close()
         assert kernel.kho.incoming.nr_unrestored == beside
+
+
+# ---- a fault of 7.3, and one that is not repeated ----
+
+
+def test_7_3_does_not_finish_what_nobody_asked_for(recorder, kernel):
+    filled(kernel, x="bb")
+    live = arrived(recorder, kernel, quirks=["flb-finish-uncounted"]).liveupdate
+    with live.open() as node:
+        node.retrieve_session("x").finish()
+
+    assert flb_calls(recorder) == []
+
+
+def test_7_3_finishes_what_somebody_asked_for(recorder, kernel):
+    filled(kernel, x="bb")
+    live = arrived(recorder, kernel, quirks=["flb-finish-uncounted"]).liveupdate
+    live.flb_get_incoming(recorder.flb("pci"))
+    live.flb_put_incoming(recorder.flb("pci"))
+    with live.open() as node:
+        node.retrieve_session("x").finish()
+
+    assert flb_calls(recorder) == ["RETRIEVE pci", "FINISH pci"]
+
+
+def test_7_3_counts_files_again_that_are_finished(recorder, kernel):
+    filled(kernel, x="b", y="b")
+    live = arrived(recorder, kernel, quirks=["flb-finish-uncounted"]).liveupdate
+    with live.open() as node:
+        node.retrieve_session("x").finish()
+        live.flb_get_incoming(recorder.flb("pci"))
+        live.flb_put_incoming(recorder.flb("pci"))
+        node.retrieve_session("y").finish()
+
+    assert flb_calls(recorder) == ["RETRIEVE pci"]
+
+
+def test_what_is_registered_late_does_not_count_for_files_before(recorder, kernel):
+    (first,) = filled(kernel, x="b")
+    late = recorder.flb("late")
+    kernel.liveupdate.register_flb(recorder.handler(B), late)
+    (second,) = filled(kernel, y="b")
+    recorder.begin()
+    first.close()
+    assert flb_calls(recorder) == []
+    kernel.liveupdate.unregister_flb(recorder.handler(B), late)
+    second.close()
+
+    assert flb_calls(recorder) == ["UNPRESERVE late", "UNPRESERVE pci"]
+
+
+def test_a_handler_may_bring_its_flbs(recorder, kernel):
+    handler = dataclasses.replace(recorder.handler(A), compatible="c", flbs=(recorder.flb("own"),))
+    kernel.liveupdate.register_handler(handler)
+    assert errno_of(kernel.liveupdate.register_flb, handler, recorder.flb("own")) == errno.EEXIST
+
+    other = dataclasses.replace(handler, compatible="d", flbs=(rig.Recorder().flb("own"),))
+    assert errno_of(kernel.liveupdate.register_handler, other) == errno.EEXIST
+    with pytest.raises(ValueError, match="two FLBs"):
+        rig.Kernel(rig.machine(), file_handlers=[handler, other])
+
+
+def test_more_puts_than_gets_do_nothing(recorder, kernel):
+    live, pci = kernel.liveupdate, recorder.flb("pci")
+    live.flb_put_outgoing(pci)
+    live.flb_put_incoming(pci)
+    filled(kernel, x="b")
+    live = arrived(recorder, kernel).liveupdate
+    with live.open() as node:
+        node.retrieve_session("x").finish()
+    recorder.begin()
+    live.flb_put_incoming(pci)
+
+    assert recorder.calls == []
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_an_interrupt_in_preserve_undoes_what_was_done(recorder, kernel, at):
+    (session,) = filled(kernel, x="")
+    recorder.begin({at: INTERRUPT})
+    with pytest.raises(KeyboardInterrupt):
+        session.preserve(Thing("a", 1), 1)
+
+    assert flb_calls(recorder)[at:] == ["UNPRESERVE iommu"][: at - 1]
+    recorder.begin()
+    session.preserve(Thing("a", 1), 1)
+    assert flb_calls(recorder) == ["PRESERVE iommu", "PRESERVE pci"]
 
 
 # ---- hostile pages ----

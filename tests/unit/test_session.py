@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import os
 import struct
 import threading
 import time
@@ -15,6 +16,7 @@ from session_rig import short, updated
 from luo import abi
 from luo.errors import CallbackError, KernelPanic, StateError, SuccessorError
 from luo.fdt import Fdt
+from luo.files import FileHandler
 from luo.kernel import Kernel
 
 ALL = frozenset({"freeze", "unfreeze", "can_finish", "get_id"})
@@ -175,6 +177,7 @@ def shorten(kernel, head, handover):
 DAMAGES = {
     "31 bytes": shorten,
     "compatible": lambda kernel, head, _: put(kernel, head, b"luo-v4"),
+    "shorter compatible": lambda kernel, head, _: put(kernel, head, b"luo-v\0"),
     "longer compatible": lambda kernel, head, _: put(kernel, head, b"luo-v55"),
     "cycle": lambda kernel, head, _: put(kernel, u64(kernel, head + 16), u64(kernel, head + 16)),
     "no records": lambda kernel, head, _: put(kernel, u64(kernel, head + 16) + 8, 0),
@@ -220,6 +223,22 @@ def test_with_kho_off_nobody_looks(recorder, what):
     kernel = updated(damaged(recorder, what), recorder, cmdline="liveupdate=on", preflight=False)
 
     assert not kernel.liveupdate.enabled
+
+
+def test_what_stands_behind_the_end_of_compatible_is_not_read(recorder):
+    kernel = filled(recorder)
+    at_handover(kernel, lambda head, _: put(kernel, head, b"luo-v5\0x"))
+
+    assert updated(kernel, recorder, (MEMORY,)).liveupdate.liveupdate_num == 1
+
+
+def test_a_page_of_flbs_that_is_the_head_itself(recorder):
+    kernel = filled(recorder)
+    at_handover(kernel, lambda head, _: (put(kernel, head + 24, head), put(kernel, head + 8, 0)))
+    live = updated(kernel, recorder, (MEMORY,)).liveupdate
+
+    with live.open() as node:
+        node.retrieve_session("s0").close()
 
 
 def test_too_long_a_chain_is_a_panic(recorder, monkeypatch):
@@ -969,6 +988,212 @@ def test_47_bytes_come_over(recorder):
         node.retrieve_session("a").retrieve(1)
 
 
+# ---- faults of 7.3 that are not repeated unless asked for ----
+
+
+def test_the_empty_block_of_7_3_is_a_panic_of_the_next_kernel(recorder):
+    kernel = booted(recorder, quirks=["sessions-empty-block"])
+    with kernel.liveupdate.open() as node:
+        for number in range(51):
+            node.create_session(f"s{number}")
+        assert errno_of(node.create_session, "s0") == errno.EEXIST
+        assert luo_pages(kernel) == 4
+
+    with pytest.raises(SuccessorError, match="0 entries"):
+        updated(kernel, recorder, (MEMORY,))
+    kernel.liveupdate.outgoing[0].close()  # shrinks
+    updated(kernel, recorder, (MEMORY,))
+
+
+# ---- what a careless handler does ----
+
+
+def careless(**callbacks):
+    """A handler of everything that does nothing, but for *callbacks*."""
+    nothing = dict.fromkeys(("preserve", "unpreserve", "retrieve", "finish"), lambda args: None)
+    return FileHandler("x", **{"can_preserve": lambda file: True, **nothing, **callbacks})
+
+
+def with_handler(handler, machine=None):
+    """Return a kernel that has this handler and runs."""
+    return Kernel(machine or rig.machine(), file_handlers=[handler]).boot()
+
+
+@pytest.mark.parametrize("get_id", [lambda file: 1 // 0, lambda file: [], lambda file: {}])
+def test_a_get_id_that_says_nothing_is_an_error_of_the_handler(get_id):
+    with with_handler(careless(get_id=get_id)).liveupdate.open() as node:
+        session = node.create_session("a")
+        with pytest.raises(CallbackError, match="GET_ID") as caught:
+            session.preserve(object(), 1)
+    assert caught.value.errno == errno.EIO
+    assert session.files == ()
+
+
+@pytest.mark.parametrize("file", [None, 12345])
+def test_a_retrieve_without_a_file_is_remembered(file):
+    handler = careless(retrieve=lambda args: setattr(args, "file", file))
+    kernel = with_handler(handler)
+    with kernel.liveupdate.open() as node:
+        node.create_session("a").preserve(object(), 1)
+    kernel.kexec_load(Kernel(kernel.machine, file_handlers=[handler]))
+    with kernel.kexec().liveupdate.open() as node:
+        session = node.retrieve_session("a")
+    codes = [errno_of(session.retrieve, 1) for _ in range(2)]
+
+    assert codes == [errno.EIO if file is None else errno.EBADF] * 2
+    assert session.files[0].file is None
+    session.close()
+
+
+@pytest.mark.parametrize("data", [-1, 1 << 64, "text", None])
+def test_data_that_is_no_u64_is_an_error_of_the_handler(data):
+    with with_handler(careless(preserve=lambda args: setattr(args, "data", data))) as kernel:
+        with kernel.liveupdate.open() as node:
+            session = node.create_session("a")
+            assert errno_of(session.preserve, object(), 1) == errno.EIO
+        assert session.files == ()
+
+
+@pytest.mark.parametrize("event", ["unpreserve", "finish"])
+def test_who_cannot_fail_and_does_is_noted(event):
+    def fail(args):
+        raise OSError(errno.EIO, "on purpose")
+
+    handler = careless(**{event: fail}, retrieve=lambda args: setattr(args, "file", args))
+    kernel = with_handler(handler)
+    with kernel.liveupdate.open() as node:
+        session = node.create_session("a")
+        for token in range(3):
+            session.preserve(object(), token)
+    if event == "finish":
+        kernel.kexec_load(Kernel(kernel.machine, file_handlers=[handler]))
+        kernel = kernel.kexec()
+        with kernel.liveupdate.open() as node:
+            session = node.retrieve_session("a")
+    session.close()
+
+    problems = kernel.liveupdate.problems
+    assert [problem.event for problem in problems] == [event.upper()] * 3
+    assert [problem.device for problem in problems] == ["a/0x2", "a/0x1", "a/0x0"]
+    assert (kernel.liveupdate.outgoing, kernel.liveupdate.incoming) == ((), ())
+    assert luo_pages(kernel) == 2
+
+
+def test_two_handlers_of_one_name_are_refused_before_boot(recorder):
+    with pytest.raises(ValueError, match="two file handlers"):
+        Kernel(rig.machine(), file_handlers=[careless(), careless()])
+    with pytest.raises(TypeError):
+        Kernel(rig.machine(), file_handlers=["x"])
+    with pytest.raises(ValueError, match="kho-v4"):
+        Kernel(rig.machine(), file_handlers=[], kho_abi="kho-v3")
+
+
+@pytest.mark.parametrize("name", ["can_preserve", "preserve", "unpreserve", "retrieve", "finish"])
+def test_five_callbacks_are_required(name):
+    with pytest.raises(OSError, match=name) as caught:
+        careless(**{name: None})
+    assert caught.value.errno == errno.EINVAL
+
+
+# ---- descriptors: LUO has a reference of its own ----
+
+
+def nr_open(path):
+    """How many descriptors of *path* there are."""
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            found.append(os.readlink(f"/proc/self/fd/{fd}"))
+        except FileNotFoundError:  # the one of the directory itself
+            continue
+    return found.count(str(path))
+
+
+def test_luo_keeps_a_descriptor_of_its_own(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("content")
+    fd = os.open(path, os.O_RDONLY)
+    with with_handler(careless()).liveupdate.open() as node:
+        session = node.create_session("a")
+    session.preserve(fd, 1)
+    assert nr_open(path) == 2
+    os.close(fd)
+    assert os.pread(session.files[0].file, 7, 0) == b"content"
+    session.close()
+    assert nr_open(path) == 0
+
+
+@pytest.mark.parametrize("event", ["can_preserve", "preserve", "get_id"])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, ""), ZeroDivisionError(), KeyboardInterrupt()]
+)
+def test_a_failure_leaves_no_descriptor(tmp_path, event, error):
+    def fail(_):
+        raise error
+
+    path = tmp_path / "file"
+    with path.open("w") as file, with_handler(careless(**{event: fail})).liveupdate.open() as node:
+        session = node.create_session("a")
+        with pytest.raises(BaseException):  # noqa: B017
+            session.preserve(file.fileno(), 1)
+        assert nr_open(path) == 1
+
+
+def test_two_descriptors_of_one_file_are_one_file(tmp_path):
+    path = tmp_path / "file"
+    with path.open("w") as one, path.open("w") as two:
+        with with_handler(careless()).liveupdate.open() as node:
+            session = node.create_session("a")
+        session.preserve(one.fileno(), 1)
+        assert errno_of(session.preserve, two.fileno(), 2) == errno.EBUSY
+        assert nr_open(path) == 3
+        session.close()
+
+
+def test_no_descriptor_is_ebadf_before_anybody_is_asked():
+    asked = []
+    with with_handler(careless(can_preserve=asked.append)).liveupdate.open() as node:
+        session = node.create_session("a")
+    assert errno_of(session.preserve, 12345, 1) == errno.EBADF
+    assert errno_of(session.preserve, -1, 1) == errno.EBADF
+    assert asked == []
+
+
+def test_who_retrieves_gets_a_descriptor_of_his_own(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("content")
+
+    def retrieve(args):
+        args.file = os.open(path, os.O_RDONLY)
+
+    handler = careless(retrieve=retrieve)
+    kernel = with_handler(handler)
+    with kernel.liveupdate.open() as node:
+        node.create_session("a").preserve(object(), 1)
+    kernel.kexec_load(Kernel(kernel.machine, file_handlers=[handler]))
+    with kernel.kexec().liveupdate.open() as node:
+        session = node.retrieve_session("a")
+    mine = [session.retrieve(1) for _ in range(3)]
+    assert nr_open(path) == 4
+    os.close(mine.pop())
+    session.close()
+    assert nr_open(path) == 2
+    assert os.pread(mine[0], 7, 0) == b"content"
+    for fd in mine:
+        os.close(fd)
+
+
+def test_a_kernel_that_goes_lets_go_of_its_descriptors(tmp_path):
+    path = tmp_path / "file"
+    with path.open("w") as file:
+        kernel = with_handler(careless())
+        with kernel.liveupdate.open() as node:
+            node.create_session("a").preserve(file.fileno(), 1)
+        kernel.kexec_load(Kernel(kernel.machine))
+        kernel.kexec()
+        assert nr_open(path) == 1
+
+
 # ---- ^C, callbacks that call back, threads (ours) ----
 
 
@@ -1007,6 +1232,70 @@ def test_an_interrupt_while_it_closes_stops_nothing(recorder, kernel, outgoing):
     assert [call.event for call in recorder.calls] == ["UNPRESERVE"] * 5
     assert kernel.liveupdate.outgoing == ()
     assert luo_pages(kernel) == 2
+
+
+@pytest.mark.parametrize("at", range(6, 12))
+def test_an_interrupt_in_unfreeze_is_heard_when_all_is_thawed(recorder, at):
+    kernel = several(recorder)
+    before = rig.walked(kernel.memory, kernel.kho.handover()).preserved
+    recorder.begin({at: INTERRUPT})
+    kernel.liveupdate.freeze()
+
+    with pytest.raises(KeyboardInterrupt):
+        kernel.liveupdate.unfreeze()
+    assert [call.event for call in recorder.calls] == ["FREEZE"] * 6 + ["UNFREEZE"] * 6
+    assert u64(kernel, head_of(kernel) + 16) == 0
+    for phys, _ in before:
+        assert b"memory-v1" not in rig.reader(kernel.memory)(phys, 4096)
+    kernel.liveupdate.outgoing[0].preserve(memory("more"), 9)
+    recorder.begin()
+    updated(kernel, recorder, (MEMORY,))
+    assert len(recorder.calls) == 7
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_an_interrupt_in_retrieve_is_not_remembered(recorder, incoming, at):
+    recorder.begin({0: INTERRUPT})
+    with pytest.raises(KeyboardInterrupt):
+        incoming.retrieve(at)
+
+    assert incoming.files[at].file is None
+    assert incoming.retrieve(at).kind == "memory"
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_an_interrupt_before_anything_is_finished_closes_nothing(recorder, incoming, at):
+    recorder.begin({at: INTERRUPT})
+    with pytest.raises(KeyboardInterrupt):
+        incoming.close()
+
+    assert len(incoming.files) == 3
+    recorder.begin()
+    incoming.close()
+    assert incoming.files == ()
+
+
+@pytest.mark.parametrize("at", range(3, 6))
+def test_an_interrupt_in_finish_stops_nothing(recorder, updated_kernel, incoming, at):
+    recorder.begin({at: INTERRUPT})
+    with pytest.raises(KeyboardInterrupt):
+        incoming.close()
+
+    assert [call.event for call in recorder.calls] == ["CAN_FINISH"] * 3 + ["FINISH"] * 3
+    assert updated_kernel.liveupdate.incoming == ()
+    assert updated_kernel.kho.incoming.nr_unrestored == rig.beside()[1]
+
+
+def test_a_kexec_from_a_callback_keeps_the_loaded_image(recorder):
+    kernel = filled(recorder)
+    kernel.kexec_load(rig.kernel(kernel.machine, recorder, (MEMORY,)))
+    refused = []
+    recorder.begin()
+    recorder.hooks[0] = lambda _: refused.append(errno_of(kernel.kexec))
+    kernel.liveupdate.outgoing[0].preserve(memory("new"), 1)
+
+    assert refused == [errno.EDEADLK]
+    kernel.kexec()
 
 
 def call_back(kernel, session):

@@ -6,7 +6,7 @@ them. Names come from outside: they are percent-encoded, so that they cannot lea
 and decode to the same bytes.
 
 Contents are as the kernel would give them: a page that no folio holds, or whose folio is not
-uptodate, reads as zero. What the kernel cannot retrieve is not retrieved here either; the address
+up to date, reads as zero. What the kernel cannot retrieve is not retrieved here either; the address
 says where it fails.
 """
 

@@ -82,7 +82,9 @@ kernel:  ## Linux 7.3 for arm64 from Debian's source, in build/guest: 4 to 8 min
 	tests/guest/build.sh
 
 kernel-test: $(INSTALLED) $(TEST) kernel  ## real kernels under QEMU resume from our handovers, and we from theirs
-	LUO_KERNEL_TEST=1 LUO_TEST_INSTALLED=1 $(RUN) -m pytest tests/guest $(ARGS)
+	LUO_KERNEL_TEST=1 LUO_TEST_INSTALLED=1 $(RUN) -m pytest tests/guest --junitxml=build/kernel-test.xml $(ARGS); \
+	  status=$$?; $(if $(ARGS),true,PYTHONPATH=tests/guest $(RUN) tests/guest/record.py build/kernel-test.xml); \
+	  exit $$status
 
 embed: $(INSTALLED)  ## libluo.so and luo.pc for C programs, in build/embed (DIR=… for elsewhere)
 	$(RUN) -m luo.embed build $(or $(DIR),build/embed)

@@ -6,6 +6,7 @@ agent, which is timed with them. Callbacks for many devices at once are there by
 "steps" are notifiers with callbacks in Python, and a call of the engine for each, as for a file.
 """
 
+import gc
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -97,23 +98,28 @@ class Preset:
 
     def __init__(self, name: str) -> None:
         self._host = workloads.host(name)
-        self._kernels: dict[tuple[str, str], luo.Kernel] = {}
+        self._touched: dict[str, luo.Kernel] = {}  # by design
         self.ram = sum(vm.ram_bytes for vm in self._host.vms)
         self.count = 0
 
     def loaded(self, kind: str, api: str) -> luo.Kernel:
-        """Return a kernel before PREPARE: a clone of one that is kept."""
-        if (kind, api) not in self._kernels:
-            drivers = hosts.drivers(self._host.devices, kind)
-            kernel = workloads.load(self._host, drivers=drivers, api=api)
-            self._kernels[kind, api] = kernel
-            tree, requested = kernel.devices.tree, kernel.devices.requested
-            self.count = len(tree.preserve_order(requested))
-        return self._kernels[kind, api].clone()
+        """Return a kernel before PREPARE, its successor loaded and memory touched."""
+        if api not in self._touched:
+            self._touched[api] = workloads.load(self._host, api=api, successor=None)
+        touched = self._touched[api]
+        requested = touched.devices.requested
+        self.count = len(self._host.devices.preserve_order(requested))
+        drivers = hosts.drivers(self._host.devices, kind)
+        image = workloads.image_of(self._host, api=api, modules=drivers)
+        machine = touched.machine.clone()
+        kernel = workloads.first_kernel(self._host, image, machine).boot()
+        kernel.devices.request(requested)
+        kernel.kexec_load(image.build(machine))
+        return kernel
 
     def close(self) -> None:
-        """Let the kernels go."""
-        for kernel in self._kernels.values():
+        """Let the machines go."""
+        for kernel in self._touched.values():
             kernel.close()
 
 
@@ -122,6 +128,7 @@ class Preset:
 
 def update(host: Generated | Preset, kind: str, api: str) -> dict[str, Any]:
     """Update a host; return seconds by phase, and what was handed over."""
+    gc.collect()  # machines of 16 TiB each, of which the address space has eight
     if kind == "steps":
         return stepwise(host.loaded("python", api), host.count)
     kernel = host.loaded(kind, api)

@@ -186,15 +186,17 @@ class Agent:
         order = devices.tree.preserve_order(requested)
         order = order[devices.supported()[order]]
         owners = self._owners()[order]
+        places = np.argsort(owners, kind="stable")  # the host's first, as they are nobody's
+        cuts = np.searchsorted(owners[places], np.arange(len(self._guests) + 1)).tolist()
         held: list[Held] = []
-        for number, guest in enumerate(self._guests):
-            own = order[owners == number] if len(guest.devices) else order[:0]
+        for guest, start, stop in zip(self._guests, cuts, cuts[1:], strict=False):
+            own = order[places[start:stop]]
             held.append((f"vm:{guest.name}", [self._file_of(guest.subsystem), *self._open(own)]))
         before = [one for one in self._subsystems if one.priority < Priority.AFTER_DEVICES]
         behind = [one for one in self._subsystems if one.priority == Priority.AFTER_DEVICES]
         host = [
             *map(self._file_of, before),
-            *self._open(order[owners < 0]),
+            *self._open(order[places[: cuts[0]]]),
             *map(self._file_of, behind),
         ]
         most = abi.KHO_BLOCKS_MAX * abi.block_capacity(

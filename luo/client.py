@@ -68,7 +68,7 @@ class _Open:
         Args:
             command: its number.
             structure: its structure, size first.
-            fd: the file that the structure's ``fd`` means.
+            fd: the same file as in the structure's ``fd``, if it has one.
 
         Returns:
             the structure as the kernel leaves it. If the call makes a descriptor, ``fd`` in it is
@@ -84,8 +84,6 @@ class _Open:
             raise from_errno(errno.EBADF, f"{what}: is closed")
         if self._socket is not None:
             return _call_on_socket(self._socket, what, command, structure, fd)
-        if command == uapi.LIST:
-            raise _error(what, command, errno.ENOTTY)
         argument = bytearray(structure)
         try:
             fcntl.ioctl(self._fd, command, argument, True)
@@ -211,7 +209,9 @@ class LiveUpdate(_Open):
             raise _error(what, uapi.CREATE_SESSION, errno.EINVAL)
         argument = uapi.NAMED.pack(uapi.NAMED.size, -1, raw)
         _, fd, _ = uapi.NAMED.unpack(self._call(what, command, argument))
-        return Session.from_fd(fd)
+        session = Session.from_fd(fd)
+        session._name = os.fsdecode(raw)
+        return session
 
 
 class Session(_Open):
@@ -220,6 +220,8 @@ class Session(_Open):
     Closing one of this kernel forgets it and its files; closing one of the kernel before finishes
     it. It may be passed on to another process, or be inherited.
     """
+
+    _name: str | None = None  # as far as this process knows it
 
     @classmethod
     def from_fd(cls, fd: int) -> Session:
@@ -271,7 +273,7 @@ class Session(_Open):
 
     def _called(self) -> str:
         """Return what it is in messages."""
-        return f"session of descriptor {self._fd}"
+        return f"session {self._name}" if self._name else f"session of descriptor {self._fd}"
 
 
 def _file(what: str, fd: int, token: int) -> bytes:

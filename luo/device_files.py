@@ -367,14 +367,12 @@ class DeviceFiles:
 
     def nbytes(self, devices: Devices, index: int) -> int:
         """Return what one device will take; a size that a callback in Python says counts as 0."""
-        sizes = (
-            0
-            if not isinstance(ask, int | Batch)
-            else ask
-            if isinstance(ask, int)
-            else self._ask(devices, side, ask, index)
-            for side, ask in zip(SIDES, self._asks(devices, index), strict=True)
-        )
+        sizes = [0, 0]
+        for row, ask in enumerate(self._asks(devices, index)):
+            if isinstance(ask, int):
+                sizes[row] = ask
+            elif isinstance(ask, Batch):
+                sizes[row] = self._ask(devices, SIDES[row], ask, index)
         bus = devices.bus_of(index)
         path = len(devices.tree.path(index).encode())
         return _layout(path, len(bus.name.encode()) if bus is not None else 0, *sizes)[3]
@@ -407,7 +405,7 @@ class DeviceFiles:
             array = np.asarray(outcome)
             if array.dtype.kind not in "iub" or array.size != 1 or int(array.min()) < 0:
                 raise TypeError(f"state_size returned {outcome!r}, not a number of bytes")
-            return int(array.reshape(())[()] if array.ndim == 0 else array.reshape(-1)[0])
+            return int(array.reshape(-1)[0])
         except Exception as error:
             raise self._error(devices, _PREPARE, side, ask, index, error) from error
 

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from luo import uapi
 from luo.errors import KhoError, LuoError, StateError, errno_name, from_errno
+from luo.kernel import Kernel
 
 if TYPE_CHECKING:
     from luo.machine import Machine
@@ -71,13 +72,14 @@ class ControlSocket:
         self.path: str | None = os.path.abspath(path)
         self._listener = _bound(self.path)
         self._inode = _inode(self.path)
+        self._machine: Machine | None = None
         self._server: _Server | None = None
 
     @classmethod
     def inherited(cls, fd: int) -> ControlSocket:
         """Return the socket that another process has bound; *fd* is its from here on."""
         control = cls.__new__(cls)
-        control.path = control._inode = None
+        control.path = control._inode = control._machine = None
         control._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fd)
         control._server = None
         return control
@@ -86,18 +88,22 @@ class ControlSocket:
         """Make it *machine*'s: the kernel that runs here serves it, and so does every later one.
 
         Raises:
-            StateError: EBUSY if the machine has one, or its kernel runs in another process.
+            StateError: EBUSY if the machine has one, if its kernel runs in another process, or if
+                the next one has been loaded.
         """
         kernel = machine.running
         if machine.control is not None:
-            raise StateError(errno.EBUSY, f"control socket: the machine has {machine.control}")
-        if kernel is not None and not hasattr(kernel, "liveupdate"):
-            raise StateError(errno.EBUSY, f"control socket: {kernel} runs without it")
+            raise StateError(errno.EBUSY, f"{self}: the machine has {machine.control}")
+        if kernel is not None and not isinstance(kernel, Kernel):
+            raise StateError(errno.EBUSY, f"{self}: {kernel} runs without it")
+        if kernel is not None and kernel.kexec_loaded:
+            raise StateError(errno.EBUSY, f"{self}: a next kernel has been loaded without it")
+        self._machine = machine
         machine.control = self
         if kernel is not None:
             self.start(kernel)
 
-    def start(self, kernel: Any) -> None:
+    def start(self, kernel: Kernel) -> None:
         """Let *kernel* serve; called by a kernel when it has booted."""
         self._server = _Server(self._listener, kernel.liveupdate, kernel.release)
 
@@ -120,9 +126,13 @@ class ControlSocket:
 
         Sessions of a kernel that still runs are closed, as if all processes had ended.
         """
+        if self._machine is not None:
+            self._machine.control = None
+            self._machine = None
         if self._server is not None:
             self._server.stop(release=True)
             self._server.join()
+            self._server = None
         self._listener.close()
         if self.path is not None and _inode(self.path) == self._inode:
             with contextlib.suppress(OSError):

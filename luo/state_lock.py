@@ -37,9 +37,7 @@ class StateLock:
         """
         me = threading.get_ident()
         with self._changed:
-            self.refuse_deadlock(what)
-            if me in self._readers and not self._deadlocks:
-                raise StateError(errno.EDEADLK, f"{what}: this thread is reading the state")
+            self.refuse_holder(what)
             self._wait(what, errno.EAGAIN, True, lambda: self._writer is None and not self._readers)
             self._writer = me
         try:
@@ -99,6 +97,12 @@ class StateLock:
             self._killed.add(thread)
             self._changed.notify_all()
             return True
+
+    def refuse_holder(self, what: str) -> None:
+        """Raise ``StateError(EDEADLK)`` if this thread holds the lock, for whatever."""
+        self.refuse_deadlock(what)
+        if threading.get_ident() in self._readers and not self._deadlocks:
+            raise StateError(errno.EDEADLK, f"{what}: this thread is reading the state")
 
     def refuse_deadlock(self, what: str) -> None:
         """Raise ``StateError(EDEADLK)`` if this thread holds the lock for writing."""

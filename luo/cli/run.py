@@ -155,6 +155,8 @@ def run(
     exports: Exports,
 ) -> None:
     """Run a live update of a host, of this machine unless another is named."""
+    if api == "sessions" and (clocks.virtual or callback_limit is not None):
+        raise click.UsageError("--api sessions: callbacks of files have no limit and no model")
     if dry_reboot and budget:
         raise click.UsageError("--dry-reboot: there is no blackout to hold to a budget")
     repeat = repeat or (_REPEAT_WITH_BUDGET if budget else 1)

@@ -123,7 +123,7 @@ def _refusals() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _Refused(str(error)) from error
+        raise _Refused(_shown(str(error))) from error
 
 
 def _opened(control: str) -> LiveUpdate:
@@ -244,11 +244,11 @@ def create(
         if command:
             _become(command, {name: made.fileno()})
         count = "1 file" if len(wanted) == 1 else f"{len(wanted)} files"
-        click.echo(f"session {name}: {count}; ^C drops it")
+        click.echo(f"session {_shown(name)}: {count}; ^C drops it")
         poller = select.poll()
         poller.register(made, 0)  # nothing but the end of the kernel
         poller.poll()
-        click.echo(f"session {name}: the kernel has gone")
+        click.echo(f"session {_shown(name)}: the kernel has gone")
 
 
 @session.command()
@@ -376,7 +376,7 @@ def _print_sessions(told: Mapping[str, Any]) -> None:
     table = _table("session", "of", "files", "tokens")
     for kind, one in _rows(told):
         tokens = [file["token"] for file in one["files"]]
-        table.add_row(one["name"], kind, f"{len(tokens):,}", _tokens(tokens))
+        table.add_row(_shown(one["name"]), kind, f"{len(tokens):,}", _tokens(tokens))
     if not table.row_count:
         click.echo("no sessions")
         return
@@ -395,6 +395,12 @@ def _print_files(told: Mapping[str, Any]) -> None:
         click.echo("no files")
         return
     Console(highlight=False, markup=False).print(table)
+
+
+def _shown(name: str) -> str:
+    """Return *name*, which may be any bytes, so that it does a terminal no harm."""
+    text = os.fsencode(name).decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _tokens(tokens: list[int]) -> str:

@@ -35,7 +35,7 @@ __all__ = ["NewFile", "edit"]
 
 _MEMFD: Final = "memfd-v2"
 _SEALS: Final = 0x3F
-_FLAGS: Final = 3  # of a folio: dirty, uptodate
+_FLAGS: Final = 3  # of a folio: DIRTY, and its contents count
 _NAME_MAX: Final = 63
 _PFN_BITS: Final = 52
 

@@ -50,6 +50,10 @@ STRUCTS: Final[dict[str, tuple[struct.Struct, tuple[str, ...]]]] = {
             "vmalloc_first", "vmalloc_pages", "vmalloc_flags", "vmalloc_order",
         ),
     ),
+    "device": (
+        struct.Struct("<HHIQQ"),
+        ("path_bytes", "bus_bytes", "index", "slot_bytes", "bus_slot_bytes"),
+    ),
     "vmalloc": (_VMALLOC, ("first", "total_pages", "flags", "order")),
     "chunk": (struct.Struct("<Q"), ("next",)),
     "extent": (struct.Struct("<QQQQ"), ("phys", "nbytes", "first", "count")),
@@ -455,6 +459,10 @@ def _session(reader: _Reader, session: dict[str, Any], held: dict[int, str]) -> 
                 else:
                     held[record["data"]] = what
                     record["memfd"] = _memfd(reader, record["data"], what)
+            elif record["compatible"].startswith("luo-"):
+                device = _device(reader, record["data"])
+                if device is not None:
+                    record["device"] = device
             wrong = reader.survey.violations[seen:]
             if wrong:
                 record["wrong"] = [{"phys": v.phys, "rule": v.rule} for v in wrong]
@@ -545,6 +553,40 @@ def _memfd(reader: _Reader, phys: int, what: str) -> dict[str, Any] | None:
     columns = (at >> np.uint64(shift), flags, index, orders.astype(np.int64))
     memfd["folios"] = [list(row) for row in zip(*(c.tolist() for c in columns), strict=True)]
     return memfd
+
+
+def _device(reader: _Reader, phys: int) -> dict[str, Any] | None:
+    """A device of this library as a file (``luo.device_files``); None if it is something else.
+
+    Its handlers share their name's form with others', whose u64 is no such address.
+    """
+    survey = reader.survey
+    layout, names = STRUCTS["device"]
+    order = survey.order_at(phys)
+    if not phys or order is None or not survey.pages.written(phys, layout.size):
+        return None
+    raw = reader.read(phys, layout.size, "device record")
+    if raw is None:
+        return None
+    path, bus, _, slot, bus_slot = values = layout.unpack(raw)
+    end = layout.size + path + bus
+    for nbytes in (slot, bus_slot):
+        end = -(-end // 8) * 8 + nbytes
+    if not path or end > survey.ram.page_size << order:
+        return None
+    text = reader.read(phys + layout.size, path + bus, "device record")
+    try:
+        path_text, bus_text = (text or b"")[:path].decode(), (text or b"")[path:].decode()
+    except UnicodeDecodeError:
+        return None
+    return {
+        "type": "device",
+        "phys": phys,
+        **dict(zip(names, values, strict=True)),
+        "nbytes": end,
+        "path": path_text,
+        "bus": bus_text,
+    }
 
 
 def _flbs(reader: _Reader, phys: int) -> dict[str, Any] | None:

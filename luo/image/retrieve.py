@@ -25,7 +25,7 @@ from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from luo.errors import HandoverError
 from luo.image.formats import LUO_OLDER
-from luo.image.store import Extent, Image
+from luo.image.store import Image
 
 __all__ = [
     "MANIFEST",
@@ -38,6 +38,7 @@ __all__ = [
     "file_name",
     "name_of",
     "pieces",
+    "problems",
     "read_file",
     "retrieve",
     "select",
@@ -62,6 +63,7 @@ class SavedFile:
         handler: compatible of its handler.
         data: what the handler left, u64.
         memfd: the decoded record of a memfd that can be read (``luo.image.formats``), or None.
+        device: the decoded record of one of this library's devices, or None.
         wrong: rules that it breaks.
     """
 
@@ -70,6 +72,7 @@ class SavedFile:
     handler: str
     data: int
     memfd: dict[str, Any] | None = field(repr=False, default=None)
+    device: dict[str, Any] | None = field(repr=False, default=None)
     wrong: tuple[str, ...] = ()
 
     @property
@@ -80,15 +83,15 @@ class SavedFile:
     @property
     def known(self) -> bool:
         """Whether its handler is one whose files can be given back."""
-        return self.handler == _MEMFD
+        return self.handler == _MEMFD or self.device is not None
 
     def _number(self, name: str) -> int | None:
         return None if self.memfd is None else int(self.memfd[name])
 
     @property
     def size(self) -> int | None:
-        """Bytes, or None where nobody knows."""
-        return self._number("size")
+        """Bytes, or None where nobody knows; of a device: of its record with the slots."""
+        return self._number("size") if self.device is None else int(self.device["nbytes"])
 
     @property
     def pos(self) -> int | None:
@@ -188,7 +191,13 @@ def _file(session: str, record: dict[str, Any]) -> SavedFile:
         for each in record.get("wrong", ())
     )
     return SavedFile(
-        session, record["token"], record["compatible"], record["data"], record.get("memfd"), wrong
+        session,
+        record["token"],
+        record["compatible"],
+        record["data"],
+        record.get("memfd"),
+        record.get("device"),
+        wrong,
     )
 
 
@@ -196,6 +205,24 @@ def file_bound_data(image: Image) -> list[FileBoundData]:
     """Return the FLBs in *image*; errors as :func:`sessions`."""
     found = decoded_luo(image)["flbs"] or {"flbs": []}
     return [FileBoundData(flb["name"], flb["data"], flb["count"]) for flb in found["flbs"]]
+
+
+def problems(image: Image) -> list[str]:
+    """Return the rules that LUO's records break beside those of single files.
+
+    Sessions or files may be missing for them.
+    """
+    of_files = {
+        (rule["phys"], rule["rule"])
+        for session in decoded_luo(image)["sessions"]
+        for file in session["files"]
+        for rule in file.get("wrong", ())
+    }
+    return [
+        v.rule if v.phys is None else f"{v.phys:#x}: {v.rule}"
+        for v in image.survey.violations
+        if v.part == _SUBTREE and (v.phys, v.rule) not in of_files
+    ]
 
 
 def select(found: Sequence[SavedSession], wanted: Iterable[str]) -> list[SavedSession]:
@@ -278,18 +305,21 @@ def name_of(text: str) -> str:
 def pieces(image: Image, file: SavedFile) -> Iterator[tuple[int, memoryview]]:
     """Yield (offset, bytes) of what a memfd's folios hold, ascending; between them it is zero.
 
-    Nothing is copied.
+    Of a device: its record, with the slots of driver and bus. Nothing is copied.
 
     Raises:
         HandoverError: it cannot be read; the address says where.
     """
-    memfd = file.memfd
+    memfd, page = file.memfd, image.page_size
     if not file.known:
         raise HandoverError(f"file {file.name}: handler {file.handler!r} is not known", file.data)
+    if file.device is not None:
+        yield from _run(image, file, file.data, 0, file.device["nbytes"])
+        return
     if memfd is None or len(memfd["folios"]) != memfd["nr_folios"]:
         why = file.wrong[0] if file.wrong else "its record cannot be read"
         raise HandoverError(why, None if file.wrong else file.data)
-    page, size, end = image.page_size, memfd["size"], 0
+    size, end = memfd["size"], 0
     for pfn, flags, index, order in sorted(memfd["folios"], key=lambda row: row[2]):
         phys, offset = pfn * page, index * page
         if order < 0:
@@ -299,20 +329,23 @@ def pieces(image: Image, file: SavedFile) -> Iterator[tuple[int, memoryview]]:
         end = offset + (page << order)
         if not flags & _UPTODATE or offset >= size:
             continue
-        for part in _kept(image, file, phys, -(-(min(end, size) - offset) // page) * page):
-            at = offset + part.phys - phys
-            if part.data is not None:
-                yield at, memoryview(part.data)[: size - at]
+        yield from _run(image, file, phys, offset, min(end, size))
 
 
-def _kept(image: Image, file: SavedFile, phys: int, nbytes: int) -> Iterator[Extent]:
-    at = phys
-    for part in image.pieces(phys, phys + nbytes):
+def _run(
+    image: Image, file: SavedFile, phys: int, offset: int, end: int
+) -> Iterator[tuple[int, memoryview]]:
+    """Yield what pages from *phys* on hold of a file's bytes from *offset* to *end*."""
+    page = image.page_size
+    at, stop = phys, phys + -(-(end - offset) // page) * page
+    for part in image.pieces(phys, stop):
         if part.phys != at:
             break
-        yield part
+        if part.data is not None:
+            here = offset + part.phys - phys
+            yield here, memoryview(part.data)[: end - here]
         at = part.end
-    if at < phys + nbytes:
+    if at < stop:
         raise HandoverError(f"file {file.name}: page was not kept in the image", at)
 
 
@@ -389,6 +422,7 @@ def retrieve(
         "source": image.source,
         "abi": image.abi,
         "liveupdate_num": decoded_luo(image)["liveupdate_num"],
+        "wrong": problems(image),
         "sessions": rows,
         "flbs": [
             {"name": flb.name, "data": hex(flb.data), "count": flb.count}
@@ -420,6 +454,9 @@ def _row(result: RetrievedFile) -> dict[str, Any]:
             "seals": file.seals,
             "folios": file.nr_folios,
         }
+    if file.device is not None:
+        row["size"] = file.size
+        row["device"] = {name: file.device[name] for name in ("path", "bus", "index")}
     if result.path is not None:
         row |= {"sha256": result.sha256, "holes": [list(hole) for hole in result.holes]}
     if result.error is not None:

@@ -18,7 +18,7 @@
 //   preserve SESSION TOKEN PATH           preserves what is not a memfd
 //   again SESSION TOKEN OF-SESSION OF-TOKEN          preserves a file that is open already
 //   retrieve SESSION TOKEN [crc]          size, position, seals, blocks, crc32, sha256 unless "crc"
-//   bytes SESSION TOKEN OFFSET LENGTH     as hex, 256 at most
+//   bytes SESSION TOKEN OFFSET LENGTH     as hex, 256 at most; retrieved if it is not open
 //   kexec-load IMAGE [initrd=self|none|PATH] [PARAMETERS...]     initrd=self: this one's files
 //   kexec                                 reboot(KEXEC): comes back only with an error
 //   cat PATH   hex PATH   ls PATH   set PATH TEXT   echo TEXT...   sleep MS   poweroff   halt
@@ -598,14 +598,11 @@ static void do_again(void)
 	preserve(session, i < 0 ? -1 : opened[i].fd);
 }
 
-static int retrieved(void)
+static int retrieve(void)
 {
 	struct by_token args = { .size = sizeof(args), .token = number(2) };
-	int session, i = find(word(1), 0, args.token);
+	int session = session_fd(1);
 
-	if (i >= 0)
-		return opened[i].fd;
-	session = session_fd(1);
 	if (session < 0)
 		return -1;
 	if (ioctl(session, RETRIEVE_FD, &args)) {
@@ -624,7 +621,7 @@ static void do_retrieve(void)
 	struct stat st;
 	uint32_t crc = 0;
 	long long pos;
-	int fd = retrieved();
+	int fd = retrieve();
 
 	if (fd < 0)
 		return;
@@ -655,7 +652,7 @@ static void do_bytes(void)
 {
 	char hex[513] = "";
 	size_t want = number(4) < 256 ? number(4) : 256;
-	int fd = retrieved();
+	int i = find(word(1), 0, number(2)), fd = i < 0 ? retrieve() : opened[i].fd;
 	ssize_t n;
 
 	if (fd < 0)

@@ -273,6 +273,18 @@ def test_list_fits_the_screen_and_is_json(machine):
         os.close(fd)
 
 
+def test_names_of_any_bytes_do_a_terminal_no_harm(machine):
+    """Not UTF-8, or with control characters: escaped, and one line."""
+    with machine.open() as node, node.create_session(b"\xff\x1b[2J\n"):
+        lines = luo(machine, "list").splitlines()
+        assert len(lines) == 3
+        assert lines[2].startswith(r"\xff\x1b[2J\n ")
+        said = luo(machine, "create", b"\xff\x1b[2J\n", status=1)
+        assert said.count("\n") == 1
+        assert "\x1b" not in said
+        json.loads(luo(machine, "list", "--json"))
+
+
 # ---- with a mounted host ----
 
 

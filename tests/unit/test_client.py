@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rig import errno_of
 from session_kernels import COPIES, content, copies, host, memfd
 
@@ -26,6 +28,7 @@ from luo.device_node import ControlSocket
 from luo.errors import StateError
 from luo.kernel import Kernel, KernelImage
 from luo.machine import Machine
+from luo.sysfs import Tree
 
 TESTS = Path(__file__).parents[1]
 
@@ -44,9 +47,18 @@ def node(machine):
         yield opened
 
 
-def descriptors():
-    """Return how many descriptors this process has, when the server has closed what it will."""
-    return len(os.listdir("/proc/self/fd"))
+def descriptors(machine=None):
+    """Return how many descriptors this process has, but for machines' memory, freed whenever.
+
+    Those of calls that *machine* has answered are closed.
+    """
+    if machine is not None:
+        machine.control.settle()
+    count = 0
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            count += not os.readlink(f"/proc/self/fd/{fd}").startswith("/memfd:luo-memory")
+    return count
 
 
 def eventually(condition):
@@ -143,6 +155,62 @@ def test_dispatch_has_the_kernels_errno(machine, case):
         peer = (node if kind == "node" else session)._socket
 
         assert status(told(peer, struct.pack("=I", command) + structure)) == code
+
+
+def refusal(session, packet):
+    """Return the errno with which Linux's dispatcher refuses a call, None if it does not."""
+    sizes = {0x40: 16, 0x41: 16, 0x42: 8, 0x43: 72} if session else {0x00: 72, 0x01: 72}
+    command = int.from_bytes(packet[:4], "little")
+    nr, memory = command & 0xFF, packet[4:]
+    if nr not in sizes:
+        return errno.EINVAL
+    if len(memory) < 4:
+        return errno.EFAULT  # get_user()
+    if command != 0xBA00 | nr:
+        return errno.ENOTTY
+    if nr in (0x41, 0x42):
+        return errno.EINVAL  # the session did not come over
+    size, known = int.from_bytes(memory[:4], "little"), sizes[nr]
+    if size < known:
+        return errno.EINVAL
+    for byte in range(known, size):  # copy_struct_from_user(): the tail first
+        if byte >= len(memory):
+            return errno.EFAULT
+        if memory[byte]:
+            return errno.E2BIG
+    return errno.EFAULT if len(memory) < size else None
+
+
+calls = st.sampled_from([0xBA00, 0xBA01, 0xBA40, 0xBA41, 0xBA42, 0xBA43, 0xC048BA00, 0x4C02])
+numbers = st.one_of(calls, st.integers(0, (1 << 32) - 1), st.integers(0xBA00, 0xBAFF))
+lengths = st.one_of(st.sampled_from([0, 8, 16, 71, 72, 73, 80, 200]), st.integers(0, (1 << 32) - 1))
+bodies = st.one_of(st.binary(max_size=100), st.integers(0, 300).map(bytes))
+
+
+def test_any_packet_has_the_dispatchers_errno(tmp_path):
+    """Random numbers, sizes and bytes, against the dispatcher written down once more."""
+    with host(tmp_path / "node", COPIES) as machine, machine.open() as node:
+        with node.create_session("there") as session:
+
+            @given(st.booleans(), numbers, lengths, bodies)
+            def same(of_session, command, length, body):
+                packet = struct.pack("=II", command, length) + body
+                expected = refusal(of_session, packet)
+                code = status(told((session if of_session else node)._socket, packet))
+
+                assert code == expected if expected else code in OWN[command & 0xFF]
+
+            same()
+        assert machine.listed() == [{}, {}]
+
+
+#: What the calls themselves are refused with, or succeed.
+OWN = {
+    0x00: (0, errno.EINVAL, errno.EEXIST),
+    0x01: (errno.ENOENT,),
+    0x40: (errno.EBADF,),
+    0x43: (0, errno.EINVAL),
+}
 
 
 def test_call_before_the_node_is_open(machine):
@@ -421,7 +489,7 @@ def hostile_packets(peer):
 def test_hostile_packets_change_nothing(machine):
     """No session, no descriptor and no thread of them is left, and others are served."""
     machine.listed()
-    before = descriptors()
+    before = descriptors(machine)
     with machine.open() as node:
         hostile_packets(node._socket)
         eventually(lambda: machine.listed() == [{}, {}])  # what it told itself takes a while
@@ -432,25 +500,25 @@ def test_hostile_packets_change_nothing(machine):
         hostile_packets(peer)
     eventually(lambda: machine.listed() == [{}, {}])
 
-    eventually(lambda: descriptors() <= before)
+    assert descriptors(machine) == before
     with machine.open() as node, node.create_session("others") as session:
         assert session.get_name() == "others"
 
 
-def test_too_many_descriptors_are_refused(node):
+def test_too_many_descriptors_are_refused(machine, node):
     """EINVAL for a third; descriptors with calls that take none are closed."""
-    before = descriptors()
+    before = descriptors(machine)
     create = struct.pack("=I", uapi.CREATE_SESSION) + named(b"x")
     with open(os.devnull) as null:
         assert status(told(node._socket, create, null.fileno(), null.fileno())) == errno.EINVAL
         assert status(told(node._socket, create, null.fileno())) == 0
     assert errno_of(node.retrieve_session, "x") == errno.ENOENT  # and the one made is closed
-    eventually(lambda: descriptors() <= before)
+    assert descriptors(machine) == before
 
 
 def test_connections_that_say_nothing_keep_nobody_out(machine):
     """However many; the oldest are dropped."""
-    before = descriptors()
+    before = descriptors(machine)
     idle = [connected(machine.path) for _ in range(200)]
     with machine.open() as node, node.create_session("vm") as session:
         assert session.get_name() == "vm"
@@ -460,7 +528,7 @@ def test_connections_that_say_nothing_keep_nobody_out(machine):
         peer.close()
     machine.listed()
 
-    eventually(lambda: descriptors() <= before)
+    assert descriptors(machine) == before
 
 
 def test_client_that_never_reads_holds_up_nobody(machine):
@@ -516,11 +584,8 @@ def test_descriptors_are_all_closed_at_the_end(tmp_path):
                     os.close(session.retrieve_fd(1))
         for session in held:
             session.close()
-        memory = machine.machine.memory
-    machine.machine.memory = None
-    del memory, machine
 
-    eventually(lambda: descriptors() <= before)
+    eventually(lambda: descriptors() == before)
 
 
 LIMITED = """
@@ -539,6 +604,7 @@ LIMITED = """
                 code = error.errno
         assert code == errno.EMFILE, code
         assert 90 < len(held) < 150, len(held)  # two descriptors each in this process, of 300
+        spare = [os.dup(0) for _ in range(8)]  # those of a call come and go
         assert errno_of(node.create_session, "more") == errno.EMFILE
         assert held[0].get_name() == "s0"
         fd = os.memfd_create("x")
@@ -744,6 +810,27 @@ def test_socket_with_a_long_path(tmp_path):
     assert list(below.iterdir()) == []
 
 
+def test_socket_that_is_closed_is_nobodys(tmp_path):
+    """Sessions are dropped, and the machine goes on without: the next kernel serves nothing."""
+    machine = Machine("64MiB")
+    control = ControlSocket(str(tmp_path / "node"))
+    control.offer(machine)
+    kernel = COPIES.build(machine).boot()
+    with LiveUpdate.open(control.path) as node:
+        session, fd = node.create_session("vm"), memfd(b"x")
+        session.preserve_fd(fd, 1)
+    control.close()
+    assert kernel.liveupdate.outgoing == ()
+    assert errno_of(session.get_name) == errno.ESHUTDOWN
+    kernel.kexec_load(COPIES.build(machine))
+    with ControlSocket(str(tmp_path / "node")) as again:
+        assert errno_of(again.offer, machine) == errno.EBUSY  # the next one does not know of it
+    with kernel.kexec() as kernel:
+        assert machine.control is None
+    session.close()
+    os.close(fd)
+
+
 def test_machine_has_one_socket(tmp_path):
     """A second is EBUSY, and so is one for a kernel that runs elsewhere."""
     with (
@@ -754,6 +841,23 @@ def test_machine_has_one_socket(tmp_path):
         machine.machine.control = None
         assert errno_of(other.offer, machine.machine) == errno.EBUSY
         machine.machine.control = machine.control
+
+
+def test_tree_has_a_link_to_it(machine):
+    """``dev/liveupdate`` below ``/sys``, also in the next kernel; nothing else is a link."""
+    tree = Tree(machine.machine)
+    for _ in range(2):
+        assert tree.list() == ["dev", "devices", "kernel"]
+        assert tree.list("dev") == ["liveupdate"]
+        assert stat.S_ISLNK(tree.stat("dev/liveupdate").mode)
+        assert tree.readlink("dev/liveupdate") == machine.path
+        assert errno_of(tree.readlink, "dev") == errno.EINVAL
+        assert errno_of(tree.readlink, "dev/none") == errno.ENOENT
+        machine.kexec()
+    machine.control.close()
+    assert tree.list() == ["devices", "kernel"]
+    assert errno_of(tree.stat, "dev") == errno.ENOENT
+    tree.close()
 
 
 # ---- a real node ----
@@ -783,6 +887,12 @@ def test_device_that_is_another_refuses():
     """A character device without these calls is ENOTTY; what is no device ENODEV."""
     with LiveUpdate.open(os.devnull) as node:
         assert errno_of(node.create_session, "vm") == errno.ENOTTY
+    words = r"session of descriptor \d+: preserve 0x1a: "
+    with (
+        Session.from_fd(os.open(os.devnull, os.O_RDONLY)) as session,
+        pytest.raises(OSError, match=words),
+    ):
+        session.preserve_fd(1, 0x1A)
     assert errno_of(LiveUpdate.list_sessions, os.devnull) == errno.ENOTTY
     assert errno_of(LiveUpdate.open, __file__) == errno.ENODEV
     assert errno_of(LiveUpdate.open, "/nowhere") == errno.ENOENT

@@ -157,6 +157,21 @@ def test_both_designs_restore_in_another_process(kind):
         report.kernel.close()
 
 
+def test_agent_in_another_process_undoes_what_failed_there():
+    """The error comes over with its errno and file; the kernel there goes on."""
+    report = Report()
+    image = KernelImage("device_session_kernels:reluctant")
+    with pytest.raises(CallbackError) as caught:
+        live_update(booted("sessions"), image, repeat=2, report=report)
+    try:
+        assert (caught.value.errno, caught.value.event) == (errno.EPIPE, "PRESERVE")
+        assert (caught.value.device, caught.value.rolled_back) == ("host/0x3", True)
+        assert report.states == ["normal", "preserved", "retrieved", "normal", "normal"]
+        assert not report.kernel.devices.preserved.any()
+    finally:
+        report.kernel.close()
+
+
 @pytest.mark.parametrize(("side", "path"), [(s, p) for p in ORDER[:4] for s in ("driver", "bus")])
 @pytest.mark.parametrize("outcome", [-errno.ENXIO, OSError(errno.EPIPE, "x"), ValueError("x"), 3])
 def test_prepare_that_fails_leaves_nothing_in_both_designs(side, path, outcome):
@@ -453,6 +468,31 @@ def test_device_that_is_gone_is_enodev_and_found_by_path_if_it_moved():
     successor.close()
 
 
+def test_next_kernel_without_the_driver_loses_one_device_or_all_sessions():
+    """By notifiers one device waits; by files nobody can open the node any more, as in Linux."""
+    none = LiveUpdateOps()
+    given = {
+        "drivers": [Driver(name, none) for name in ("nic", "portdrv")],
+        "buses": [Bus("pci", none)],
+    }
+    kernel = booted("notifiers")
+    kernel.luo.prepare()
+    kernel.kexec_load(luo.Kernel(kernel.machine, **given))
+    kernel = kernel.kexec()
+    assert kernel.luo.finish().unreclaimed == (DISK,)
+    kernel.close()
+
+    kernel = booted("sessions")
+    kernel.agent.prepare()
+    kernel.kexec_load(device_session_kernels.sessions(kernel.machine, **given))
+    kernel = kernel.agent.kexec()
+    for _ in range(2):
+        with pytest.raises(KhoError) as caught:
+            kernel.agent.retrieve()
+        assert caught.value.errno == errno.EIO
+    kernel.close()
+
+
 def test_device_plugged_in_after_the_next_kernel_was_loaded_is_found():
     """Both kernels enumerate it when they first meet it."""
     kernel = booted("sessions")
@@ -695,6 +735,12 @@ def test_run_with_sessions_says_what_it_cannot(tmp_path):
     refused = run("run", "--preset", "cloud", "--api", "sessions", "--kho-abi", "kho-v1")
     assert refused.exit_code == 2
     assert "kho-v4" in refused.output
+    cost = tmp_path / "cost.toml"
+    cost.write_text("")
+    for options in (("--callback-limit", "1s"), ("--clock", "virtual", "--cost", cost)):
+        refused = run("run", "--preset", "cloud", "--api", "sessions", *options)
+        assert refused.exit_code == 2
+        assert "no limit and no model" in refused.output
     bad = tmp_path / "bad.py"
     bad.write_text(
         "import errno, luo\n"

@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from guest_memory import MIB, PAGE, Guest, write_elf, write_raw
 from kho_builder import Builder, flatten
 
+from luo.cli import main
 from luo.errors import HandoverError
 from luo.image import Image
 from luo.image.retrieve import (
@@ -528,3 +530,76 @@ def test_luo_v1_was_a_tree_and_none_is_none(tmp_path):
     path = write_raw(tmp_path / "raw", pages, made.base, made.size)
     with pytest.raises(HandoverError, match="no sessions"):
         sessions(Image.load(path))
+
+
+def test_devices_of_this_library_are_files_too(tmp_path):
+    """Of a kernel that kept its devices in sessions: each record, with the slots."""
+    from luo.device_files import RECORD
+    from luo.image.formats import STRUCTS
+
+    host = tmp_path / "host.toml"
+    host.write_text('memory = "1GiB"\n[devices]\nsource = "synthetic"\ncount = 10\n')
+    arguments = ["run", "--host", str(host), "--in-process", "--api", "sessions", "--save"]
+    done = CliRunner().invoke(main, [*arguments, str(tmp_path / "image")])
+    assert 0 == done.exit_code, done.output
+    image = Image.load(tmp_path / "image")
+
+    files = [file for session in sessions(image) for file in session.files if file.device]
+
+    assert RECORD.size == STRUCTS["device"][0].size
+    assert len(files) == len({file.device["path"] for file in files}) >= 5
+    for file in files:
+        contents = read_file(image, file)
+        path, bus, index, slot, _ = RECORD.unpack_from(contents)
+        assert file.device["path"].encode() == contents[24 : 24 + path]
+        assert file.device["bus"].encode() == contents[24 + path : 24 + path + bus]
+        assert (index, slot) == (file.device["index"], file.device["slot_bytes"])
+        assert file.size == len(contents)
+    results = retrieve(image, tmp_path / "out")
+    assert {f.name for f in files} == {r.file.name for r in results if r.path}
+    assert all(r.error is None for r in results)
+
+
+def test_pages_of_a_directory_are_searched_without_a_device_tree_beside_them(tmp_path):
+    """Neither kexec.dtb nor manifest.json: the pages themselves, or the user, tell."""
+    made = guest()
+    made.ranges += [(made.base + (i + 1) * (1 << 30), MIB) for i in range(80)]
+    pages = with_tree(made)
+    tree = made.device_tree()  # over two pages
+    assert len(tree) > PAGE
+    at = made.scratch[2][0] + 2 * MIB
+    pages |= {at: tree[:PAGE], at + PAGE: tree[PAGE:]}
+    place = tmp_path / "dump"
+    place.mkdir()
+    listed = sorted(pages, reverse=True)
+    (place / "pages.json").write_text(json.dumps({"pages": [hex(at) for at in listed]}))
+    (place / "pages.bin").write_bytes(
+        b"".join(bytes(pages[at]).ljust(PAGE, b"\0") for at in listed)
+    )
+
+    for handover in (None, Handover(*made.numbers)):
+        image = Image.load(place, handover=handover)
+        assert made.numbers == image.handover.numbers
+        assert DATA == the_file(image)
+    with pytest.raises(ValueError, match="--base"):
+        Image.load(place, base=0)
+
+
+def test_records_that_are_missing_are_a_failure(tmp_path):
+    """A second block of sessions that the dump has not: what there is, and exit status 1."""
+    made = Guest()
+    for i in range(60):
+        made.add(b"s%d" % i, 1, b"x")
+    image = load(made, tmp_path)
+    blocks = next(s for s in image.survey.subtrees if s.name == "LUO").decoded["blocks"]
+    lost = blocks[1]["phys"]
+    parts = [p for span in ((0, lost), (lost + PAGE, 1 << 62)) for p in image.pieces(*span)]
+    Image(image.ram.ranges, image.handover, parts).save(tmp_path / "image")
+
+    done = CliRunner().invoke(
+        main, ["image", "retrieve", str(tmp_path / "image"), "-o", str(tmp_path / "out")]
+    )
+
+    assert 1 == done.exit_code
+    assert f"luo: {lost:#x}: block of sessions: page was not kept" in done.output
+    assert 51 == len(list((tmp_path / "out").glob("s*/0x1")))

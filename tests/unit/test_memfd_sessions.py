@@ -242,6 +242,36 @@ def test_retrieved_twice_is_the_same_file(kernel, new):
     os.close(two)
 
 
+@pytest.mark.parametrize("max_order", [0, 9])
+def test_image_of_it_breaks_no_rule(new, max_order):
+    """The reader of images, which knows the format on its own, finds every file as it is."""
+    kernel = memfd_kernels.plain(memfd_kernels.machine(), max_order).boot()
+    files = various(new)
+    preserve(kernel, "image", files)
+    with kernel.liveupdate.frozen():
+        image = Image.from_kernel(kernel)
+        assert [] == image.verify()
+        decoded = next(tree for tree in image.survey.subtrees if tree.name == "LUO").decoded
+    (session,) = decoded["sessions"]
+    memory = kernel.machine.memory
+
+    assert list(files) == [file["token"] for file in session["files"]]
+    for file in session["files"]:
+        fd, found = files[file["token"]], file["memfd"]
+        facts = told(fd)
+        assert [facts[key] for key in ("size", "pos", "seals")] == [
+            found[key] for key in ("size", "pos", "seals")
+        ]
+        contents = b""
+        for pfn, flags, index, order in found["folios"]:
+            assert (3, len(contents) // PAGE) == (flags, index)
+            contents += bytes(memory.view(pfn * PAGE, PAGE << order))
+        assert max_order or all(folio[3] == 0 for folio in found["folios"])
+        assert -(-facts["size"] // PAGE) * PAGE == len(contents)
+        assert os.pread(fd, len(contents), 0) == contents[: facts["size"]]
+        assert not any(contents[facts["size"] :])
+
+
 def test_memfds_of_a_real_kernel_are_retrieved(shared):
     """Linux 7.3 left eleven; contents are compared where the dump has all pages."""
     place = shared / "golden" / "kho_v4_arm64"

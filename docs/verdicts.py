@@ -50,7 +50,7 @@ def row(rule: Rule, tried: Counter[str] | None) -> str:
         Outcome.UNDEFINED: "undefined",
         Outcome.LATER: ", ".join(rule.seen),
     }.get(rule.outcome, rule.outcome.value)
-    seen = "–" if tried is None else ", ".join(f"{n}× {what}" for what, n in sorted(tried.items()))
+    seen = "no" if tried is None else ", ".join(f"{n} {what}" for what, n in sorted(tried.items()))
     shown = ", ".join(f"`{part}`" for part in rule.kernel.split("; ") if part)
     sources = "; ".join(part for part in (shown, rule.spec) if part)
     return f"| `{rule.id}` | {then} | {rule.why} | {sources} | {seen} |"

@@ -17,13 +17,13 @@ import errno
 import logging
 import operator
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from luo import abi
 from luo.block_set import BlockSet
-from luo.errors import CallbackError, HandoverError, KhoError, from_errno
+from luo.errors import CallbackError, HandoverError, KhoError, LuoError, from_errno
 from luo.notifier import callback_error, failed
 
 if TYPE_CHECKING:
@@ -183,13 +183,14 @@ class PreservedFile:
         handler: who keeps it.
     """
 
-    __slots__ = ("_args", "handler", "identity", "token")
+    __slots__ = ("_args", "flbs", "handler", "identity", "token")
 
     def __init__(self, args: FileArgs) -> None:
         self._args = args
         self.token = args.token
         self.handler = args.handler
         self.identity: Hashable = None  # under which it is known to be preserved; None: it is not
+        self.flbs: tuple[Flb, ...] = ()  # that were counted for it when it was preserved
 
     @property
     def args(self) -> FileArgs:
@@ -322,9 +323,22 @@ def _put(file: Any) -> None:
         os.close(file)
 
 
-def _identity(handler: FileHandler, file: Any) -> Hashable:
+def _identity(handler: FileHandler, file: Any, where: str) -> Hashable:
+    """Return what no two preserved files share; CallbackError if the handler cannot say."""
     if handler.get_id is not None:
-        return handler.get_id(file)
+        try:
+            identity = handler.get_id(file)
+            hash(identity)
+        except Exception as raised:
+            raise callback_error(
+                raised,
+                event="GET_ID",
+                kind="file",
+                name=handler.compatible,
+                callback=handler.get_id,
+                device=where,
+            ) from raised
+        return identity
     if isinstance(file, int):
         found = os.fstat(file)
         return found.st_dev, found.st_ino
@@ -399,8 +413,10 @@ class FileSet:
         self._blocks.grow(len(self._files) + 1)
         try:
             self._add(file, token, where)
-        except BaseException:
+        except BaseException as error:
             self._blocks.shrink(len(self._files))
+            if isinstance(error, CallbackError):
+                error.rolled_back = True
             raise
 
     def _add(self, given: Any, token: int, where: str) -> None:
@@ -414,7 +430,7 @@ class FileSet:
                 raise from_errno(errno.ENOENT, f"preserve {where}: no handler for such a file")
             args = FileArgs(registry.kernel, handler, self._session, token, file)
             entry = PreservedFile(args)
-            entry.identity = _identity(handler, file)
+            entry.identity = _identity(handler, file, where)
             if registry.held.setdefault(entry.identity, entry) is not entry:
                 holder = registry.held[entry.identity]
                 raise from_errno(
@@ -434,14 +450,14 @@ class FileSet:
 
     def _save(self, entry: PreservedFile, where: str) -> None:
         handler, flbs = entry.handler, self._registry.flbs
-        flbs.preserve_for(handler, where)
+        entry.flbs = flbs.preserve_for(handler, where)
         try:
             self._callbacks.call(
                 "PRESERVE", "file", handler.compatible, handler.preserve, entry.args, where
             )
         except BaseException:
             with ToTheEnd(self._callbacks) as rest:
-                flbs.unpreserve_for(handler, where, rest)
+                flbs.unpreserve_for(entry.flbs, where, rest)
             raise
 
     def unpreserve(self) -> None:
@@ -453,7 +469,7 @@ class FileSet:
                 rest.call(
                     "UNPRESERVE", "file", handler.compatible, handler.unpreserve, entry.args, where
                 )
-                flbs.unpreserve_for(handler, where, rest)
+                flbs.unpreserve_for(entry.flbs, where, rest)
                 self._forget(entry)
                 assert self._blocks is not None
                 self._blocks.shrink(len(self._files))
@@ -525,9 +541,9 @@ class FileSet:
                         entry.args,
                         str(entry.args),
                     )
-        if self._blocks is not None:
-            self._blocks.clear()
-            self._dirty = bool(self._files)
+            if self._blocks is not None:
+                self._blocks.clear()
+                self._dirty = bool(self._files)
 
     @property
     def head(self) -> int:
@@ -550,7 +566,19 @@ class FileSet:
                 _log.warning("session %s: %d files, and no blocks", self._session, count)
             return
         records = incoming.read_blocks(head, abi.LUO_FILE_SER.size)
-        for compatible, data, token in abi.LUO_FILE_SER.iter_unpack(records.tobytes()):
+        try:
+            self._load_records(records.tobytes(), count, handlers)
+        except BaseException as error:
+            self._files.clear()
+            if isinstance(error, LuoError):  # its blocks are freed, as in Linux
+                self._incoming_head = 0
+                incoming.restore_free_blocks(head)
+            raise
+
+    def _load_records(
+        self, records: bytes, count: int, handlers: Mapping[bytes, FileHandler]
+    ) -> None:
+        for compatible, data, token in abi.LUO_FILE_SER.iter_unpack(records):
             name = compatible.split(b"\0", 1)[0]
             handler = handlers.get(name)
             if handler is None:
@@ -563,12 +591,10 @@ class FileSet:
             # Linux lists a token that stands twice, and finds the first: the other is never asked
             # for. No kernel writes that, so it is a wrong handover here.
             if token in self._files:
-                raise HandoverError(f"session {self._session}: token {token:#x} stands twice", head)
+                raise HandoverError(f"session {self._session}: token {token:#x} stands twice")
             self._files[token] = PreservedFile(args)
         if len(self._files) != count:
-            raise HandoverError(
-                f"session {self._session}: {len(self._files)} files, not {count}", head
-            )
+            raise HandoverError(f"session {self._session}: {len(self._files)} files, not {count}")
 
     def retrieve(self, token: int) -> Any:
         """Return the file; see :meth:`luo.session.Session.retrieve`."""
@@ -589,16 +615,32 @@ class FileSet:
             self._callbacks.call(
                 "RETRIEVE", "file", handler.compatible, handler.retrieve, args, where
             )
-        except CallbackError as error:
-            args.retrieve_status = -(error.errno or errno.EIO)
+            identity = self._retrieved_identity(handler, args, where)
+        except BaseException as error:
+            args.file = None  # whatever it has set
+            if isinstance(error, KhoError):
+                args.retrieve_status = -(error.errno or errno.EIO)
             raise
-        identity = _identity(handler, args.file)
         if self._registry.held.setdefault(identity, entry) is not entry:
             _log.warning("retrieve %s: this very file is preserved already", where)
             identity = entry  # unlike any other's
             self._registry.held[identity] = entry
         entry.identity = identity
         args.retrieve_status = 1
+
+    @staticmethod
+    def _retrieved_identity(handler: FileHandler, args: FileArgs, where: str) -> Hashable:
+        what = f"retrieve {where}: {handler.compatible}"
+        if args.file is None:
+            raise from_errno(errno.EIO, f"{what} has set no file")
+        try:
+            return _identity(handler, args.file, where)
+        except OSError as error:
+            if isinstance(error, KhoError):
+                raise
+            raise from_errno(
+                error.errno or errno.EBADF, f"{what} has set descriptor {args.file}: {error}"
+            ) from error
 
     def finish(self) -> None:
         """Free what came over; see :meth:`luo.session.Session.finish`."""

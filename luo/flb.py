@@ -186,8 +186,12 @@ class FlbTable:
 
     # ---- before the jump ----
 
-    def preserve_for(self, handler: FileHandler, where: str) -> None:
+    def preserve_for(self, handler: FileHandler, where: str) -> tuple[Flb, ...]:
         """Count a file of *handler*; what it depends on first is preserved.
+
+        Returns:
+            what it depends on, for :meth:`unpreserve_for`: Linux 7.3 asks again then, and is wrong
+            if something was registered in between.
 
         Raises:
             CallbackError: one failed; those before it are counted down again.
@@ -203,6 +207,7 @@ class FlbTable:
                     for flb in reversed(done):
                         self.put_outgoing(flb, where, rest)
                 raise
+            return tuple(done)
 
     def _preserve(self, flb: Flb, where: str) -> None:
         side = self._out.get(flb)
@@ -213,10 +218,10 @@ class FlbTable:
             self._out[flb] = side
         side.count = (side.count or 0) + 1
 
-    def unpreserve_for(self, handler: FileHandler, where: str, rest: ToTheEnd) -> None:
-        """Count a file of *handler* down; what nobody depends on any more is unpreserved."""
+    def unpreserve_for(self, flbs: tuple[Flb, ...], where: str, rest: ToTheEnd) -> None:
+        """Count a file down that depends on *flbs*; what nobody needs any more is unpreserved."""
         with self._lock:
-            for flb in reversed(self._links.get(handler, [])):
+            for flb in reversed(flbs):
                 self.put_outgoing(flb, where, rest)
 
     def get_outgoing(self, flb: Flb) -> Any:
@@ -279,8 +284,10 @@ class FlbTable:
         self._count(flb, side)
         try:
             self._callbacks.call("RETRIEVE", "flb", flb.name, flb.retrieve, side.args, flb.name)
-        except CallbackError as error:
-            side.status = -(error.errno or errno.EIO)
+        except BaseException as error:
+            side.args.obj = None  # whatever it has set
+            if isinstance(error, CallbackError):
+                side.status = -(error.errno or errno.EIO)
             raise
         side.status = 1
 

@@ -56,6 +56,8 @@ ACTIONS = (
     *("finish", "close", "incoming_flb", "outgoing_flb", "freeze_and_go_on", "update") * 2,
     *("update", "kexec"),
 )
+#: What mostly follows a jump.
+AFTERWARDS = ("retrieve", "retrieve", "retrieve", "finish", "close", "preserve_again", "update")
 some_handlers = st.just(HANDLERS) | st.lists(st.sampled_from(HANDLERS), unique=True).map(tuple)
 numbers = st.integers(0, 999)
 
@@ -409,8 +411,9 @@ class Sessions(RuleBasedStateMachine):
         self.model, _ = self.build(parts, handed)
         self.kernel = rig.link(arrived[0], self.recorder, self.links)
         self.settle()
-        for _ in range(data.draw(st.integers(0, 3)) if handed and handed.sessions else 0):
-            self.retrieve(data)
+        if handed is not None and handed.sessions:
+            for what in data.draw(st.lists(st.sampled_from(AFTERWARDS), max_size=6)):
+                getattr(self, what)(data)
 
     # ---- what is there ----
 

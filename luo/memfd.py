@@ -556,11 +556,13 @@ def _free_folios(incoming: Incoming, folios: NDArray[np.uint64]) -> None:
     try:
         incoming.restore_folios(folios)
     except KhoError:
+        lost = 0
         for phys in folios.tolist():
             try:
                 incoming.restore_free(phys)
-            except KhoError as error:
-                _log.warning("memfd's folio is not freed: %s", error)
+            except KhoError:
+                lost += 1
+        _log.warning("%d of a memfd's %d folios are not preserved", lost, len(folios))
         return
     incoming.memory.free_folios(folios)
 

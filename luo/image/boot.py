@@ -18,6 +18,7 @@ What a kernel demands of an image: ``docs/real-kernel.md``.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shlex
@@ -69,7 +70,7 @@ _IMAGE_ALIGN: Final = 2 * _MIB
 _TREE_ALIGN: Final = 64 << 10
 _TREE_MAX: Final = 2 * _MIB
 _ROOM: Final = 32 * _MIB  # for a kernel or initramfs that is named later
-_SEGMENTS_MAX: Final = 128
+_SEGMENTS_MAX: Final = 256
 _EARLY: Final = 8 * _MIB  # of scratch: what a kernel allocates before it knows memory, less memmap
 
 # Image's head (Linux: Documentation/arch/arm64/booting.rst)
@@ -207,12 +208,12 @@ def _check(image: Image, survey: Survey, page_size: int) -> list[Violation]:
         if start < RAM_BASE or start + nbytes > RAM_BASE + RAM_MAX:
             wrong(start, f"memory of {nbytes:#x} bytes: {_WHERE}")
     handover = image.handover
-    for what, phys, nbytes in (
-        ("root tree", handover.fdt_phys, handover.fdt_len),
-        ("scratch array", handover.scratch_phys, handover.scratch_len),
+    for what, phys, nbytes, without in (
+        ("root tree", handover.fdt_phys, handover.fdt_len, "nothing is handed over"),
+        ("scratch array", handover.scratch_phys, handover.scratch_len, "a kernel could not boot"),
     ):
         if not nbytes:
-            wrong(None, f"no {what}: a kernel could not boot")
+            wrong(None, f"no {what}: {without}")
         elif not image.ram.contains(phys, nbytes):
             wrong(phys, f"{what} of {nbytes:#x} bytes is not in memory")
     if handover.scratch_len and not any(size for _, size in survey.scratch):
@@ -289,25 +290,24 @@ class _Places:
         raise HandoverError(f"no {nbytes:#x} bytes for the {what}: everything is preserved")
 
 
-def _coalesced(extents: Iterable[Extent], page: int) -> list[tuple[int, int, list[Extent]]]:
-    """Join extents with contents into at most 128 segments: (start, end, extents).
+def _coalesced(extents: Iterable[Extent]) -> list[tuple[int, int, list[Extent]]]:
+    """Join extents with contents into at most 256 segments: (start, end, extents).
 
-    What adjoins is joined; with more than 128 pieces, also what is near, with zeros between.
+    What adjoins is joined; if that leaves more, also what is near, over the smallest gaps, which
+    are zeros then.
     """
     written = [extent for extent in extents if extent.data is not None]
-    gap = 0
-    while True:
-        runs: list[tuple[int, int, list[Extent]]] = []
-        for extent in written:
-            if runs and extent.phys - runs[-1][1] <= gap:
-                start, _, parts = runs[-1]
-                parts.append(extent)
-                runs[-1] = (start, extent.end, parts)
-            else:
-                runs.append((extent.phys, extent.end, [extent]))
-        if len(runs) <= _SEGMENTS_MAX:
-            return runs
-        gap = max(page, 4 * gap)
+    gaps = sorted(after.phys - one.end for one, after in itertools.pairwise(written))
+    widest = gaps[-_SEGMENTS_MAX] if len(gaps) >= _SEGMENTS_MAX else 0
+    runs: list[tuple[int, int, list[Extent]]] = []
+    for extent in written:
+        if runs and extent.phys - runs[-1][1] <= widest:
+            start, _, parts = runs[-1]
+            parts.append(extent)
+            runs[-1] = (start, extent.end, parts)
+        else:
+            runs.append((extent.phys, extent.end, [extent]))
+    return runs
 
 
 # ---- device tree ----
@@ -564,7 +564,7 @@ def _write(
     if later and initrd is None:
         initrd_bytes = _ROOM
 
-    runs = _coalesced(image.extents, image.page_size)
+    runs = _coalesced(image.extents)
     places = _Places(
         image,
         survey,

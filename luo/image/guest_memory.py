@@ -35,7 +35,7 @@ from luo.image.store import Extent, Image, Ram, clip_spans, merge_spans
 from luo.image.survey import Survey
 from luo.kho import Handover
 
-__all__ = ["load_guest_memory"]
+__all__ = ["load_guest_memory", "search_pages"]
 
 _PAGE_MIN: Final = 4096
 _CHUNK: Final = 1 << 20  # of a scan: stays in the cache
@@ -153,6 +153,38 @@ def load_guest_memory(
             if base is not None and (base % _PAGE_MIN or not 0 <= base < _PHYS_MAX - nbytes):
                 raise ValueError(f"--base {base:#x}: not the address of a page")
         return _Search(file, view, place, segments, ram, bases, abi).image(handover)
+
+
+def search_pages(
+    place: Path,
+    pages: Iterable[tuple[int, int]],
+    page: int,
+    abi: str | None = None,
+    handover: Handover | None = None,
+) -> Image:
+    """Find the handover in a file of single pages; errors as :func:`load_guest_memory`.
+
+    Args:
+        place: the file, which stays mapped.
+        pages: ``[(phys, offset in the file), ...]``.
+        page: bytes of each.
+        abi: name of the generation, or None.
+        handover: None: to be looked for.
+    """
+    segments: list[_Segment] = []
+    for phys, offset in sorted(pages):
+        last = segments[-1] if segments else _Segment(0, 0, 0)
+        end = last.phys + last.nbytes
+        if segments and phys == end and offset - last.offset == last.nbytes:
+            segments[-1] = replace(last, nbytes=last.nbytes + page)
+        elif phys < end:
+            raise HandoverError(f"{place}: page stands twice", phys)
+        else:
+            segments.append(_Segment(phys, page, offset))
+    ram = merge_spans((each.phys, each.phys + each.nbytes) for each in segments)
+    with place.open("rb") as file:
+        view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        return _Search(file, view, place, segments, ram, [0], abi).image(handover)
 
 
 # ---- ELF ----
@@ -274,15 +306,16 @@ class _Search:
 
     def peek(self, phys: int, nbytes: int) -> bytes:
         """Return up to *nbytes* bytes at an address of the dump; fewer where its memory ends."""
-        at = bisect.bisect_right(self.starts, phys) - 1
-        if at < 0 or phys < 0:
-            return b""
-        segment = self.segments[at]
-        skip = phys - segment.phys
-        nbytes = min(nbytes, segment.nbytes - skip)
-        if nbytes <= 0:
-            return b""
-        return bytes(self.view[segment.offset + skip :][:nbytes])
+        parts: list[bytes] = []
+        at = max(bisect.bisect_right(self.starts, phys) - 1, 0)
+        for segment in self.segments[at:]:  # adjoining ones may lie anywhere in the file
+            skip = phys - segment.phys
+            size = min(nbytes, segment.nbytes - skip)
+            if skip < 0 or size <= 0:
+                break
+            parts.append(bytes(self.view[segment.offset + skip :][:size]))
+            phys, nbytes = phys + size, nbytes - size
+        return b"".join(parts)
 
     def _chunks(self) -> Iterator[tuple[int, NDArray[np.uint64]]]:
         """Yield (phys, words) of all memory that the file has, without its holes."""

@@ -833,6 +833,17 @@ def test_record_that_is_none_is_einval(data):
         two.retrieve(args.data)
 
 
+def test_folios_that_are_not_preserved_are_counted(caplog):
+    """One line in the log, however many there are."""
+    one, args, _, array = hostile()
+    for word in (0, 16, 32):
+        put_u64(one.memory, array + word, 3 << 52 | 1 << 40)
+    two = one.jump()
+    two.handler.finish(two.args(None, args.data))
+
+    assert ["3 of a memfd's 5 folios are not preserved"] == caplog.messages
+
+
 def test_misaligned_index_is_einval():
     """A folio of 4 pages begins at a multiple of 4 pages."""
     one, args, _, array = hostile(8, 2)

@@ -94,6 +94,7 @@ docs: $(INSTALLED) $(TEST)  ## the pictures in docs/, as the engine is now (need
 	  $(RUN) -m luo graph state -o docs/states.$$kind && \
 	  $(RUN) -m luo graph callbacks -o docs/callbacks.$$kind || exit 1; done
 	$(RUN) docs/picture.py
+	$(RUN) docs/verdicts.py
 
 lint: $(INSTALLED) $(TEST) $(LINT)  ## ruff, cython-lint, codespell, mypy, stubtest
 	$(BIN)/ruff check

@@ -2,7 +2,8 @@
 
 The names below are what programs use; each lives in a module of its own, whose docstring says
 more: :mod:`luo.machine` and :mod:`luo.kernel` for the two lifecycles, :mod:`luo.device` and
-:mod:`luo.notifier` for what takes part, :mod:`luo.kho`, :mod:`luo.memory` and :mod:`luo.fdt` for
+:mod:`luo.notifier` for what takes part, :mod:`luo.session` for mainline's sessions of files,
+:mod:`luo.kho`, :mod:`luo.memory` and :mod:`luo.fdt` for
 the bytes underneath.
 """
 
@@ -37,13 +38,17 @@ from luo.errors import (
     SuccessorError,
 )
 from luo.fdt import Column, Fdt, FdtEditor, FdtWriter
+from luo.files import FileArgs, FileHandler
+from luo.flb import Flb, FlbArgs
 from luo.kernel import Kernel, KernelImage, RemoteKernel, live_update
 from luo.kho import Handover, Kho, KhoNode, radix_decode, radix_key
 from luo.liveupdate import CancelResult, FinishResult, Orchestrator
 from luo.machine import DeviceTree, Machine
+from luo.memfd import memfd_handler
 from luo.memory import PhysicalMemory, parse_size
 from luo.notifier import Context, Event, Priority, State, Step, Subsystem
 from luo.report import Report, version
+from luo.session import DeviceNode, LiveUpdate, Session
 
 __all__ = [
     "BudgetError",
@@ -54,6 +59,7 @@ __all__ = [
     "Context",
     "Device",
     "DeviceBatch",
+    "DeviceNode",
     "DeviceTree",
     "Devices",
     "Driver",
@@ -62,7 +68,11 @@ __all__ = [
     "FdtEditor",
     "FdtError",
     "FdtWriter",
+    "FileArgs",
+    "FileHandler",
     "FinishResult",
+    "Flb",
+    "FlbArgs",
     "Handover",
     "HandoverError",
     "HostCrashError",
@@ -76,6 +86,7 @@ __all__ = [
     "KhoNoMemoryError",
     "KhoNode",
     "KhoNotFoundError",
+    "LiveUpdate",
     "LiveUpdateOps",
     "LuoError",
     "Machine",
@@ -84,6 +95,7 @@ __all__ = [
     "Priority",
     "RemoteKernel",
     "Report",
+    "Session",
     "State",
     "StateError",
     "Step",
@@ -92,6 +104,7 @@ __all__ = [
     "batch",
     "get_include",
     "live_update",
+    "memfd_handler",
     "native",
     "parse_size",
     "radix_decode",

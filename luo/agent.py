@@ -186,15 +186,17 @@ class Agent:
         order = devices.tree.preserve_order(requested)
         order = order[devices.supported()[order]]
         owners = self._owners()[order]
+        places = np.argsort(owners, kind="stable")  # the host's first, as they are nobody's
+        cuts = np.searchsorted(owners[places], np.arange(len(self._guests) + 1)).tolist()
         held: list[Held] = []
-        for number, guest in enumerate(self._guests):
-            own = order[owners == number] if len(guest.devices) else order[:0]
+        for guest, start, stop in zip(self._guests, cuts, cuts[1:], strict=False):
+            own = order[places[start:stop]]
             held.append((f"vm:{guest.name}", [self._file_of(guest.subsystem), *self._open(own)]))
         before = [one for one in self._subsystems if one.priority < Priority.AFTER_DEVICES]
         behind = [one for one in self._subsystems if one.priority == Priority.AFTER_DEVICES]
         host = [
             *map(self._file_of, before),
-            *self._open(order[owners < 0]),
+            *self._open(order[places[: cuts[0]]]),
             *map(self._file_of, behind),
         ]
         most = abi.KHO_BLOCKS_MAX * abi.block_capacity(
@@ -282,14 +284,19 @@ class Agent:
             raise StateError(errno.EINVAL, f"{what}: needs {state}, the agent is {self.state}")
 
     def _close_all(self) -> tuple[CallbackError, ...]:
-        """Close every session, the newest first; return what callbacks failed with."""
+        """Close every session, the newest first; return what callbacks failed with.
+
+        ^C in a callback is raised when all are closed.
+        """
         live = self.kernel.liveupdate
         known = len(live.problems)
-        while self._sessions:
-            self._sessions.pop().close()
-        if self._node is not None:
-            self._node.close()
-            self._node = None
+        self.state = "normal"
+        with contextlib.ExitStack() as closing:
+            if self._node is not None:
+                closing.callback(self._node.close)
+            for session in self._sessions:
+                closing.callback(session.close)
+            self._sessions, self._node = [], None
         return tuple(live.problems[known:])
 
     def cancel(self) -> CancelResult:
@@ -300,9 +307,7 @@ class Agent:
         """
         self._require("preserved", "cancel")
         with self._phase("cancel"):
-            failures = self._close_all()
-        self.state = "normal"
-        return CancelResult(failures)
+            return CancelResult(self._close_all())
 
     def dry_reboot(self) -> CancelResult:
         """Freeze everything, and :meth:`cancel` instead of the jump.
@@ -425,5 +430,4 @@ class Agent:
             lost = devices.preserved & ~devices.reclaimed & devices.tree.alive
             unreclaimed = tuple(map(devices.tree.path, np.flatnonzero(lost).tolist()))
             failures = self._close_all()  # the first that was created was retrieved last
-        self.state = "normal"
         return FinishResult(unreclaimed, failures)

@@ -68,7 +68,7 @@ class _Open:
         Args:
             command: its number.
             structure: its structure, size first.
-            fd: the file that the structure's ``fd`` means.
+            fd: the same file as in the structure's ``fd``, if it has one.
 
         Returns:
             the structure as the kernel leaves it. If the call makes a descriptor, ``fd`` in it is
@@ -84,8 +84,6 @@ class _Open:
             raise from_errno(errno.EBADF, f"{what}: is closed")
         if self._socket is not None:
             return _call_on_socket(self._socket, what, command, structure, fd)
-        if command == uapi.LIST:
-            raise _error(what, command, errno.ENOTTY)
         argument = bytearray(structure)
         try:
             fcntl.ioctl(self._fd, command, argument, True)
@@ -123,7 +121,7 @@ class LiveUpdate(_Open):
     """The open node: whoever has it makes sessions, one process at a time."""
 
     @classmethod
-    def open(cls, path: str = uapi.NODE, *, timeout: float = 60.0) -> LiveUpdate:
+    def open(cls, path: str | os.PathLike[str] = uapi.NODE, *, timeout: float = 60.0) -> LiveUpdate:
         """Open the node at *path*.
 
         Args:
@@ -135,10 +133,12 @@ class LiveUpdate(_Open):
                 cannot be read; ENODEV with live update off; ENOENT, EACCES, ECONNREFUSED if nobody
                 offers one there; ETIMEDOUT.
         """
-        return cls._connected(path, uapi.OPEN, timeout)
+        return cls._connected(os.fspath(path), uapi.OPEN, timeout)
 
     @classmethod
-    def list_sessions(cls, path: str = uapi.NODE, *, timeout: float = 60.0) -> dict[str, Any]:
+    def list_sessions(
+        cls, path: str | os.PathLike[str] = uapi.NODE, *, timeout: float = 60.0
+    ) -> dict[str, Any]:
         """Return which sessions and files there are, whether the node is open or not.
 
         Ours: no real kernel tells. The document is ``luo-sessions/1``.
@@ -146,7 +146,7 @@ class LiveUpdate(_Open):
         Raises:
             OSError: as of :meth:`open`; ENOTTY from a real kernel.
         """
-        with cls._connected(path, uapi.LIST, timeout) as node:
+        with cls._connected(os.fspath(path), uapi.LIST, timeout) as node:
             return node._listed
 
     _listed: dict[str, Any]
@@ -211,7 +211,9 @@ class LiveUpdate(_Open):
             raise _error(what, uapi.CREATE_SESSION, errno.EINVAL)
         argument = uapi.NAMED.pack(uapi.NAMED.size, -1, raw)
         _, fd, _ = uapi.NAMED.unpack(self._call(what, command, argument))
-        return Session.from_fd(fd)
+        session = Session.from_fd(fd)
+        session._name = os.fsdecode(raw)
+        return session
 
 
 class Session(_Open):
@@ -220,6 +222,8 @@ class Session(_Open):
     Closing one of this kernel forgets it and its files; closing one of the kernel before finishes
     it. It may be passed on to another process, or be inherited.
     """
+
+    _name: str | None = None  # as far as this process knows it
 
     @classmethod
     def from_fd(cls, fd: int) -> Session:
@@ -271,7 +275,7 @@ class Session(_Open):
 
     def _called(self) -> str:
         """Return what it is in messages."""
-        return f"session of descriptor {self._fd}"
+        return f"session {self._name}" if self._name else f"session of descriptor {self._fd}"
 
 
 def _file(what: str, fd: int, token: int) -> bytes:

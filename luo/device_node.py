@@ -68,7 +68,7 @@ class ControlSocket:
             making a socket fails with.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path: str | None = os.path.abspath(path)
         self._listener = _bound(self.path)
         self._inode = _inode(self.path)

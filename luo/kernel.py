@@ -769,6 +769,7 @@ class Kernel:
     ) -> Generator[Step, None, Kernel | RemoteKernel]:
         self._require("kexec", "running")
         self.luo.refuse_callback("kexec")
+        self.liveupdate.refuse_callback("kexec")
         if self._next is None:
             if "no-image-check" in self.quirks and self.luo.reboot():
                 self.luo.cancel()

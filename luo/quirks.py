@@ -255,6 +255,14 @@ MAINLINE_QUIRKS: Final = _table(
         " for it before, it is never finished",
         "the FLB is finished with the last file that depends on it",
     ),
+    Quirk(
+        0,
+        "sessions-empty-block",
+        "A",
+        "a session of a name that is taken, when the blocks are full, leaves an empty block: after"
+        " the next live update the kernel panics",
+        "the block is freed again",
+    ),
 )
 
 

@@ -588,7 +588,7 @@ class RemoteAgent:
 
     def prepare(self) -> None:
         """As :meth:`luo.agent.Agent.prepare`."""
-        self._tell("prepare")
+        self._tell("prepare", undo=self.cancel)
 
     def cancel(self) -> CancelResult:
         """As :meth:`luo.agent.Agent.cancel`."""

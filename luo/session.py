@@ -22,7 +22,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 from luo import abi
@@ -68,6 +67,10 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 _NAME_BYTES = 64
+
+#: Linux 7.3 makes room for a session before it looks at the name, and leaves it if that is taken.
+#: After a full block an empty one follows then, over which the next kernel panics.
+EMPTY_BLOCK = "sessions-empty-block"
 
 
 # ---- what came over ----
@@ -118,7 +121,7 @@ class MainlineIncoming:
         compatible, number, sessions_pa, flbs_pa = abi.LUO_SER.unpack(
             _preserved_bytes(incoming, phys, abi.LUO_SER.size)
         )
-        if compatible != abi.LUO_COMPATIBLE:
+        if compatible.split(b"\0", 1)[0] != abi.LUO_COMPATIBLE.rstrip(b"\0"):
             raise KernelPanic(
                 f"{abi.LUO_MAINLINE}: compatible {compatible!r}, not {abi.LUO_COMPATIBLE!r}"
             )
@@ -192,9 +195,7 @@ class LiveUpdate(Mortal):
         self.freeze_began_ns = 0
         self.last_retrieve_ns = 0
         self._builtin = tuple(handlers or ())
-        for handler in self._builtin:
-            if not isinstance(handler, FileHandler):
-                raise TypeError(f"file handlers: {handler!r} is no FileHandler")
+        _check_builtin(self._builtin)
         self._recorder = recorder
         self._phase = phase
         self._callbacks = Callbacks(kernel, recorder)
@@ -205,7 +206,6 @@ class LiveUpdate(Mortal):
         self._outgoing: dict[bytes, Session] = {}
         self._incoming: dict[bytes, Session] = {}
         self._opened = False
-        self._loading = threading.Lock()
         self._found: MainlineIncoming | None = None  # what nobody has looked at yet
         self._broken: LuoError | None = None
         self._blocks: BlockSet | None = None
@@ -236,14 +236,13 @@ class LiveUpdate(Mortal):
             _log.info("live update number %d", found.liveupdate_num)
             self._found = found
             self._flbs.load(found.flbs)
-            for phys in (found.phys, found.flbs_pa):
-                if phys:  # both have been read
-                    kho.incoming.restore_free(phys)
+            for phys in {found.phys, found.flbs_pa} - {0}:  # both have been read
+                kho.incoming.restore_free(phys)
         self._blocks = BlockSet(kho, abi.LUO_SESSION_SER.size, "sessions")
         self._phys = kho.alloc_preserve(abi.LUO_SER.size)
         self._flbs_phys = kho.alloc_preserve(kho.memory.page_size)
         self._write(0)
-        self._write_flbs(self._flbs.page(kho.memory.page_size))
+        self._write_flbs(self._no_flbs)
         kho.add_subtree(abi.LUO_MAINLINE, self._phys, abi.LUO_SER.size)
         for handler in self._builtin:
             self.register_handler(handler)
@@ -253,16 +252,17 @@ class LiveUpdate(Mortal):
             abi.LUO_COMPATIBLE, self.liveupdate_num + 1, sessions_pa, self._flbs_phys
         )
 
+    @property
+    def _no_flbs(self) -> bytes:
+        return abi.LUO_FLBS_SER.pack(1, 0).ljust(self.kernel.memory.page_size, b"\0")
+
     def _write_flbs(self, page: bytes) -> None:
         self.kernel.memory.view(self._flbs_phys, len(page))[:] = page
 
-    @contextlib.contextmanager
-    def _reading(self, what: str) -> Iterator[None]:
+    def reading(self, what: str) -> AbstractContextManager[None]:
         """Hold off freezing; wait while there is one."""
-        with self._lock.reading(what):
-            if self.gone:
-                raise StateError(errno.ESHUTDOWN, f"{what}: this kernel is gone")
-            yield
+        lock: StateLock = self._lock
+        return lock.reading(what)
 
     # ---- who keeps files ----
 
@@ -284,7 +284,7 @@ class LiveUpdate(Mortal):
         """
         what = f"register {handler.compatible}"
         self._require_enabled(what)
-        with self._reading(what):
+        with self.reading(what), self._flbs.lock:
             if any(known.compatible == handler.compatible for known in self._registry.handlers):
                 raise from_errno(errno.EEXIST, f"{what}: there is a handler of that name")
             try:
@@ -303,14 +303,12 @@ class LiveUpdate(Mortal):
                 could not be unloaded.
         """
         what = f"unregister {handler.compatible}"
-        with self._reading(what):
+        with self.reading(what), self._flbs.lock:
             if handler not in self._registry.handlers:
                 raise from_errno(errno.ENOENT, f"{what}: is not registered")
-            for session in (*self.outgoing, *self.incoming):
-                if any(file.handler is handler for file in session.files):
-                    raise from_errno(errno.EBUSY, f"{what}: keeps files of {session.name}")
+            if not self._registry.remove(handler):
+                raise from_errno(errno.EBUSY, f"{what}: keeps files")
             self._flbs.unregister_all(handler)
-            self._registry.handlers.remove(handler)
 
     def register_flb(self, handler: FileHandler, flb: Flb) -> None:
         """Have files of *handler* depend on *flb* (``liveupdate_register_flb()``).
@@ -321,14 +319,14 @@ class LiveUpdate(Mortal):
         """
         what = f"register FLB {flb.name}"
         self._require_enabled(what)
-        with self._reading(what):
+        with self.reading(what), self._flbs.lock:
             if handler not in self._registry.handlers:
                 raise from_errno(errno.EINVAL, f"{what}: {handler.compatible} is not registered")
             self._flbs.register(handler, flb)
 
     def unregister_flb(self, handler: FileHandler, flb: Flb) -> None:
         """Undo :meth:`register_flb`; a link that is not there is logged."""
-        with self._reading(f"unregister FLB {flb.name}"):
+        with self.reading(f"unregister FLB {flb.name}"), self._flbs.lock:
             self._flbs.unregister(handler, flb)
 
     def flb_get_outgoing(self, flb: Flb) -> Any:
@@ -385,7 +383,7 @@ class LiveUpdate(Mortal):
                 wrong, now and ever after.
         """
         what = "open /dev/liveupdate"
-        with self._reading(what):
+        with self.reading(what):
             if not self.enabled or not self._phys:
                 raise from_errno(errno.ENODEV, f"{what}: live update is off in this kernel")
             with self._lists:
@@ -405,16 +403,24 @@ class LiveUpdate(Mortal):
 
     def _load(self) -> None:
         """Know the sessions that came over."""
-        found, self._found = self._found, None
+        found = self._found
         if found is not None:
             incoming = self.kernel.kho.incoming
             try:
                 for record in found.sessions:
                     self._load_one(record, incoming)
-                incoming.restore_free_blocks(found.sessions_pa)
             except (HandoverError, KhoError) as error:  # what was made so far is left, as in Linux
                 _log.warning("live update: sessions: %s", error)
                 self._broken = error
+            except BaseException:  # ^C: nothing was freed yet, and the next opener begins again
+                self._incoming.clear()
+                raise
+            self._found = None
+            try:
+                incoming.restore_free_blocks(found.sessions_pa)
+            except (HandoverError, KhoError) as error:  # it shares a block with something else
+                _log.warning("live update: sessions: %s", error)
+                self._broken = self._broken or error
         if self._broken is not None:
             raise from_errno(
                 errno.EIO, f"open /dev/liveupdate: what came over is wrong: {self._broken}"
@@ -432,14 +438,15 @@ class LiveUpdate(Mortal):
         """Make a session; see :meth:`DeviceNode.create_session`."""
         raw = name_field(name, _NAME_BYTES, "session")
         what = f"create session {_shown(raw)}"
-        with self._reading(what):
+        with self.reading(what):
             self._require_enabled(what)
             session = Session(self, raw)
             with self._lists:
                 assert self._blocks is not None
-                # Linux makes room before it looks at the name, and leaves it.
                 self._blocks.grow(len(self._outgoing) + 1)
                 if raw in self._outgoing:
+                    if EMPTY_BLOCK not in self.kernel.quirks:
+                        self._blocks.shrink(len(self._outgoing))
                     raise from_errno(errno.EEXIST, f"{what}: there is one of that name")
                 self._outgoing[raw] = session
             return session
@@ -448,7 +455,7 @@ class LiveUpdate(Mortal):
         """Hand out a session that came over; see :meth:`DeviceNode.retrieve_session`."""
         raw = name.encode(errors="surrogateescape") if isinstance(name, str) else bytes(name)
         what = f"retrieve session {_shown(raw)}"
-        with self._reading(what), self._lists:
+        with self.reading(what), self._lists:
             session = self._incoming.get(raw)
             if session is None:
                 raise from_errno(errno.ENOENT, f"{what}: none of that name came over")
@@ -494,13 +501,14 @@ class LiveUpdate(Mortal):
     def _freeze_all(self) -> None:
         sessions = self.outgoing
         frozen: list[Session] = []
-        self._write(0)
         try:
             for session in sessions:
                 session.file_set.freeze()
                 frozen.append(session)
-        except BaseException:
+        except BaseException as error:
             self._unfreeze_all(frozen)
+            if isinstance(error, CallbackError):
+                error.rolled_back = True
             raise
         assert self._blocks is not None
         self._blocks.write(b"".join(session.record() for session in sessions))
@@ -509,16 +517,22 @@ class LiveUpdate(Mortal):
         self._write_flbs(self._flbs.page(self.kernel.memory.page_size))
 
     def _unfreeze_all(self, sessions: Iterable[Session]) -> None:
+        assert self._blocks is not None
         with ToTheEnd(self._callbacks) as rest:
             for session in reversed(tuple(sessions)):
                 rest.run(session.file_set.unfreeze)
-        assert self._blocks is not None
-        self._blocks.clear()
+            self._blocks.clear()
+            self._write(0)
+            self._write_flbs(self._no_flbs)
 
     @property
     def is_frozen(self) -> bool:
         """Whether all is ready for the jump."""
         return self._frozen is not None
+
+    def refuse_callback(self, what: str) -> None:
+        """Raise StateError (EDEADLK) in a callback of a file or FLB."""
+        self._lock.refuse_holder(what)
 
     def unfreeze(self) -> None:
         """Take :meth:`freeze` back: there is no jump. Linux has nothing after it that may fail."""
@@ -527,8 +541,6 @@ class LiveUpdate(Mortal):
         held, self._frozen = self._frozen, None
         try:
             self._unfreeze_all(self.outgoing)
-            self._write(0)
-            self._write_flbs(abi.LUO_FLBS_SER.pack(1, 0).ljust(self.kernel.memory.page_size, b"\0"))
         finally:
             held.close()
 
@@ -551,10 +563,30 @@ class LiveUpdate(Mortal):
             return
         for session in (*self._outgoing.values(), *self._incoming.values()):
             session.file_set.let_go()
-        held = self._frozen
+        lock, held = self._lock, self._frozen
         super().close()
+        lock.end()
         if held is not None:
-            held.close()  # who waits finds the kernel gone
+            held.close()
+
+
+def _check_builtin(handlers: Iterable[FileHandler]) -> None:
+    """Refuse handlers that cannot all be registered: at boot it is too late."""
+    names: set[str] = set()
+    flbs: dict[str, Flb] = {}
+    for handler in handlers:
+        if not isinstance(handler, FileHandler):
+            raise TypeError(f"file handlers: {handler!r} is no FileHandler")
+        if handler.compatible in names:
+            raise ValueError(f"two file handlers are called {handler.compatible}")
+        names.add(handler.compatible)
+        if len({*handler.flbs}) < len(handler.flbs):
+            raise ValueError(f"file handler {handler.compatible}: has an FLB twice")
+        for flb in handler.flbs:
+            if flbs.setdefault(flb.name, flb) is not flb:
+                raise ValueError(f"two FLBs are called {flb.name}")
+    if len(flbs) > abi.LUO_FLBS_MAX:
+        raise ValueError(f"{len(flbs)} FLBs: {abi.LUO_FLBS_MAX} at most")
 
 
 def _shown(name: bytes) -> str:
@@ -605,12 +637,7 @@ class DeviceNode:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
 
@@ -620,6 +647,8 @@ class Session:
     Attributes:
         name: of it; bytes that are no UTF-8 as ``os.fsdecode()`` has them.
         retrieved: whether it came over, and was retrieved.
+        closed: whether it has been closed.
+        live: the kernel's LUO.
 
     Context:
         Any thread, one at a time. A callback of one of its files that uses it gets EDEADLK.
@@ -629,14 +658,14 @@ class Session:
         self.raw_name = name
         self.name = _shown(name)
         self.retrieved = False
-        self._live = live
-        self._closed = False
-        self._mutex = threading.Lock()
-        self._owner: int | None = None
+        self.live = live
+        self.closed = False
+        self.mutex = threading.Lock()
+        self.user: int | None = None  # the thread that uses it
         self.file_set = FileSet(live._registry, self.name)
 
     def __repr__(self) -> str:
-        return f"<Session {self.name}{' (closed)' if self._closed else ''}>"
+        return f"<Session {self.name}{' (closed)' if self.closed else ''}>"
 
     @property
     def files(self) -> tuple[PreservedFile, ...]:
@@ -647,19 +676,8 @@ class Session:
         """Return its ``struct luo_session_ser``."""
         return abi.LUO_SESSION_SER.pack(self.raw_name, self.file_set.head, len(self.file_set))
 
-    @contextlib.contextmanager
-    def _using(self, what: str) -> Iterator[None]:
-        me = threading.get_ident()
-        if self._owner == me:
-            raise StateError(errno.EDEADLK, f"{what}: called from a callback of its own files")
-        with self._live._reading(what), self._mutex:
-            if self._closed:
-                raise from_errno(errno.EBADF, f"{what}: the session has been closed")
-            self._owner = me
-            try:
-                yield
-            finally:
-                self._owner = None
+    def _using(self, what: str) -> _Using:
+        return _Using(self, what)
 
     def preserve(self, file: Any, token: SupportsIndex) -> None:
         """Keep *file* across the next live update, under *token*.
@@ -700,7 +718,7 @@ class Session:
             try:
                 return self.file_set.retrieve(number)
             finally:
-                self._live.note_retrieve()
+                self.live.note_retrieve()
 
     def finish(self) -> None:
         """Free what came over, of all files, retrieved or not.
@@ -722,32 +740,69 @@ class Session:
             KhoError: EBUSY if a handler is not ready. As in Linux the session is stuck then: it
                 is closed, cannot be retrieved again, and stays in the list.
         """
-        if self._closed or self._live.gone:
-            self._closed = True
+        if self.closed:
             return
-        with self._using(f"close {self.name}"):
-            self._closed = True
-            try:
-                if self.retrieved:
-                    self.file_set.finish()
-                else:
-                    self.file_set.unpreserve()
-            except BaseException:
-                if not len(self.file_set):
-                    self._live.drop(self)
+        try:
+            with self._using(f"close {self.name}"):
+                self._close()
+        except StateError:
+            if not self.live.gone:
                 raise
-            self._live.drop(self)
+            self.closed = True  # with the kernel, that is
+
+    def _close(self) -> None:
+        self.closed = True
+        try:
+            if self.retrieved:
+                self.file_set.finish()
+            else:
+                self.file_set.unpreserve()
+        except BaseException as error:
+            if not len(self.file_set):
+                self.live.drop(self)
+            elif not isinstance(error, Exception):
+                self.closed = False  # ^C before anything was done
+            raise
+        self.live.drop(self)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+class _Using:
+    """A session, used by one thread; a class, as it is entered for each file."""
+
+    __slots__ = ("_reading", "_session", "_what")
+
+    def __init__(self, session: Session, what: str) -> None:
+        self._session = session
+        self._what = what
+
+    def __enter__(self) -> None:
+        session, me = self._session, threading.get_ident()
+        if session.user == me:
+            raise StateError(
+                errno.EDEADLK, f"{self._what}: called from a callback of its own files"
+            )
+        self._reading = session.live.reading(self._what)
+        self._reading.__enter__()
+        try:
+            session.mutex.acquire()
+            if session.closed:
+                session.mutex.release()
+                raise from_errno(errno.EBADF, f"{self._what}: the session has been closed")
+            session.user = me
+        except BaseException:
+            self._reading.__exit__(None, None, None)
+            raise
+
+    def __exit__(self, *exc: object) -> None:
+        self._session.user = None
+        self._session.mutex.release()
+        self._reading.__exit__(None, None, None)
 
 
 def _token(token: SupportsIndex) -> int:

@@ -1,5 +1,7 @@
 """Kernels that keep the small set of devices by sessions, for tests; also in a second process."""
 
+import errno
+
 from rig import SMALL, Log, forest
 
 from luo.agent import STATE, Guest
@@ -48,3 +50,10 @@ def sessions(machine, log=None, batched=False, flbs=(), guests=(), subsystems=()
 def guest(log, name, devices):
     """Return a guest whose subsystem is written down."""
     return Guest(name, log.subsystem(f"kvm-{name}"), devices)
+
+
+def reluctant(machine):
+    """Return a kernel with sessions that takes the disk over and does not let it go on."""
+    log = Log()
+    log.faults["PREPARE", "driver", "nvme", "pci0/disk"] = OSError(errno.EPIPE, "on purpose")
+    return sessions(machine, log)

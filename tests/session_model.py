@@ -10,6 +10,7 @@ promises, and marks it "ours".
 from __future__ import annotations
 
 import errno
+import functools
 import struct
 import zlib
 from collections.abc import Callable, Hashable
@@ -31,8 +32,15 @@ U64 = (1 << 64) - 1
 # ---- what there is ----
 
 
+class Immutable:
+    """What a copy of a kernel shares with it."""
+
+    def __deepcopy__(self, memo: dict) -> Immutable:
+        return self
+
+
 @dataclass(frozen=True)
-class Thing:
+class Thing(Immutable):
     """A file: its kind says who preserves it, its identity is what get_id says of it."""
 
     kind: str
@@ -41,7 +49,7 @@ class Thing:
 
 
 @dataclass(frozen=True)
-class Handler:
+class Handler(Immutable):
     """A file handler: the kinds that it preserves, and which optional callbacks it has."""
 
     compatible: str
@@ -98,14 +106,12 @@ class Refused(Exception):
     Attributes:
         errno: as the kernel's, positive; -1 for ^C.
         failure: the callback, or None if LUO itself refused.
-        undone: callbacks that failed on the way back.
     """
 
-    def __init__(self, code: int, failure: Failure | None = None, undone: list = ()) -> None:
+    def __init__(self, code: int, failure: Failure | None = None) -> None:
         super().__init__(errno.errorcode.get(code, str(code)))
         self.errno = code
         self.failure = failure
-        self.undone = list(undone)
 
 
 class Panic(Exception):
@@ -214,7 +220,7 @@ class Flb:
 
 
 @dataclass(frozen=True)
-class Handed:
+class Handed(Immutable):
     """What the next kernel finds.
 
     Attributes:
@@ -266,7 +272,6 @@ class Kernel:
         self.incoming: list[Session] = []
         self.blocks = Blocks(SESSIONS_A_BLOCK)
         self.identities: set[Hashable] = set()
-        self.held: list[Thing] = []  # files that LUO has a reference of
         self.opened = False
         self.deserialised = False
         self.broken = False
@@ -275,6 +280,8 @@ class Kernel:
         self.faults: dict[int, Any] = {}
         self.lost: list[Failure] = []
         self.unread = [] if handed is None else [handed.session_pages, *handed.file_pages]
+        if handed is not None and not enabled:
+            self.unread.append(2)  # head and FLBs; ours: 7.3 frees the head
         self.descriptors: list[Session] = []
 
     # ---- calling ----
@@ -302,9 +309,12 @@ class Kernel:
 
     def _ask(self, call: Call) -> bool:
         """Ask a question; a failure is one of the operation."""
-        answer = self.faults.get(len(self.calls)) is not False
-        self._must(call)
-        return answer
+        outcome = self.faults.get(len(self.calls))
+        self.calls.append(call)
+        if isinstance(outcome, Raises):
+            code = errno.EIO if outcome.errno is None else outcome.errno
+            raise Refused(code, Failure(call, code))
+        return outcome is not False
 
     def _tell(self, call: Call | FlbCall) -> None:
         """Make a call that returns nothing: the rest goes on whatever it does (ours)."""
@@ -324,7 +334,12 @@ class Kernel:
         self.links[handler.compatible] = []
 
     def unregister_handler(self, handler: Handler) -> None:
-        """Take it and its links to FLBs out."""
+        """Take it and its links to FLBs out, unless it keeps a file: its module is pinned."""
+        if handler not in self.handlers:
+            raise Refused(errno.ENOENT)  # ours: the kernel has no such question
+        sessions = (*self.outgoing, *self.incoming)
+        if any(file.handler == handler for session in sessions for file in session.files):
+            raise Refused(errno.EBUSY)
         for name in self.links.pop(handler.compatible):
             self._unlink(name)
         self.handlers.remove(handler)
@@ -345,9 +360,10 @@ class Kernel:
         self.links[handler.compatible].append(name)
 
     def unregister_flb(self, handler: Handler, name: str) -> None:
-        """Take the link out; the last one takes the FLB out."""
-        self.links[handler.compatible].remove(name)
-        self._unlink(name)
+        """Take the link out; the last one takes the FLB out. None is only logged."""
+        if name in self.links.get(handler.compatible, ()):
+            self.links[handler.compatible].remove(name)
+            self._unlink(name)
 
     def _unlink(self, name: str) -> None:
         if not any(name in names for names in self.links.values()):
@@ -398,7 +414,7 @@ class Kernel:
             raise Refused(errno.EINVAL)
         self.blocks.grow(len(self.outgoing) + 1, self.blocks_max)
         if any(session.name == name for session in self.outgoing):
-            if "block-left-behind" not in self.quirks:
+            if "sessions-empty-block" not in self.quirks:
                 self.blocks.shrink(len(self.outgoing))
             raise Refused(errno.EEXIST)
         session = Session(name)
@@ -429,8 +445,6 @@ class Kernel:
         undo: list[Callable[[], None]] = [lambda: session.blocks.shrink(len(session.files))]
         try:
             handler = self._handler_of(file)
-            self.held.append(file)
-            undo.append(lambda: self.held.remove(file))
             identity = self.identity(handler, file)
             if identity in self.identities:
                 raise Refused(errno.EBUSY)
@@ -470,7 +484,6 @@ class Kernel:
             self.identities.discard(self.identity(file.handler, file.file))
             session.files.pop()
             session.blocks.shrink(len(session.files))
-            self.held.remove(file.file)
         session.blocks.heads = []
 
     # ---- incoming sessions (4.2) ----
@@ -488,10 +501,9 @@ class Kernel:
             call = file.call("RETRIEVE")
             failure = self._call(call)
             if failure is not None:
-                file.status = -failure.errno
+                file.status = -failure.errno if failure.errno > 0 else 0
                 raise Refused(failure.errno, failure)
             file.file, file.status = answer_file(call), 1
-            self.held.append(file.file)
             self.identities.add(self.identity(file.handler, file.file))
         return file.file
 
@@ -509,18 +521,23 @@ class Kernel:
                 self.put_incoming(name)
             if file.file is not None:
                 self.identities.discard(self.identity(file.handler, file.file))
-                self.held.remove(file.file)
             session.files.pop()
             session.blocks.shrink(len(session.files))
         session.blocks.heads = []
 
     def close(self, session: Session) -> None:
         """Close the descriptor: unpreserves, or finishes; a refusal leaves it stuck."""
-        self.descriptors.remove(session)
         if session.incoming:
-            self.finish(session)
+            try:
+                self.finish(session)
+            except Refused as refused:
+                if refused.errno > 0:  # ours: after ^C it may be closed again
+                    self.descriptors.remove(session)
+                raise
+            self.descriptors.remove(session)
             self.incoming.remove(session)
         else:
+            self.descriptors.remove(session)
             self._unpreserve(session)
             self.outgoing.remove(session)
             self.blocks.shrink(len(self.outgoing))
@@ -580,14 +597,14 @@ class Kernel:
             raise Refused(-flb.status)
         if flb.status:
             return
-        if not flb.loaded or "flb-count-unloaded" in self.quirks:
+        if not flb.loaded or "flb-finish-uncounted" in self.quirks:
             code = self._load(name, flb)
             if code:
                 raise Refused(code)
         call = FlbCall("RETRIEVE", name, flb.incoming_data, None)
         failure = self._call(call)
         if failure is not None:
-            flb.status = -failure.errno
+            flb.status = -failure.errno if failure.errno > 0 else 0  # ^C is not remembered: ours
             raise Refused(failure.errno, failure)
         flb.incoming_obj, flb.status = answer_private(call), 1
 
@@ -604,7 +621,7 @@ class Kernel:
     def put_incoming(self, name: str) -> None:
         """Drop a reference; the last one retrieves, if nobody did, and finishes."""
         flb = self.flbs[name]
-        if "flb-count-unloaded" in self.quirks:
+        if "flb-finish-uncounted" in self.quirks:
             if flb.incoming_count != 1:  # 0 warns, and saturates far below
                 flb.incoming_count = (
                     flb.incoming_count - 1 if flb.incoming_count > 0 else -(1 << 30)
@@ -626,7 +643,8 @@ class Kernel:
                 if refused.failure is not None:
                     self.lost.append(refused.failure)
                 return
-        self._tell(FlbCall("FINISH", name, 0, flb.incoming_obj))
+        # ours: 7.3 gives it the object alone
+        self._tell(FlbCall("FINISH", name, flb.incoming_data, flb.incoming_obj))
         flb.incoming_data, flb.incoming_obj, flb.finished = 0, None, True
 
     # ---- reboot (4.3) ----
@@ -754,6 +772,7 @@ def answer_private(call: Call | FlbCall) -> Any:
     return call.session, call.token
 
 
+@functools.cache
 def answer_file(call: Call) -> Thing:
     """The file that RETRIEVE makes."""
     return Thing(call.compatible.partition("-")[0], ("back", call.session, call.token, call.data))

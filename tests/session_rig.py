@@ -6,7 +6,6 @@ What a callback answers is what :mod:`session_model` says that it answers.
 import functools
 import os
 import struct
-from collections import Counter
 
 import kho_walker
 import session_model as plain
@@ -30,12 +29,10 @@ class Recorder:
         calls: those of the present operation, in order.
         faults: what the n-th of them does: returns a number or False, or :class:`Raises`.
         hooks: called with the arguments at the n-th of them, before that.
-        held: how many references LUO has of each file.
     """
 
     def __init__(self):
         self.calls, self.faults, self.hooks = [], {}, {}
-        self.held = Counter()
         self._handlers, self._flbs = {}, {}
 
     def begin(self, faults=None):
@@ -68,7 +65,7 @@ class Recorder:
         def can_preserve(file):
             call = Call("CAN_PRESERVE", part.compatible, None, None, file, 0, None, 0)
             outcome = self._note(call, file)
-            return file.kind in part.kinds if outcome is None else outcome
+            return outcome is not False and file.kind in part.kinds
 
         def make(event):
             def called(args):
@@ -89,32 +86,15 @@ class Recorder:
                     args.private = plain.answer_private(call)
                 if event == "retrieve":
                     args.file = plain.answer_file(call)
-                    self.held[args.file] += 1
-                try:
-                    outcome = self._note(call, args)
-                except BaseException:
-                    outcome = -1
-                    raise
-                finally:
-                    if event == "retrieve" and outcome:
-                        self.held[args.file] -= 1
-                return True if event == "can_finish" and outcome is None else outcome
+                outcome = self._note(call, args)
+                return outcome is not False if event == "can_finish" else outcome
 
             return called
-
-        def hold(file):
-            self.held[file] += 1
-            return file
-
-        def release(file):
-            self.held[file] -= 1
 
         optional = [event for event in OPTIONAL if event in part.optional]
         return FileHandler(
             part.compatible,
             can_preserve=can_preserve,
-            hold=hold,
-            release=release,
             get_id=(lambda file: file.identity) if "get_id" in part.optional else None,
             **{event: make(event) for event in (*EVENTS, *optional)},
         )
@@ -144,40 +124,43 @@ class Recorder:
 
 
 def told(error):
-    """What a callback's error says: (event, kind, name, where), errno."""
-    return (error.event, error.kind, error.name, error.device), error.errno
+    """What a callback's error says: event, kind, name, errno, and of a file where it is."""
+    where = error.device if error.kind == "file" and error.event != "CAN_PRESERVE" else None
+    return error.event, error.kind, error.name, error.errno, where
 
 
 def expected_told(failure):
     """What it shall say."""
     call = failure.call
     if isinstance(call, FlbCall):
-        return (call.event, "flb", call.name, None), failure.errno
+        return call.event, "flb", call.name, failure.errno, None
     where = None if call.token is None else f"{call.session}/{call.token:#x}"
-    return (call.event, "file", call.compatible, where), failure.errno
+    return call.event, "file", call.compatible, failure.errno, where
 
 
 def outcome_of(call, *arguments):
     """What a call of the engine came to, in the model's words."""
     try:
-        return call(*arguments)
+        return "returned", call(*arguments)
     except CallbackError as error:
-        return error.errno, told(error), [told(undone) for undone in error.undo_errors]
+        return "refused", error.errno, told(error)
     except OSError as error:
-        return error.errno, None, []
+        return "refused", error.errno, None
     except KeyboardInterrupt:
-        return -1, None, []
+        return "refused", -1, None
 
 
-def expected_outcome_of(call, *arguments):
-    """What the model says that it shall come to."""
+def expected_outcome_of(call, model):
+    """What the model says that it shall come to: ^C is heard when all is done."""
     try:
-        return call(*arguments)
+        outcome = "returned", call(model)
     except plain.Refused as refused:
-        if refused.failure is None or refused.errno == -1:
-            return refused.errno, None, []
-        undone = [expected_told(failure) for failure in refused.undone]
-        return refused.errno, expected_told(refused.failure), undone
+        failure = refused.failure if refused.errno > 0 else None
+        told = None if failure is None else expected_told(failure)
+        outcome = "refused", refused.errno, told
+    if any(failure.errno < 0 for failure in model.lost):
+        return "refused", -1, None
+    return outcome
 
 
 # ---- machines ----
@@ -188,12 +171,21 @@ def machine(memory="16MiB"):
     return Machine(memory)
 
 
-def kernel(on, recorder, handlers=(), flbs=(), **kwargs):
-    """Return a kernel of that machine; *flbs* are (handler, name) each."""
-    made = Kernel(on, file_handlers=[recorder.handler(part) for part in handlers], **kwargs)
+def kernel(on, recorder, handlers=(), **kwargs):
+    """Return a kernel of that machine, which has not booted."""
+    return Kernel(on, file_handlers=[recorder.handler(part) for part in handlers], **kwargs)
+
+
+def link(running, recorder, flbs):
+    """Register FLBs, (handler, name) each, and return the kernel."""
     for part, name in flbs:
-        made.liveupdate.register_flb(recorder.handler(part), recorder.flb(name))
-    return made
+        running.liveupdate.register_flb(recorder.handler(part), recorder.flb(name))
+    return running
+
+
+def booted(recorder, handlers=(), flbs=(), **kwargs):
+    """Return a kernel with these handlers and FLBs that runs on a machine of its own."""
+    return link(kernel(machine(), recorder, handlers, **kwargs).boot(), recorder, flbs)
 
 
 @functools.cache
@@ -266,8 +258,8 @@ def check_bytes(memory, handover, model):
 
 def updated(old, recorder, handlers=(), flbs=(), *, preflight=True, **kwargs):
     """Jump from *old* to a kernel with these handlers and FLBs, and return it."""
-    old.kexec_load(kernel(old.machine, recorder, handlers, flbs, **kwargs))
-    return old.kexec(preflight=preflight)
+    old.kexec_load(kernel(old.machine, recorder, handlers, **kwargs))
+    return link(old.kexec(preflight=preflight), recorder, flbs)
 
 
 def short(recorder):

@@ -50,6 +50,14 @@ def test_first_driver_as_a_program_updates_into_a_second_process(tmp_path):
     assert done.stdout == FIRST_DRIVER_PRINTS
 
 
+def test_first_session_as_a_program_keeps_a_guest_s_memory(tmp_path):
+    """A memfd goes into a session, a second process, and comes back with its last bytes."""
+    done = program(EXAMPLES / "first_session.py", cwd=tmp_path)
+
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert done.stdout == "64 MiB came back: written later!\n"
+
+
 def test_first_driver_given_to_luo_run_replaces_built_in_drivers(tmp_path):
     """In both kernels: the 16 disks of the host are saved and restored one by one."""
     driver = EXAMPLES / "first_driver.py"

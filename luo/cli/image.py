@@ -126,7 +126,7 @@ def verify(
             click.echo(_line(violation))
         for warning in warnings:
             click.echo(f"warning: {_line(warning)}")
-        for note in found.notes:
+        for note in found.notes[:1]:
             click.echo(printable(f"{path}: {note}"))
         count = sum(violation.count for violation in violations)
         blocks = len(found.survey.phys)

@@ -32,6 +32,7 @@ from luo.image.retrieve import (
     SavedFile,
     SavedSession,
     file_bound_data,
+    problems,
     select,
     sessions,
 )
@@ -74,7 +75,7 @@ def retrieve(
 
     Without SESSION: all. What stands in names that no path can have is written %XX. A file that
     cannot be retrieved is named with the address where it fails, the others are written; exit
-    status 1.
+    status 1, as for records that are broken.
     """
     if as_json and output is None:
         raise click.UsageError("--json: needs -o; 'luo image inspect --json' lists")
@@ -85,18 +86,23 @@ def retrieve(
         if output is None:
             console.print(_table(chosen, None))
             _flbs(console, image)
+            _complain(problems(image))
             return
         done = retrieve_files(image, output, chosen)
-    failed = [result for result in done if result.error is not None]
     if as_json:
         click.echo((output / MANIFEST).read_text(), nl=False)
     else:
         _report(console, image, output, chosen, done)
-    for result in failed[:_ERRORS_SHOWN]:
-        click.echo(f"luo: {printable(result.error or '')}", err=True)
-    if len(failed) > _ERRORS_SHOWN:
-        click.echo(f"luo: … {len(failed) - _ERRORS_SHOWN:,} more, see {MANIFEST}", err=True)
-    if failed:
+    _complain([*problems(image), *(result.error for result in done if result.error is not None)])
+
+
+def _complain(rules: Sequence[str]) -> None:
+    """Say what is wrong, and end with status 1 if anything."""
+    for rule in rules[:_ERRORS_SHOWN]:
+        click.echo(f"luo: {printable(rule)}", err=True)
+    if len(rules) > _ERRORS_SHOWN:
+        click.echo(f"luo: … {len(rules) - _ERRORS_SHOWN:,} more, see {MANIFEST}", err=True)
+    if rules:
         raise SystemExit(FAILED)
 
 

@@ -3,7 +3,8 @@
 ``pages.json`` has the physical addresses (``pages``) and the page size (``page_size``), and
 ``pages.bin`` the pages in that order. The handover and the ranges of memory come from
 ``kexec.dtb``, the device tree that the next kernel got; what it does not say, and everything
-without one, from ``manifest.json`` (``handoff``, ``machine``).
+without one, from ``manifest.json`` (``handoff``, ``machine``). Without either the handover is
+looked for in the pages.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _PAGES_MAX: Final = 1 << 24
 _DEFAULT: Final = "kho-v4"
 
 
-def load_dump(place: Path, abi: str | None = None) -> Image:
+def load_dump(place: Path, abi: str | None = None, handover: Handover | None = None) -> Image:
     """Open a dump directory; see :meth:`luo.image.Image.load`."""
     index = _json(place / "pages.json")
     manifest = _json(place / "manifest.json") if (place / "manifest.json").exists() else {}
@@ -48,16 +49,21 @@ def load_dump(place: Path, abi: str | None = None) -> Image:
     addresses = [_number(entry["phys"] if isinstance(entry, dict) else entry) for entry in listed]
 
     dtb = place / "kexec.dtb"
+    if listed and (handover is not None or not (dtb.exists() or "handoff" in manifest)):
+        from luo.image.guest_memory import search_pages
+
+        places = ((phys, i * page) for i, phys in enumerate(addresses))
+        return search_pages(place / "pages.bin", places, page, abi, handover)
     if dtb.exists():
         try:
             tree = Fdt(dtb.read_bytes())
-            handover, ranges = read_device_tree(tree)
+            told, ranges = read_device_tree(tree)
         except FdtError as error:
             raise ValueError(f"{dtb}: {error}") from error
         if not ranges:  # as with EFI, where it is the memory map that says
             ranges = _ranges(place, manifest)
     else:
-        handover, ranges = _from_manifest(place, manifest)
+        told, ranges = _from_manifest(place, manifest)
     by_address = sorted((phys, i) for i, phys in enumerate(addresses))
     extents: list[Extent] = []
     run: list[int] = []  # [phys, end, index] of adjoining pages that adjoin in the file too
@@ -72,7 +78,7 @@ def load_dump(place: Path, abi: str | None = None) -> Image:
         extents.append(_extent(run, contents, page))
     image = Image(
         ranges,
-        handover,
+        told,
         extents,
         abi=abi or _named(manifest) or _DEFAULT,
         page_size=page,

@@ -8,8 +8,8 @@ dropped or moved memfd had (record, array, folios) is no longer preserved; its p
 for anything else. Files of other handlers are dropped from the lists only, what they preserved
 stays.
 
-FLBs are counted: where all files, or all of one handler, hold one, a file that comes or goes
-changes its count, and one that nobody holds goes. What it preserved stays.
+FLBs are counted: where all files hold one, or all memfds, or all of one handler, a file that comes
+or goes changes its count, and one that nobody holds goes. What it preserved stays.
 """
 
 from __future__ import annotations
@@ -222,18 +222,19 @@ def _counted(
     result = []
     for flb in flbs["flbs"]:
         count = flb["count"]
-        if sorted(old) != sorted(new):
+        if new and sorted(old) != sorted(new):
+            # Whose: everybody's, else memfds, Linux 7.3's only files, else one other handler's.
+            whose = [h for h in (_MEMFD, *sorted(set(old))) if old.count(h) == count]
             if count == len(old):
                 count = len(new)
-            else:
-                whose = [handler for handler in sorted(set(old)) if old.count(handler) == count]
-                if len(whose) != 1:
-                    raise ValueError(
-                        f"FLB {flb['name']!r} is held by {count} of {len(old)} files: "
-                        "nobody knows which"
-                    )
+            elif whose and (whose[0] == _MEMFD or len(whose) == 1):
                 count = new.count(whose[0])
-        if count:
+            else:
+                raise ValueError(
+                    f"FLB {flb['name']!r} is held by {count} of {len(old)} files: "
+                    "nobody knows which"
+                )
+        if count and new:
             result.append((flb["name"], flb["data"], count))
     return result
 

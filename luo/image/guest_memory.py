@@ -35,7 +35,7 @@ from luo.image.store import Extent, Image, Ram, clip_spans, merge_spans
 from luo.image.survey import Survey
 from luo.kho import Handover
 
-__all__ = ["load_guest_memory"]
+__all__ = ["load_guest_memory", "search_pages"]
 
 _PAGE_MIN: Final = 4096
 _CHUNK: Final = 1 << 20  # of a scan: stays in the cache
@@ -45,7 +45,7 @@ _TREE_MAX: Final = 16 << 20
 _STRINGS_MAX: Final = 1 << 20
 _HITS_MAX: Final = 1 << 16
 _PARSED_MAX: Final = 256 << 20  # bytes of trees that are read in search of the handover
-_CANDIDATES_MAX: Final = 64
+_CANDIDATES_MAX: Final = 256
 _PHYS_MAX: Final = 1 << 63
 _BASES: Final = (0x4000_0000, 0, 0x8000_0000)  # arm64 virt, x86, riscv64 virt
 _STRUCTURE: Final = frozenset(("handover", "root", "scratch", "map"))
@@ -60,7 +60,7 @@ _PHDR: Final = struct.Struct("<IIQQQQQQ")
 _ET_CORE: Final = 4
 _PT_LOAD: Final = 1
 _PN_XNUM: Final = 0xFFFF
-_PHNUM_MAX: Final = 1 << 20
+_PHNUM_MAX: Final = 1 << 17
 _SH_INFO: Final = 44
 
 
@@ -153,6 +153,38 @@ def load_guest_memory(
             if base is not None and (base % _PAGE_MIN or not 0 <= base < _PHYS_MAX - nbytes):
                 raise ValueError(f"--base {base:#x}: not the address of a page")
         return _Search(file, view, place, segments, ram, bases, abi).image(handover)
+
+
+def search_pages(
+    place: Path,
+    pages: Iterable[tuple[int, int]],
+    page: int,
+    abi: str | None = None,
+    handover: Handover | None = None,
+) -> Image:
+    """Find the handover in a file of single pages; errors as :func:`load_guest_memory`.
+
+    Args:
+        place: the file, which stays mapped.
+        pages: ``[(phys, offset in the file), ...]``.
+        page: bytes of each.
+        abi: name of the generation, or None.
+        handover: None: to be looked for.
+    """
+    segments: list[_Segment] = []
+    for phys, offset in sorted(pages):
+        last = segments[-1] if segments else _Segment(0, 0, 0)
+        end = last.phys + last.nbytes
+        if segments and phys == end and offset - last.offset == last.nbytes:
+            segments[-1] = replace(last, nbytes=last.nbytes + page)
+        elif phys < end:
+            raise HandoverError(f"{place}: page stands twice", phys)
+        else:
+            segments.append(_Segment(phys, page, offset))
+    ram = merge_spans((each.phys, each.phys + each.nbytes) for each in segments)
+    with place.open("rb") as file:
+        view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        return _Search(file, view, place, segments, ram, [0], abi).image(handover)
 
 
 # ---- ELF ----
@@ -274,15 +306,16 @@ class _Search:
 
     def peek(self, phys: int, nbytes: int) -> bytes:
         """Return up to *nbytes* bytes at an address of the dump; fewer where its memory ends."""
-        at = bisect.bisect_right(self.starts, phys) - 1
-        if at < 0 or phys < 0:
-            return b""
-        segment = self.segments[at]
-        skip = phys - segment.phys
-        nbytes = min(nbytes, segment.nbytes - skip)
-        if nbytes <= 0:
-            return b""
-        return bytes(self.view[segment.offset + skip :][:nbytes])
+        parts: list[bytes] = []
+        at = max(bisect.bisect_right(self.starts, phys) - 1, 0)
+        for segment in self.segments[at:]:  # adjoining ones may lie anywhere in the file
+            skip = phys - segment.phys
+            size = min(nbytes, segment.nbytes - skip)
+            if skip < 0 or size <= 0:
+                break
+            parts.append(bytes(self.view[segment.offset + skip :][:size]))
+            phys, nbytes = phys + size, nbytes - size
+        return b"".join(parts)
 
     def _chunks(self) -> Iterator[tuple[int, NDArray[np.uint64]]]:
         """Yield (phys, words) of all memory that the file has, without its holes."""
@@ -329,8 +362,8 @@ class _Search:
         head = self.peek(phys, _FDT_HEAD.size)
         if len(head) < _FDT_HEAD.size:
             return None
-        _, total, _, strings, _, version, compatible, _, strings_size, _ = _FDT_HEAD.unpack(head)
-        if not _FDT_HEAD.size < total <= _TREE_MAX or not compatible <= 17 <= max(version, 17):
+        _, total, _, strings, _, _, _, _, strings_size, _ = _FDT_HEAD.unpack(head)
+        if not _FDT_HEAD.size < total <= _TREE_MAX:
             return None
         if strings + strings_size > total or not strings_size <= _STRINGS_MAX:
             return None
@@ -387,17 +420,18 @@ class _Search:
 
     def _solved(self, told: Iterable[Handover], roots: Iterable[int]) -> list[int]:
         """Return the first addresses at which a root tree lies where a handover says."""
-        roots = list(roots)
+        roots = list(roots)[:_CANDIDATES_MAX]
         bases = {h.fdt_phys - at for h in told for at in roots}
         return sorted(
             base for base in bases if base >= 0 and not base % _PAGE_MIN and base < _PHYS_MAX
-        )[:_CANDIDATES_MAX]
+        )
 
     def _candidates(self) -> list[_Candidate]:
         """Return what memory tells: handovers first, then root trees that none of them names."""
         at_trees, at_nodes = self._scan()
         trees = [tree for at in at_trees if (tree := self._tree(at)) is not None]
         roots = [tree.phys for tree in trees if tree.told is None]
+        known = set(roots)
         told = [
             _Candidate("device tree", tree.phys, tree.told, _page_size(tree.told), tree.ranges)
             for tree in trees
@@ -406,11 +440,15 @@ class _Search:
         told += self._setup_data(at_nodes)
         bases = self.bases
         if bases is None:
-            bases = self._solved((c.handover for c in told), roots) or list(_BASES)
+            bases = self._solved((c.handover for c in told), roots)
+            begins = {start for each in told for start, _, _ in each.ranges}
+            # Of stale trees' many answers, those by which the file begins where RAM does.
+            bases = [base for base in bases if base in begins] or bases or list(_BASES)
         found: dict[tuple[int, tuple[int, ...]], _Candidate] = {}
         for base in bases:
             for each in told:
-                found.setdefault((base, each.handover.numbers), replace(each, base=base))
+                if self.bases is not None or each.handover.fdt_phys - base in known:
+                    found.setdefault((base, each.handover.numbers), replace(each, base=base))
             named = {each.handover.fdt_phys for each in told}
             for at in roots:
                 if at + base not in named:
@@ -495,8 +533,12 @@ class _Search:
             return only, [str(only)]  # whole or not: there is no other
         judged = [self._judge(candidate) for candidate in candidates]
         valid = [(c, count) for c, problem, count in judged if problem is None]
-        valid = [(c, count) for c, count in valid if c.handover.scratch_phys] or valid
         notes = [f"not taken: {c}: {problem}" for c, problem, _ in judged if problem]
+        told = [(c, count) for c, count in valid if c.handover.scratch_phys]
+        if told and len(told) < len(valid):
+            alone = (c for c, _ in valid if not c.handover.scratch_phys)
+            notes += [f"not taken: {c}: whole, but nothing names it" for c in alone]
+            valid = told
         if not valid:
             listed = "; ".join(f"{c}: {problem}" for c, problem, _ in judged[:4])
             raise HandoverError(

@@ -6,7 +6,7 @@ them. Names come from outside: they are percent-encoded, so that they cannot lea
 and decode to the same bytes.
 
 Contents are as the kernel would give them: a page that no folio holds, or whose folio is not
-uptodate, reads as zero. What the kernel cannot retrieve is not retrieved here either; the address
+up to date, reads as zero. What the kernel cannot retrieve is not retrieved here either; the address
 says where it fails.
 """
 
@@ -38,6 +38,7 @@ __all__ = [
     "file_name",
     "name_of",
     "pieces",
+    "problems",
     "read_file",
     "retrieve",
     "select",
@@ -204,6 +205,24 @@ def file_bound_data(image: Image) -> list[FileBoundData]:
     """Return the FLBs in *image*; errors as :func:`sessions`."""
     found = decoded_luo(image)["flbs"] or {"flbs": []}
     return [FileBoundData(flb["name"], flb["data"], flb["count"]) for flb in found["flbs"]]
+
+
+def problems(image: Image) -> list[str]:
+    """Return the rules that LUO's records break beside those of single files.
+
+    Sessions or files may be missing for them.
+    """
+    of_files = {
+        (rule["phys"], rule["rule"])
+        for session in decoded_luo(image)["sessions"]
+        for file in session["files"]
+        for rule in file.get("wrong", ())
+    }
+    return [
+        v.rule if v.phys is None else f"{v.phys:#x}: {v.rule}"
+        for v in image.survey.violations
+        if v.part == _SUBTREE and (v.phys, v.rule) not in of_files
+    ]
 
 
 def select(found: Sequence[SavedSession], wanted: Iterable[str]) -> list[SavedSession]:
@@ -403,6 +422,7 @@ def retrieve(
         "source": image.source,
         "abi": image.abi,
         "liveupdate_num": decoded_luo(image)["liveupdate_num"],
+        "wrong": problems(image),
         "sessions": rows,
         "flbs": [
             {"name": flb.name, "data": hex(flb.data), "count": flb.count}
@@ -493,14 +513,18 @@ class _Writer:
         return RetrievedFile(file, where, None, digest.hexdigest() if digest else None, holes)
 
     def _claim(self, file: SavedFile) -> None:
-        """Refuse a folio that another file had: the kernel restores it once."""
-        rows = file.memfd["folios"] if file.memfd else ()
-        for pfn, *_ in rows:
+        """Refuse memory that another file had: the kernel restores it once."""
+        page = self.image.page_size
+        if file.device is not None:
+            pfns = [file.data // page]
+        else:
+            pfns = [row[0] for row in file.memfd["folios"]] if file.memfd else []
+        for pfn in pfns:
             holder = self.taken.setdefault(pfn, file)
             if holder is not file:
-                phys = pfn * self.image.page_size
-                raise HandoverError(f"file {file.name}: folio is also that of {holder.name}", phys)
-        if len({row[0] for row in rows}) != len(rows):
+                rule = f"file {file.name}: folio is also that of {holder.name}"
+                raise HandoverError(rule, pfn * page)
+        if len(set(pfns)) != len(pfns):
             raise HandoverError(f"file {file.name}: two folios are the same memory", file.data)
 
 

@@ -519,8 +519,8 @@ RULES: Final[dict[str, Rule]] = {
              "a folio above MAX_PAGE_ORDER is restored like any other; with CONFIG_DEBUG_VM the"
              " kernel warns",
              "mm/internal.h: folio_set_order", "kho-abi 7, 12.8", (_WARNING,)),
-        Rule("folio.not-uptodate", Stage.RETRIEVE_FD, _LATER,
-             "a folio without the flag uptodate reads as zero",
+        Rule("folio.stale", Stage.RETRIEVE_FD, _LATER,
+             "a folio whose flag says that it is not up to date reads as zero",
              f"{_MEMFD}: memfd_luo_retrieve_folios", "kho-abi 10.4", (_DATA,)),
         Rule("folio.clean", Stage.RETRIEVE_FD, _TAKES,
              "a folio without the flag dirty may be dropped when memory gets short",

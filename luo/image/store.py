@@ -497,16 +497,18 @@ class Image:
         """
         place = Path(path)
         memory = place.is_file() and _first(place, len(MAGIC)) != MAGIC
-        if not memory and (base is not None or handover is not None):
-            raise ValueError(f"{place}: --base and --handover are for a guest's memory")
+        if base is not None and not memory:
+            raise ValueError(f"{place}: --base is for raw memory")
         if place.is_dir():
             from luo.image.dump import load_dump
 
-            return load_dump(place, abi)
+            return load_dump(place, abi, handover)
         if memory:
             from luo.image.guest_memory import load_guest_memory
 
             return load_guest_memory(place, abi, base=base, handover=handover)
+        if handover is not None:
+            raise ValueError(f"{place}: --handover is for a guest's memory")
         with place.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size < _HEAD_BYTES:
@@ -631,7 +633,8 @@ def clip_spans(spans: Sequence[tuple[int, int]], ram: Ram) -> Iterator[tuple[int
     """Yield what of sorted spans lies in RAM."""
     for start, end in spans:
         at = max(bisect.bisect_right(ram.run_starts, start) - 1, 0)
-        for low, high in ram.runs[at:]:
+        for i in range(at, len(ram.runs)):
+            low, high = ram.runs[i]
             if low >= end:
                 break
             if max(low, start) < min(high, end):

@@ -516,6 +516,21 @@ def patch_tree(h: Handmade, old: bytes, new: bytes) -> None:
     page[at : at + len(new)] = new
 
 
+def property_at(h: Handmade, name: bytes, behind: bytes = b"") -> int:
+    """Where a property of 8 bytes begins, the first behind some bytes: its token."""
+    page = h.pages[h.builder.fdt]
+    (strings,) = struct.unpack_from(">I", page, 12)
+    where = page.index(name + b"\0", strings) - strings
+    return h.builder.fdt + page.index(struct.pack(">III", 3, 8, where), page.index(behind))
+
+
+def shorten(h: Handmade, name: bytes, behind: bytes = b"") -> None:
+    """Have a property of 8 bytes say that it has 4; a token that means nothing fills the rest."""
+    at = property_at(h, name, behind)
+    h.poke(at + 4, struct.pack(">I", 4))
+    h.poke(at + 16, struct.pack(">I", 4))
+
+
 @case("map.property")
 def map_property_missing(h):
     patch_tree(h, b"preserved-memory-map\0", b"preserved-memory-mop\0")
@@ -523,15 +538,7 @@ def map_property_missing(h):
 
 @case("map.property")
 def map_property_of_4_bytes(h):
-    value = struct.pack("<Q", h.builder.root)
-    patch_tree(
-        h,
-        struct.pack(">I", 8)
-        + h.pages[h.builder.fdt][h.pages[h.builder.fdt].index(value) - 4 :][:12],
-        struct.pack(">I", 4)
-        + h.pages[h.builder.fdt][h.pages[h.builder.fdt].index(value) - 4 :][:8]
-        + struct.pack(">I", 4),
-    )
+    shorten(h, b"preserved-memory-map")
 
 
 @case("root.preserved")
@@ -892,24 +899,13 @@ def no_luo(h):
 
 @case("luo.property")
 def luo_without_blob_size(h):
-    at = h.pages[h.builder.fdt].index(b"LUO\0")
-    tree = h.pages[h.builder.fdt]
-    strings = struct.unpack_from(">I", tree, 12)[0]
-    where = tree.index(b"blob-size\0") - strings
-    prop = tree.index(struct.pack(">III", 3, 8, where), at)
-    for i in range(0, 20, 4):
-        h.poke(h.builder.fdt + prop + i, struct.pack(">I", 4))
+    at = property_at(h, b"blob-size", b"LUO\0")
+    h.poke(at, struct.pack(">I", 4) * 5)
 
 
 @case("luo.property")
 def luo_with_data_of_4_bytes(h):
-    tree = h.pages[h.builder.fdt]
-    at = tree.index(b"LUO\0")
-    strings = struct.unpack_from(">I", tree, 12)[0]
-    where = tree.index(b"preserved-data\0") - strings
-    prop = tree.index(struct.pack(">III", 3, 8, where), at)
-    h.poke(h.builder.fdt + prop + 4, struct.pack(">I", 4))
-    h.poke(h.builder.fdt + prop + 16, struct.pack(">I", 4))
+    shorten(h, b"preserved-data", b"LUO\0")
 
 
 @case("luo.memory")
@@ -1548,7 +1544,7 @@ def one_folio_in_two_files(h):
     h.u64(h.at["alpha/2 folio 1"], h.at["alpha/1 data 0"] // PAGE | 3 << 52)
 
 
-@case("folio.not-uptodate")
+@case("folio.stale")
 def folio_not_uptodate(h):
     h.u64(h.at["alpha/1 folio 1"], h.at["alpha/1 data 1"] // PAGE | 1 << 52)
 

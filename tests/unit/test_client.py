@@ -28,6 +28,7 @@ from luo.device_node import ControlSocket
 from luo.errors import StateError
 from luo.kernel import Kernel, KernelImage
 from luo.machine import Machine
+from luo.sysfs import Tree
 
 TESTS = Path(__file__).parents[1]
 
@@ -46,8 +47,13 @@ def node(machine):
         yield opened
 
 
-def descriptors():
-    """Return how many descriptors this process has, but for machines' memory, freed whenever."""
+def descriptors(machine=None):
+    """Return how many descriptors this process has, but for machines' memory, freed whenever.
+
+    Those of calls that *machine* has answered are closed.
+    """
+    if machine is not None:
+        machine.control.settle()
     count = 0
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):
@@ -483,7 +489,7 @@ def hostile_packets(peer):
 def test_hostile_packets_change_nothing(machine):
     """No session, no descriptor and no thread of them is left, and others are served."""
     machine.listed()
-    before = descriptors()
+    before = descriptors(machine)
     with machine.open() as node:
         hostile_packets(node._socket)
         eventually(lambda: machine.listed() == [{}, {}])  # what it told itself takes a while
@@ -494,25 +500,25 @@ def test_hostile_packets_change_nothing(machine):
         hostile_packets(peer)
     eventually(lambda: machine.listed() == [{}, {}])
 
-    eventually(lambda: descriptors() == before)
+    assert descriptors(machine) == before
     with machine.open() as node, node.create_session("others") as session:
         assert session.get_name() == "others"
 
 
-def test_too_many_descriptors_are_refused(node):
+def test_too_many_descriptors_are_refused(machine, node):
     """EINVAL for a third; descriptors with calls that take none are closed."""
-    before = descriptors()
+    before = descriptors(machine)
     create = struct.pack("=I", uapi.CREATE_SESSION) + named(b"x")
     with open(os.devnull) as null:
         assert status(told(node._socket, create, null.fileno(), null.fileno())) == errno.EINVAL
         assert status(told(node._socket, create, null.fileno())) == 0
     assert errno_of(node.retrieve_session, "x") == errno.ENOENT  # and the one made is closed
-    eventually(lambda: descriptors() == before)
+    assert descriptors(machine) == before
 
 
 def test_connections_that_say_nothing_keep_nobody_out(machine):
     """However many; the oldest are dropped."""
-    before = descriptors()
+    before = descriptors(machine)
     idle = [connected(machine.path) for _ in range(200)]
     with machine.open() as node, node.create_session("vm") as session:
         assert session.get_name() == "vm"
@@ -522,7 +528,7 @@ def test_connections_that_say_nothing_keep_nobody_out(machine):
         peer.close()
     machine.listed()
 
-    eventually(lambda: descriptors() == before)
+    assert descriptors(machine) == before
 
 
 def test_client_that_never_reads_holds_up_nobody(machine):
@@ -598,6 +604,7 @@ LIMITED = """
                 code = error.errno
         assert code == errno.EMFILE, code
         assert 90 < len(held) < 150, len(held)  # two descriptors each in this process, of 300
+        spare = [os.dup(0) for _ in range(8)]  # those of a call come and go
         assert errno_of(node.create_session, "more") == errno.EMFILE
         assert held[0].get_name() == "s0"
         fd = os.memfd_create("x")
@@ -836,6 +843,23 @@ def test_machine_has_one_socket(tmp_path):
         machine.machine.control = machine.control
 
 
+def test_tree_has_a_link_to_it(machine):
+    """``dev/liveupdate`` below ``/sys``, also in the next kernel; nothing else is a link."""
+    tree = Tree(machine.machine)
+    for _ in range(2):
+        assert tree.list() == ["dev", "devices", "kernel"]
+        assert tree.list("dev") == ["liveupdate"]
+        assert stat.S_ISLNK(tree.stat("dev/liveupdate").mode)
+        assert tree.readlink("dev/liveupdate") == machine.path
+        assert errno_of(tree.readlink, "dev") == errno.EINVAL
+        assert errno_of(tree.readlink, "dev/none") == errno.ENOENT
+        machine.kexec()
+    machine.control.close()
+    assert tree.list() == ["devices", "kernel"]
+    assert errno_of(tree.stat, "dev") == errno.ENOENT
+    tree.close()
+
+
 # ---- a real node ----
 
 
@@ -863,6 +887,12 @@ def test_device_that_is_another_refuses():
     """A character device without these calls is ENOTTY; what is no device ENODEV."""
     with LiveUpdate.open(os.devnull) as node:
         assert errno_of(node.create_session, "vm") == errno.ENOTTY
+    words = r"session of descriptor \d+: preserve 0x1a: "
+    with (
+        Session.from_fd(os.open(os.devnull, os.O_RDONLY)) as session,
+        pytest.raises(OSError, match=words),
+    ):
+        session.preserve_fd(1, 0x1A)
     assert errno_of(LiveUpdate.list_sessions, os.devnull) == errno.ENOTTY
     assert errno_of(LiveUpdate.open, __file__) == errno.ENODEV
     assert errno_of(LiveUpdate.open, "/nowhere") == errno.ENOENT

@@ -157,6 +157,21 @@ def test_both_designs_restore_in_another_process(kind):
         report.kernel.close()
 
 
+def test_agent_in_another_process_undoes_what_failed_there():
+    """The error comes over with its errno and file; the kernel there goes on."""
+    report = Report()
+    image = KernelImage("device_session_kernels:reluctant")
+    with pytest.raises(CallbackError) as caught:
+        live_update(booted("sessions"), image, repeat=2, report=report)
+    try:
+        assert (caught.value.errno, caught.value.event) == (errno.EPIPE, "PRESERVE")
+        assert (caught.value.device, caught.value.rolled_back) == ("host/0x3", True)
+        assert report.states == ["normal", "preserved", "retrieved", "normal", "normal"]
+        assert not report.kernel.devices.preserved.any()
+    finally:
+        report.kernel.close()
+
+
 @pytest.mark.parametrize(("side", "path"), [(s, p) for p in ORDER[:4] for s in ("driver", "bus")])
 @pytest.mark.parametrize("outcome", [-errno.ENXIO, OSError(errno.EPIPE, "x"), ValueError("x"), 3])
 def test_prepare_that_fails_leaves_nothing_in_both_designs(side, path, outcome):
@@ -271,6 +286,25 @@ def test_cancel_and_finish_that_fail_stop_nothing():
     result = kernel.agent.finish()
     assert [(one.errno, one.event) for one in result.failures] == [(errno.EBUSY, "FINISH")]
     assert not left_of_files(kernel)
+    kernel.close()
+
+
+def test_interrupt_while_cancelling_comes_when_all_is_closed():
+    """Every device is cancelled, memory is as before, and the agent can begin again."""
+    log = Log()
+    guests = [device_session_kernels.guest(log, "a", np.array([4], np.int32))]
+    kernel = booted("sessions", log=log, guests=guests)
+    before = rehearsed(kernel)
+    log.clear()
+    kernel.agent.prepare()
+    log.faults["CANCEL", "driver", "nic", NIC1] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        kernel.agent.cancel()
+
+    assert kept(kernel) == before
+    assert {path for _, side, path in calls(log, "CANCEL") if side == "bus"} == set(ORDER[:4])
+    assert kernel.agent.state == "normal"
+    kernel.agent.prepare()
     kernel.close()
 
 
@@ -713,6 +747,10 @@ def test_run_with_sessions_writes_the_same_document(tmp_path):
     phases = [phase for kernel in other["timeline"]["kernels"] for phase, *_ in kernel["phases"]]
     assert phases == ["prepare", "reboot", "jump", "boot", "restore", "finish"]
     assert run("compare", files["rfc1"], files["sessions"]).exit_code == 0
+    pytest.importorskip("plotly")
+    page = tmp_path / "page.html"
+    assert run("report", files["sessions"], files["rfc1"], "-o", page).exit_code == 0
+    assert "luo-vfio-pci-v1" in page.read_text()
 
 
 def test_run_with_sessions_says_what_it_cannot(tmp_path):

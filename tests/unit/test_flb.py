@@ -1,15 +1,16 @@
 """File-lifecycle-bound data (FLB): one sentence of luo-mainline.md section 4.4 a test."""
 
+import dataclasses
 import errno
 import struct
 
 import pytest
 import session_rig as rig
 from rig import errno_of
-from session_model import FLBS_MAX, Handler, Raises, Thing, answer_data
+from session_model import FLBS_MAX, INTERRUPT, Handler, Raises, Thing, answer_data
 from session_rig import short, updated
 
-from luo.errors import CallbackError
+from luo.errors import CallbackError, KernelPanic
 from luo.flb import Flb
 
 A = Handler("a-v1", frozenset({"a"}))
@@ -26,7 +27,7 @@ def recorder():
 @pytest.fixture
 def kernel(recorder):
     """A kernel whose handler A depends on iommu and pci, B on pci."""
-    return rig.kernel(rig.machine(), recorder, (A, B), LINKS).boot()
+    return rig.booted(recorder, (A, B), LINKS)
 
 
 def filled(kernel, **sessions):
@@ -70,7 +71,7 @@ def test_a_handler_must_be_registered_first(recorder, kernel):
 
 
 def test_none_is_registered_when_it_is_off(recorder):
-    kernel = rig.kernel(rig.machine(), recorder, (A,), cmdline="kho=on").boot()
+    kernel = rig.booted(recorder, (A,), cmdline="kho=on")
     live = kernel.liveupdate
 
     assert errno_of(live.register_flb, recorder.handler(A), recorder.flb("pci")) == errno.EOPNOTSUPP
@@ -80,7 +81,7 @@ def test_none_is_registered_when_it_is_off(recorder):
 
 def test_there_are_63(recorder):
     assert FLBS_MAX == 63
-    kernel = rig.kernel(rig.machine(), recorder, (A, B)).boot()
+    kernel = rig.booted(recorder, (A, B))
     first, second, live = recorder.handler(A), recorder.handler(B), kernel.liveupdate
     for number in range(63):
         live.register_flb(first, recorder.flb(f"flb{number}"))
@@ -96,7 +97,7 @@ def test_there_are_63(recorder):
 
 def test_63_come_over(recorder):
     links = [(A, f"flb{number}") for number in range(63)]
-    kernel = rig.kernel(rig.machine(), recorder, (A,), links).boot()
+    kernel = rig.booted(recorder, (A,), links)
     filled(kernel, x="a")
     last = updated(kernel, recorder, (A,), links)
 
@@ -253,6 +254,7 @@ def test_finished_with_the_last_file(recorder, kernel):
     recorder.begin()
     second.finish()
     assert flb_calls(recorder) == []
+    recorder.begin()
     first.finish()
     assert short(recorder) == ["FINISH b-v1 1", "FINISH a-v1 0", "FINISH pci", "FINISH iommu"]
 
@@ -344,8 +346,8 @@ def test_outgoing_and_incoming_are_two_things(recorder, kernel):
     assert live.flb_get_incoming(pci) is came
 
 
-def test_the_page_is_never_freed_by_7_3(recorder, kernel):
-    """It stays preserved memory in the kernel that found it, and is gone with that."""
+def test_the_page_is_free_in_the_next_kernel(recorder, kernel):
+    """7.3 never frees it there."""
     _, beside = rig.beside()
     filled(kernel, x="ab")
     for _ in range(3):
@@ -353,14 +355,102 @@ def test_the_page_is_never_freed_by_7_3(recorder, kernel):
         with kernel.liveupdate.open() as node:
             if kernel.liveupdate.incoming:
                 node.retrieve_session("x").close()
-        assert kernel.kho.incoming.nr_unrestored == beside + 1
+        assert kernel.kho.incoming.nr_unrestored == beside
+
+
+# ---- a fault of 7.3, and one that is not repeated ----
+
+
+def test_7_3_does_not_finish_what_nobody_asked_for(recorder, kernel):
+    filled(kernel, x="bb")
+    live = arrived(recorder, kernel, quirks=["flb-finish-uncounted"]).liveupdate
+    with live.open() as node:
+        node.retrieve_session("x").finish()
+
+    assert flb_calls(recorder) == []
+
+
+def test_7_3_finishes_what_somebody_asked_for(recorder, kernel):
+    filled(kernel, x="bb")
+    live = arrived(recorder, kernel, quirks=["flb-finish-uncounted"]).liveupdate
+    live.flb_get_incoming(recorder.flb("pci"))
+    live.flb_put_incoming(recorder.flb("pci"))
+    with live.open() as node:
+        node.retrieve_session("x").finish()
+
+    assert flb_calls(recorder) == ["RETRIEVE pci", "FINISH pci"]
+
+
+def test_7_3_counts_files_again_that_are_finished(recorder, kernel):
+    filled(kernel, x="b", y="b")
+    live = arrived(recorder, kernel, quirks=["flb-finish-uncounted"]).liveupdate
+    with live.open() as node:
+        node.retrieve_session("x").finish()
+        live.flb_get_incoming(recorder.flb("pci"))
+        live.flb_put_incoming(recorder.flb("pci"))
+        node.retrieve_session("y").finish()
+
+    assert flb_calls(recorder) == ["RETRIEVE pci"]
+
+
+def test_what_is_registered_late_does_not_count_for_files_before(recorder, kernel):
+    (first,) = filled(kernel, x="b")
+    late = recorder.flb("late")
+    kernel.liveupdate.register_flb(recorder.handler(B), late)
+    (second,) = filled(kernel, y="b")
+    recorder.begin()
+    first.close()
+    assert flb_calls(recorder) == []
+    kernel.liveupdate.unregister_flb(recorder.handler(B), late)
+    second.close()
+
+    assert flb_calls(recorder) == ["UNPRESERVE late", "UNPRESERVE pci"]
+
+
+def test_a_handler_may_bring_its_flbs(recorder, kernel):
+    handler = dataclasses.replace(recorder.handler(A), compatible="c", flbs=(recorder.flb("own"),))
+    kernel.liveupdate.register_handler(handler)
+    assert errno_of(kernel.liveupdate.register_flb, handler, recorder.flb("own")) == errno.EEXIST
+
+    other = dataclasses.replace(handler, compatible="d", flbs=(rig.Recorder().flb("own"),))
+    assert errno_of(kernel.liveupdate.register_handler, other) == errno.EEXIST
+    with pytest.raises(ValueError, match="two FLBs"):
+        rig.Kernel(rig.machine(), file_handlers=[handler, other])
+
+
+def test_more_puts_than_gets_do_nothing(recorder, kernel):
+    live, pci = kernel.liveupdate, recorder.flb("pci")
+    live.flb_put_outgoing(pci)
+    live.flb_put_incoming(pci)
+    filled(kernel, x="b")
+    live = arrived(recorder, kernel).liveupdate
+    with live.open() as node:
+        node.retrieve_session("x").finish()
+    recorder.begin()
+    live.flb_put_incoming(pci)
+
+    assert recorder.calls == []
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_an_interrupt_in_preserve_undoes_what_was_done(recorder, kernel, at):
+    (session,) = filled(kernel, x="")
+    recorder.begin({at: INTERRUPT})
+    with pytest.raises(KeyboardInterrupt):
+        session.preserve(Thing("a", 1), 1)
+
+    assert flb_calls(recorder)[at:] == ["UNPRESERVE iommu"][: at - 1]
+    recorder.begin()
+    session.preserve(Thing("a", 1), 1)
+    assert flb_calls(recorder) == ["PRESERVE iommu", "PRESERVE pci"]
 
 
 # ---- hostile pages ----
 
 
 @pytest.mark.parametrize("count", [64, 1 << 31, (1 << 64) - 1])
-def test_a_count_beyond_the_page_reads_nothing_behind_it(recorder, kernel, count):
+def test_a_count_beyond_the_page_is_a_panic(recorder, kernel, count):
+    """7.3 reads what lies behind the page."""
     filled(kernel, x="b")
 
     def edit(handover):
@@ -369,5 +459,5 @@ def test_a_count_beyond_the_page_reads_nothing_behind_it(recorder, kernel, count
         kernel.memory.view(page + 8, 8)[:] = struct.pack("<Q", count)
 
     kernel.on_handover = edit
-    live = arrived(recorder, kernel, preflight=False).liveupdate
-    assert errno_of(live.flb_get_incoming, recorder.flb("iommu")) in (errno.ENOENT, errno.ENODATA)
+    with pytest.raises(KernelPanic):
+        arrived(recorder, kernel, preflight=False)

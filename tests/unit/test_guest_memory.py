@@ -165,10 +165,11 @@ def test_stale_copies_do_not_count(tmp_path):
     pages[made.base + 9 * MIB] = root  # a copy elsewhere is not preserved there
     path = write_raw(tmp_path / "raw", pages, made.base, made.size)
 
-    image = Image.load(path)
-
-    assert made.numbers == image.handover.numbers
-    assert 2 <= len([note for note in image.notes if note.startswith("not taken: ")])
+    for base, others in ((None, 1), (made.base, 2)):  # told where it begins, more is looked at
+        image = Image.load(path, base=base)
+        assert made.numbers == image.handover.numbers
+        assert DATA == the_file(image)
+        assert others == len([note for note in image.notes if note.startswith("not taken: ")])
 
 
 def two_handovers(first: int, second: int) -> tuple[Guest, dict[int, bytes]]:
@@ -558,3 +559,48 @@ def test_devices_of_this_library_are_files_too(tmp_path):
     results = retrieve(image, tmp_path / "out")
     assert {f.name for f in files} == {r.file.name for r in results if r.path}
     assert all(r.error is None for r in results)
+
+
+def test_pages_of_a_directory_are_searched_without_a_device_tree_beside_them(tmp_path):
+    """Neither kexec.dtb nor manifest.json: the pages themselves, or the user, tell."""
+    made = guest()
+    made.ranges += [(made.base + (i + 1) * (1 << 30), MIB) for i in range(80)]
+    pages = with_tree(made)
+    tree = made.device_tree()  # over two pages
+    assert len(tree) > PAGE
+    at = made.scratch[2][0] + 2 * MIB
+    pages |= {at: tree[:PAGE], at + PAGE: tree[PAGE:]}
+    place = tmp_path / "dump"
+    place.mkdir()
+    listed = sorted(pages, reverse=True)
+    (place / "pages.json").write_text(json.dumps({"pages": [hex(at) for at in listed]}))
+    (place / "pages.bin").write_bytes(
+        b"".join(bytes(pages[at]).ljust(PAGE, b"\0") for at in listed)
+    )
+
+    for handover in (None, Handover(*made.numbers)):
+        image = Image.load(place, handover=handover)
+        assert made.numbers == image.handover.numbers
+        assert DATA == the_file(image)
+    with pytest.raises(ValueError, match="--base"):
+        Image.load(place, base=0)
+
+
+def test_records_that_are_missing_are_a_failure(tmp_path):
+    """A second block of sessions that the dump has not: what there is, and exit status 1."""
+    made = Guest()
+    for i in range(60):
+        made.add(b"s%d" % i, 1, b"x")
+    image = load(made, tmp_path)
+    blocks = next(s for s in image.survey.subtrees if s.name == "LUO").decoded["blocks"]
+    lost = blocks[1]["phys"]
+    parts = [p for span in ((0, lost), (lost + PAGE, 1 << 62)) for p in image.pieces(*span)]
+    Image(image.ram.ranges, image.handover, parts).save(tmp_path / "image")
+
+    done = CliRunner().invoke(
+        main, ["image", "retrieve", str(tmp_path / "image"), "-o", str(tmp_path / "out")]
+    )
+
+    assert 1 == done.exit_code
+    assert f"luo: {lost:#x}: block of sessions: page was not kept" in done.output
+    assert 51 == len(list((tmp_path / "out").glob("s*/0x1")))

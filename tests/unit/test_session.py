@@ -1,6 +1,8 @@
 """Mainline's sessions and files, one sentence of luo-mainline.md section 4 a test."""
 
 import errno
+import functools
+import os
 import struct
 import threading
 import time
@@ -14,6 +16,7 @@ from session_rig import short, updated
 from luo import abi
 from luo.errors import CallbackError, KernelPanic, StateError, SuccessorError
 from luo.fdt import Fdt
+from luo.files import FileHandler
 from luo.kernel import Kernel
 
 ALL = frozenset({"freeze", "unfreeze", "can_finish", "get_id"})
@@ -22,11 +25,13 @@ VFIO = Handler("vfio-v1", frozenset({"vfio"}))
 BOTH = Handler("both-v1", frozenset({"memory", "vfio"}), ALL)
 
 
+@functools.cache
 def memory(number, identity=None):
     """A file that MEMORY preserves."""
     return Thing("memory", number if identity is None else identity, number)
 
 
+@functools.cache
 def vfio(number):
     """A file that VFIO preserves, which has no get_id."""
     return Thing("vfio", "all the same", number)
@@ -40,7 +45,7 @@ def recorder():
 
 def booted(recorder, handlers=(MEMORY,), flbs=(), **kwargs):
     """Return a kernel that runs on a machine of its own."""
-    return rig.kernel(rig.machine(), recorder, handlers, flbs, **kwargs).boot()
+    return rig.booted(recorder, handlers, flbs, **kwargs)
 
 
 def luo_pages(kernel):
@@ -172,6 +177,7 @@ def shorten(kernel, head, handover):
 DAMAGES = {
     "31 bytes": shorten,
     "compatible": lambda kernel, head, _: put(kernel, head, b"luo-v4"),
+    "shorter compatible": lambda kernel, head, _: put(kernel, head, b"luo-v\0"),
     "longer compatible": lambda kernel, head, _: put(kernel, head, b"luo-v55"),
     "cycle": lambda kernel, head, _: put(kernel, u64(kernel, head + 16), u64(kernel, head + 16)),
     "no records": lambda kernel, head, _: put(kernel, u64(kernel, head + 16) + 8, 0),
@@ -219,6 +225,22 @@ def test_with_kho_off_nobody_looks(recorder, what):
     assert not kernel.liveupdate.enabled
 
 
+def test_what_stands_behind_the_end_of_compatible_is_not_read(recorder):
+    kernel = filled(recorder)
+    at_handover(kernel, lambda head, _: put(kernel, head, b"luo-v5\0x"))
+
+    assert updated(kernel, recorder, (MEMORY,)).liveupdate.liveupdate_num == 1
+
+
+def test_a_page_of_flbs_that_is_the_head_itself(recorder):
+    kernel = filled(recorder)
+    at_handover(kernel, lambda head, _: (put(kernel, head + 24, head), put(kernel, head + 8, 0)))
+    live = updated(kernel, recorder, (MEMORY,)).liveupdate
+
+    with live.open() as node:
+        node.retrieve_session("s0").close()
+
+
 def test_too_long_a_chain_is_a_panic(recorder, monkeypatch):
     kernel = filled(recorder, sessions=103, files=0)
     monkeypatch.setattr(abi, "KHO_BLOCKS_MAX", 2)
@@ -229,11 +251,12 @@ def test_too_long_a_chain_is_a_panic(recorder, monkeypatch):
 
 def test_good_data_with_live_update_off_stays_preserved(recorder):
     kernel = filled(recorder, sessions=52, files=64)
+    kept = luo_pages(kernel)
     _, beside = rig.beside()
     off = updated(kernel, recorder, (), cmdline="kho=on")
 
     assert errno_of(off.liveupdate.open) == errno.ENODEV
-    assert off.kho.incoming.nr_unrestored == beside + 2 + 52 * 2 + 1
+    assert off.kho.incoming.nr_unrestored == beside + kept
     assert "LUO" not in rig.walked(off.memory, off.kho.handover()).subtrees
     last = updated(off, recorder, (MEMORY,))
     assert last.liveupdate.liveupdate_num == 0
@@ -244,13 +267,13 @@ def test_good_data_with_live_update_off_stays_preserved(recorder):
 def test_what_is_read_is_freed(recorder):
     kernel = updated(filled(recorder, sessions=52, files=64), recorder, (MEMORY,))
     _, beside = rig.beside()
-    assert kernel.kho.incoming.nr_unrestored == beside + 2 + 52 * 2 + 1  # the head is free
+    assert kernel.kho.incoming.nr_unrestored == beside + 2 + 52 * 2  # head and FLBs are free
 
     with kernel.liveupdate.open() as node:
-        assert kernel.kho.incoming.nr_unrestored == beside + 52 * 2 + 1
+        assert kernel.kho.incoming.nr_unrestored == beside + 52 * 2
         for number in range(52):
             node.retrieve_session(f"s{number}").close()
-    assert kernel.kho.incoming.nr_unrestored == beside + 1
+    assert kernel.kho.incoming.nr_unrestored == beside
     assert kernel.liveupdate.incoming == ()
 
 
@@ -483,9 +506,14 @@ def test_without_memory_no_file_is_asked_about(recorder):
 
 
 @pytest.fixture
-def outgoing(recorder):
-    """A session of a kernel that has MEMORY, VFIO and BOTH, and an FLB of VFIO."""
-    kernel = booted(recorder, (MEMORY, VFIO, BOTH), [(VFIO, "iommu"), (VFIO, "pci")])
+def kernel(recorder):
+    """A kernel that has MEMORY, VFIO and BOTH, and two FLBs of VFIO."""
+    return booted(recorder, (MEMORY, VFIO, BOTH), [(VFIO, "iommu"), (VFIO, "pci")])
+
+
+@pytest.fixture
+def outgoing(kernel):
+    """A session of that kernel."""
     with kernel.liveupdate.open() as node:
         return node.create_session("vm")
 
@@ -581,8 +609,8 @@ def test_a_retrieved_file_is_preserved_again_after_finish_only(recorder):
     ],
 )
 @pytest.mark.parametrize("how", [-errno.ENODEV, Raises(errno.ENODEV)])
-def test_a_failure_unwinds_in_reverse(recorder, outgoing, fails, undone, how):
-    pages = luo_pages(outgoing.kernel)
+def test_a_failure_unwinds_in_reverse(recorder, kernel, outgoing, fails, undone, how):
+    pages = luo_pages(kernel)
     recorder.begin({fails: how})
 
     with pytest.raises(CallbackError) as caught:
@@ -591,8 +619,7 @@ def test_a_failure_unwinds_in_reverse(recorder, outgoing, fails, undone, how):
     assert caught.value.event == "PRESERVE"
     assert short(recorder)[fails + 1 :] == undone
     assert outgoing.files == ()
-    assert luo_pages(outgoing.kernel) == pages
-    assert not +recorder.held
+    assert luo_pages(kernel) == pages
     recorder.begin()
     outgoing.preserve(vfio(1), 1)
 
@@ -614,8 +641,7 @@ def test_an_incoming_session_takes_none(recorder):
         assert recorder.calls == []
 
 
-def test_closing_unpreserves_in_reverse(recorder, outgoing):
-    kernel = outgoing.kernel
+def test_closing_unpreserves_in_reverse(recorder, kernel, outgoing):
     for token in (5, 3, 4):
         outgoing.preserve(vfio(token), token)
     recorder.begin()
@@ -630,7 +656,6 @@ def test_closing_unpreserves_in_reverse(recorder, outgoing):
     ]
     assert kernel.liveupdate.outgoing == ()
     assert luo_pages(kernel) == 2
-    assert not +recorder.held
 
 
 def test_a_session_is_closed_once(recorder, outgoing):
@@ -649,10 +674,15 @@ def test_a_session_is_closed_once(recorder, outgoing):
 
 
 @pytest.fixture
-def incoming(recorder):
-    """A session with files 0, 1, 2 that came over."""
-    kernel = updated(filled(recorder, files=3), recorder, (MEMORY,))
-    with kernel.liveupdate.open() as node:
+def updated_kernel(recorder):
+    """A kernel to which a session came over, with files 0, 1 and 2."""
+    return updated(filled(recorder, files=3), recorder, (MEMORY,))
+
+
+@pytest.fixture
+def incoming(recorder, updated_kernel):
+    """That session."""
+    with updated_kernel.liveupdate.open() as node:
         session = node.retrieve_session("s0")
     recorder.begin()
     return session
@@ -706,7 +736,6 @@ def test_all_are_asked_then_finished_in_reverse_retrieved_or_not(recorder, incom
     assert short(recorder) == asked + [f"FINISH memory-v1 {token}" for token in (2, 1, 0)]
     assert [call.status for call in recorder.calls] == [0, 1, 0, 0, 1, 0]
     assert [call.file is None for call in recorder.calls[3:]] == [True, False, True]
-    assert not +recorder.held
 
 
 def test_a_refusal_finishes_nothing(recorder, incoming):
@@ -720,8 +749,8 @@ def test_a_refusal_finishes_nothing(recorder, incoming):
     assert incoming.files == ()
 
 
-def test_a_finished_session_stays_until_it_is_closed(recorder, incoming):
-    live = incoming.kernel.liveupdate
+def test_a_finished_session_stays_until_it_is_closed(recorder, updated_kernel, incoming):
+    live = updated_kernel.liveupdate
     incoming.finish()
     assert [session.name for session in live.incoming] == ["s0"]
     assert errno_of(incoming.retrieve, 0) == errno.ENOENT
@@ -733,15 +762,17 @@ def test_a_finished_session_stays_until_it_is_closed(recorder, incoming):
     assert live.incoming == ()
 
 
-def test_closing_finishes(recorder, incoming):
+def test_closing_finishes(recorder, updated_kernel, incoming):
     incoming.close()
 
     assert [call.event for call in recorder.calls] == ["CAN_FINISH"] * 3 + ["FINISH"] * 3
-    assert incoming.kernel.liveupdate.incoming == ()
+    assert updated_kernel.liveupdate.incoming == ()
 
 
-def test_a_session_that_may_not_finish_is_stuck_when_it_is_closed(recorder, incoming):
-    live = incoming.kernel.liveupdate
+def test_a_session_that_may_not_finish_is_stuck_when_it_is_closed(
+    recorder, updated_kernel, incoming
+):
+    live = updated_kernel.liveupdate
     recorder.begin({0: False})
     assert errno_of(incoming.close) == errno.EBUSY
 
@@ -933,9 +964,9 @@ def test_a_handler_that_is_gone_is_not_asked(recorder):
     assert short(recorder) == ["CAN_PRESERVE both-v1 ?", "PRESERVE both-v1 1"]
 
 
-def test_a_handler_of_a_preserved_file_stays(recorder, outgoing):
+def test_a_handler_of_a_preserved_file_stays(recorder, kernel, outgoing):
     """Its module is pinned."""
-    live = outgoing.kernel.liveupdate
+    live = kernel.liveupdate
     outgoing.preserve(memory(1), 1)
     assert errno_of(live.unregister_handler, recorder.handler(MEMORY)) == errno.EBUSY
     outgoing.close()
@@ -957,12 +988,217 @@ def test_47_bytes_come_over(recorder):
         node.retrieve_session("a").retrieve(1)
 
 
+# ---- faults of 7.3 that are not repeated unless asked for ----
+
+
+def test_the_empty_block_of_7_3_is_a_panic_of_the_next_kernel(recorder):
+    kernel = booted(recorder, quirks=["sessions-empty-block"])
+    with kernel.liveupdate.open() as node:
+        for number in range(51):
+            node.create_session(f"s{number}")
+        assert errno_of(node.create_session, "s0") == errno.EEXIST
+        assert luo_pages(kernel) == 4
+
+    with pytest.raises(SuccessorError, match="0 entries"):
+        updated(kernel, recorder, (MEMORY,))
+    kernel.liveupdate.outgoing[0].close()  # shrinks
+    updated(kernel, recorder, (MEMORY,))
+
+
+# ---- what a careless handler does ----
+
+
+def careless(**callbacks):
+    """A handler of everything that does nothing, but for *callbacks*."""
+    nothing = dict.fromkeys(("preserve", "unpreserve", "retrieve", "finish"), lambda args: None)
+    return FileHandler("x", **{"can_preserve": lambda file: True, **nothing, **callbacks})
+
+
+def with_handler(handler, machine=None):
+    """Return a kernel that has this handler and runs."""
+    return Kernel(machine or rig.machine(), file_handlers=[handler]).boot()
+
+
+@pytest.mark.parametrize("get_id", [lambda file: 1 // 0, lambda file: [], lambda file: {}])
+def test_a_get_id_that_says_nothing_is_an_error_of_the_handler(get_id):
+    with with_handler(careless(get_id=get_id)).liveupdate.open() as node:
+        session = node.create_session("a")
+        with pytest.raises(CallbackError, match="GET_ID") as caught:
+            session.preserve(object(), 1)
+    assert caught.value.errno == errno.EIO
+    assert session.files == ()
+
+
+@pytest.mark.parametrize("file", [None, 12345])
+def test_a_retrieve_without_a_file_is_remembered(file):
+    handler = careless(retrieve=lambda args: setattr(args, "file", file))
+    kernel = with_handler(handler)
+    with kernel.liveupdate.open() as node:
+        node.create_session("a").preserve(object(), 1)
+    kernel.kexec_load(Kernel(kernel.machine, file_handlers=[handler]))
+    with kernel.kexec().liveupdate.open() as node:
+        session = node.retrieve_session("a")
+    codes = [errno_of(session.retrieve, 1) for _ in range(2)]
+
+    assert codes == [errno.EIO if file is None else errno.EBADF] * 2
+    assert session.files[0].file is None
+    session.close()
+
+
+@pytest.mark.parametrize("data", [-1, 1 << 64, "text", None])
+def test_data_that_is_no_u64_is_an_error_of_the_handler(data):
+    with with_handler(careless(preserve=lambda args: setattr(args, "data", data))) as kernel:
+        with kernel.liveupdate.open() as node:
+            session = node.create_session("a")
+            assert errno_of(session.preserve, object(), 1) == errno.EIO
+        assert session.files == ()
+
+
+@pytest.mark.parametrize("event", ["unpreserve", "finish"])
+def test_who_cannot_fail_and_does_is_noted(event):
+    def fail(args):
+        raise OSError(errno.EIO, "on purpose")
+
+    handler = careless(**{event: fail}, retrieve=lambda args: setattr(args, "file", args))
+    kernel = with_handler(handler)
+    with kernel.liveupdate.open() as node:
+        session = node.create_session("a")
+        for token in range(3):
+            session.preserve(object(), token)
+    if event == "finish":
+        kernel.kexec_load(Kernel(kernel.machine, file_handlers=[handler]))
+        kernel = kernel.kexec()
+        with kernel.liveupdate.open() as node:
+            session = node.retrieve_session("a")
+    session.close()
+
+    problems = kernel.liveupdate.problems
+    assert [problem.event for problem in problems] == [event.upper()] * 3
+    assert [problem.device for problem in problems] == ["a/0x2", "a/0x1", "a/0x0"]
+    assert (kernel.liveupdate.outgoing, kernel.liveupdate.incoming) == ((), ())
+    assert luo_pages(kernel) == 2
+
+
+def test_two_handlers_of_one_name_are_refused_before_boot(recorder):
+    with pytest.raises(ValueError, match="two file handlers"):
+        Kernel(rig.machine(), file_handlers=[careless(), careless()])
+    with pytest.raises(TypeError):
+        Kernel(rig.machine(), file_handlers=["x"])
+    with pytest.raises(ValueError, match="kho-v4"):
+        Kernel(rig.machine(), file_handlers=[], kho_abi="kho-v3")
+
+
+@pytest.mark.parametrize("name", ["can_preserve", "preserve", "unpreserve", "retrieve", "finish"])
+def test_five_callbacks_are_required(name):
+    with pytest.raises(OSError, match=name) as caught:
+        careless(**{name: None})
+    assert caught.value.errno == errno.EINVAL
+
+
+# ---- descriptors: LUO has a reference of its own ----
+
+
+def nr_open(path):
+    """How many descriptors of *path* there are."""
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            found.append(os.readlink(f"/proc/self/fd/{fd}"))
+        except FileNotFoundError:  # the one of the directory itself
+            continue
+    return found.count(str(path))
+
+
+def test_luo_keeps_a_descriptor_of_its_own(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("content")
+    fd = os.open(path, os.O_RDONLY)
+    with with_handler(careless()).liveupdate.open() as node:
+        session = node.create_session("a")
+    session.preserve(fd, 1)
+    assert nr_open(path) == 2
+    os.close(fd)
+    assert os.pread(session.files[0].file, 7, 0) == b"content"
+    session.close()
+    assert nr_open(path) == 0
+
+
+@pytest.mark.parametrize("event", ["can_preserve", "preserve", "get_id"])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, ""), ZeroDivisionError(), KeyboardInterrupt()]
+)
+def test_a_failure_leaves_no_descriptor(tmp_path, event, error):
+    def fail(_):
+        raise error
+
+    path = tmp_path / "file"
+    with path.open("w") as file, with_handler(careless(**{event: fail})).liveupdate.open() as node:
+        session = node.create_session("a")
+        with pytest.raises(BaseException):  # noqa: B017
+            session.preserve(file.fileno(), 1)
+        assert nr_open(path) == 1
+
+
+def test_two_descriptors_of_one_file_are_one_file(tmp_path):
+    path = tmp_path / "file"
+    with path.open("w") as one, path.open("w") as two:
+        with with_handler(careless()).liveupdate.open() as node:
+            session = node.create_session("a")
+        session.preserve(one.fileno(), 1)
+        assert errno_of(session.preserve, two.fileno(), 2) == errno.EBUSY
+        assert nr_open(path) == 3
+        session.close()
+
+
+def test_no_descriptor_is_ebadf_before_anybody_is_asked():
+    asked = []
+    with with_handler(careless(can_preserve=asked.append)).liveupdate.open() as node:
+        session = node.create_session("a")
+    assert errno_of(session.preserve, 12345, 1) == errno.EBADF
+    assert errno_of(session.preserve, -1, 1) == errno.EBADF
+    assert asked == []
+
+
+def test_who_retrieves_gets_a_descriptor_of_his_own(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("content")
+
+    def retrieve(args):
+        args.file = os.open(path, os.O_RDONLY)
+
+    handler = careless(retrieve=retrieve)
+    kernel = with_handler(handler)
+    with kernel.liveupdate.open() as node:
+        node.create_session("a").preserve(object(), 1)
+    kernel.kexec_load(Kernel(kernel.machine, file_handlers=[handler]))
+    with kernel.kexec().liveupdate.open() as node:
+        session = node.retrieve_session("a")
+    mine = [session.retrieve(1) for _ in range(3)]
+    assert nr_open(path) == 4
+    os.close(mine.pop())
+    session.close()
+    assert nr_open(path) == 2
+    assert os.pread(mine[0], 7, 0) == b"content"
+    for fd in mine:
+        os.close(fd)
+
+
+def test_a_kernel_that_goes_lets_go_of_its_descriptors(tmp_path):
+    path = tmp_path / "file"
+    with path.open("w") as file:
+        kernel = with_handler(careless())
+        with kernel.liveupdate.open() as node:
+            node.create_session("a").preserve(file.fileno(), 1)
+        kernel.kexec_load(Kernel(kernel.machine))
+        kernel.kexec()
+        assert nr_open(path) == 1
+
+
 # ---- ^C, callbacks that call back, threads (ours) ----
 
 
 @pytest.mark.parametrize("at", [0, 1, 2, 3, 4])
-def test_an_interrupt_in_preserve_leaves_everything_as_it_was(recorder, outgoing, at):
-    kernel = outgoing.kernel
+def test_an_interrupt_in_preserve_leaves_everything_as_it_was(recorder, kernel, outgoing, at):
     pages = luo_pages(kernel)
     recorder.begin({at: INTERRUPT})
 
@@ -970,7 +1206,6 @@ def test_an_interrupt_in_preserve_leaves_everything_as_it_was(recorder, outgoing
         outgoing.preserve(vfio(1), 1)
     assert outgoing.files == ()
     assert luo_pages(kernel) == pages
-    assert not +recorder.held
     outgoing.preserve(vfio(1), 1)
     outgoing.close()
 
@@ -987,8 +1222,7 @@ def test_an_interrupt_in_freeze_thaws(recorder, at):
     updated(kernel, recorder, (MEMORY,))
 
 
-def test_an_interrupt_while_it_closes_stops_nothing(recorder, outgoing):
-    kernel = outgoing.kernel
+def test_an_interrupt_while_it_closes_stops_nothing(recorder, kernel, outgoing):
     for token in range(3):
         outgoing.preserve(vfio(token), token)
     recorder.begin({1: INTERRUPT})
@@ -1000,11 +1234,74 @@ def test_an_interrupt_while_it_closes_stops_nothing(recorder, outgoing):
     assert luo_pages(kernel) == 2
 
 
+@pytest.mark.parametrize("at", range(6, 12))
+def test_an_interrupt_in_unfreeze_is_heard_when_all_is_thawed(recorder, at):
+    kernel = several(recorder)
+    before = rig.walked(kernel.memory, kernel.kho.handover()).preserved
+    recorder.begin({at: INTERRUPT})
+    kernel.liveupdate.freeze()
+
+    with pytest.raises(KeyboardInterrupt):
+        kernel.liveupdate.unfreeze()
+    assert [call.event for call in recorder.calls] == ["FREEZE"] * 6 + ["UNFREEZE"] * 6
+    assert u64(kernel, head_of(kernel) + 16) == 0
+    for phys, _ in before:
+        assert b"memory-v1" not in rig.reader(kernel.memory)(phys, 4096)
+    kernel.liveupdate.outgoing[0].preserve(memory("more"), 9)
+    recorder.begin()
+    updated(kernel, recorder, (MEMORY,))
+    assert len(recorder.calls) == 7
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_an_interrupt_in_retrieve_is_not_remembered(recorder, incoming, at):
+    recorder.begin({0: INTERRUPT})
+    with pytest.raises(KeyboardInterrupt):
+        incoming.retrieve(at)
+
+    assert incoming.files[at].file is None
+    assert incoming.retrieve(at).kind == "memory"
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_an_interrupt_before_anything_is_finished_closes_nothing(recorder, incoming, at):
+    recorder.begin({at: INTERRUPT})
+    with pytest.raises(KeyboardInterrupt):
+        incoming.close()
+
+    assert len(incoming.files) == 3
+    recorder.begin()
+    incoming.close()
+    assert incoming.files == ()
+
+
+@pytest.mark.parametrize("at", range(3, 6))
+def test_an_interrupt_in_finish_stops_nothing(recorder, updated_kernel, incoming, at):
+    recorder.begin({at: INTERRUPT})
+    with pytest.raises(KeyboardInterrupt):
+        incoming.close()
+
+    assert [call.event for call in recorder.calls] == ["CAN_FINISH"] * 3 + ["FINISH"] * 3
+    assert updated_kernel.liveupdate.incoming == ()
+    assert updated_kernel.kho.incoming.nr_unrestored == rig.beside()[1]
+
+
+def test_a_kexec_from_a_callback_keeps_the_loaded_image(recorder):
+    kernel = filled(recorder)
+    kernel.kexec_load(rig.kernel(kernel.machine, recorder, (MEMORY,)))
+    refused = []
+    recorder.begin()
+    recorder.hooks[0] = lambda _: refused.append(errno_of(kernel.kexec))
+    kernel.liveupdate.outgoing[0].preserve(memory("new"), 1)
+
+    assert refused == [errno.EDEADLK]
+    kernel.kexec()
+
+
 def call_back(kernel, session):
     """Everything that a callback may try."""
     live = kernel.liveupdate
     return (
-        live.open,
         lambda: session.preserve(memory("other"), 99),
         lambda: session.retrieve(0),
         session.finish,
@@ -1014,7 +1311,7 @@ def call_back(kernel, session):
     )
 
 
-@pytest.mark.parametrize("what", range(7))
+@pytest.mark.parametrize("what", range(6))
 def test_a_callback_that_calls_back_is_a_deadlock(recorder, what):
     kernel = filled(recorder)
     session = kernel.liveupdate.outgoing[0]
@@ -1080,6 +1377,106 @@ def test_who_waits_goes_on_when_the_jump_fails(recorder):
 
     assert waiting[0]() is None
     assert [file.token for file in session.files] == [0, 99]
+
+
+def test_a_handler_that_goes_while_it_is_asked_gets_no_file(recorder):
+    kernel = booted(recorder)
+    with kernel.liveupdate.open() as node:
+        session = node.create_session("a")
+    recorder.hooks[0] = lambda _: kernel.liveupdate.unregister_handler(recorder.handler(MEMORY))
+
+    assert errno_of(session.preserve, memory(1), 1) == errno.ENOENT
+    assert short(recorder) == ["CAN_PRESERVE memory-v1 ?"]
+
+
+def test_a_handler_stays_while_it_preserves(recorder):
+    kernel = booted(recorder)
+    with kernel.liveupdate.open() as node:
+        session = node.create_session("a")
+    unregister = functools.partial(kernel.liveupdate.unregister_handler, recorder.handler(MEMORY))
+    refused = []
+    recorder.hooks[1] = lambda _: refused.append(errno_of(unregister))
+    recorder.faults = {1: -errno.EIO}
+    assert errno_of(session.preserve, memory(1), 1) == errno.EIO
+
+    assert refused == [errno.EBUSY]
+    unregister()
+
+
+def test_a_broken_load_pins_nobody(recorder):
+    kernel = filled(recorder, sessions=2, files=2)
+    at_handover(kernel, lambda head, _: BROKEN["too few files"](kernel, head))
+    live = updated(kernel, recorder, (MEMORY,)).liveupdate
+    assert errno_of(live.open) == errno.EIO
+
+    live.unregister_handler(recorder.handler(MEMORY))
+
+
+def test_a_file_may_ask_for_what_it_depends_on(recorder, kernel, outgoing):
+    """As a device's retrieve asks for the state of its IOMMU."""
+    links = [(VFIO, "iommu"), (VFIO, "pci")]
+    outgoing.preserve(vfio(1), 1)
+    last = updated(kernel, recorder, (VFIO,), links)
+    with last.liveupdate.open() as node:
+        session = node.retrieve_session("vm")
+    got = []
+
+    def ask(_):
+        got.append(last.liveupdate.flb_get_incoming(recorder.flb("iommu")))
+        last.liveupdate.flb_put_incoming(recorder.flb("iommu"))
+
+    recorder.begin()
+    recorder.hooks[0] = ask
+    session.retrieve(1)
+    assert got[0][:2] == ("RETRIEVE", "iommu")
+
+
+@pytest.mark.parametrize("what", range(6))
+def test_a_freeze_callback_that_calls_back_is_a_deadlock(recorder, what):
+    kernel = filled(recorder)
+    session = kernel.liveupdate.outgoing[0]
+    refused = []
+    recorder.begin()
+    recorder.hooks[0] = lambda _: refused.append(errno_of(call_back(kernel, session)[what]))
+    updated(kernel, recorder, (MEMORY,))
+
+    assert refused == [errno.EDEADLK]
+
+
+def test_threads_that_work_while_it_freezes_and_goes_on(recorder):
+    """Nobody loses anything, and in the end every page is back."""
+    kernel = booted(recorder, (MEMORY, VFIO), [(VFIO, "iommu")])
+    live, failures, stop = kernel.liveupdate, [], threading.Event()
+    node, pages = live.open(), luo_pages(kernel)
+
+    def work(name):
+        try:
+            while not stop.is_set():
+                session = node.create_session(name)
+                for token in range(70):
+                    session.preserve(vfio((name, token)), token)
+                assert len(session.files) == 70
+                session.close()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(f"t{n}",), daemon=True) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(20):
+        with live.frozen():
+            frozen = [(session.name, len(session.files)) for session in live.outgoing]
+            time.sleep(0.001)
+            assert [(each.name, len(each.files)) for each in live.outgoing] == frozen
+    stop.set()
+    for thread in threads:
+        thread.join(60)
+
+    assert failures == []
+    assert live.outgoing == ()
+    assert luo_pages(kernel) == pages
+    events = [call.event for call in recorder.calls if len(call) == 4]
+    assert events.count("PRESERVE") == events.count("UNPRESERVE")
 
 
 def test_threads_that_work_while_it_jumps(recorder):

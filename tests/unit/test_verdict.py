@@ -4,10 +4,13 @@ The images are those that a real kernel is asked about in ``tests/guest/test_ver
 more; what is expected of each is written beside it.
 """
 
+import functools
 import json
 import os
 import random
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,15 +23,22 @@ from luo.handover import Handover
 from luo.image import Extent, Image
 from luo.image.boot import virt_machine
 from luo.image.rules import RULES, Outcome, Rule, Stage
-from luo.image.verdict import Target, judge
+from luo.image.verdict import Target, Verdict, judge
 from luo.memfd import memfd_handler
 
 ROOT = Path(__file__).resolve().parents[2]
+PRINT_PAGE = "import verdicts as v; print(v.filled(v.PAGE.read_text()), end='')"
 
 
 def ids(problems) -> list[str]:
     """Rules of problems or notes."""
     return [problem.rule.id for problem in problems]
+
+
+@functools.cache
+def verdict_of(name: str) -> Verdict:
+    """What luo says of a case."""
+    return CASES[name].make().judged()
 
 
 def good(**extra) -> Handmade:
@@ -39,7 +49,7 @@ def good(**extra) -> Handmade:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_wrong_image_is_judged_by_its_rule(case: Case):
     """The first rule that strikes is the one that the case names; or it is a note."""
-    verdict = case.make().judged()
+    verdict = verdict_of(case.name)
 
     if case.rule is None:
         assert [] == ids(verdict.problems) + ids(verdict.notes)
@@ -48,6 +58,24 @@ def test_a_wrong_image_is_judged_by_its_rule(case: Case):
     else:
         assert ids(verdict.problems)[0] == case.rule
         assert set(case.also) <= set(ids(verdict.problems) + ids(verdict.notes))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_real_kernel_did_what_the_verdict_says(name):
+    """As it was recorded: of what is possible one happened."""
+    record = json.loads((ROOT / "tests/guest/verdicts.json").read_text())
+
+    assert record["seen"][name] in verdict_of(name).seen
+
+
+def test_the_page_of_verdicts_is_up_to_date():
+    """What ``make docs`` would write."""
+    found = subprocess.run(
+        [sys.executable, "-c", PRINT_PAGE],
+        cwd=ROOT / "docs", capture_output=True, text=True, check=True,
+    )  # fmt: skip
+
+    assert (ROOT / "docs/verdicts.md").read_text() == found.stdout
 
 
 # ---- rules that the guest's kernel cannot show, or that take another target ----
@@ -318,9 +346,8 @@ def test_every_rule_has_an_image():
     """Of the cases, or of a test here; each source names a function of the kernel."""
     struck = {
         rule
-        for case in CASES.values()
-        for verdict in [case.make().judged()]
-        for rule in ids(verdict.problems) + ids(verdict.notes)
+        for name in CASES
+        for rule in ids(verdict_of(name).problems) + ids(verdict_of(name).notes)
     }
     here = {"folio.index", "folio.order", "folio.huge-pages", "target.page-size", "map.unread"}
 

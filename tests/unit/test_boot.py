@@ -187,6 +187,8 @@ def test_write_again_forgets_old_segments(tmp_path: Path) -> None:
 
     assert not (tmp_path / "memory/59000000.bin").exists()
     assert (tmp_path / "memory/5a000000.bin").exists()
+    assert (tmp_path / "memory").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "firmware.bin").stat().st_mode & 0o777 == 0o600
 
 
 def test_tree_tells_handover_memory_and_initrd(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import operator
 import os
 import threading
 from collections import Counter
@@ -26,14 +25,12 @@ from typing import TYPE_CHECKING, Any, Final
 from luo import abi
 from luo.block_set import BlockSet
 from luo.errors import CallbackError, HandoverError, KhoError, LuoError, from_errno
-from luo.notifier import callback_error, failed
+from luo.notifier import Carrier, callback_error, failed
 
 if TYPE_CHECKING:
     from luo._kho import CallRecorder
     from luo.flb import Flb, FlbTable
     from luo.incoming import Incoming
-    from luo.kho import Kho
-    from luo.memory import PhysicalMemory
 
 __all__ = [
     "Callbacks",
@@ -111,67 +108,32 @@ class FileHandler:
                     )
 
 
-class FileArgs:
+class FileArgs(Carrier):
     """What a handler's callback is given.
 
     Attributes:
         handler: whose callback it is.
-        kernel: the kernel.
         session: name of the session.
         token: of the file in it.
         file: the file; None in the next kernel until it has been retrieved.
-        data: the u64 that is handed over.
         private: the handler's own, in this kernel only.
         retrieve_status: 0: nobody asked for it yet; 1: retrieved; below 0: the errno with which
             that failed.
     """
 
-    __slots__ = (
-        "_data", "file", "handler", "kernel", "private", "retrieve_status", "session", "token",
-    )  # fmt: skip
+    __slots__ = ("file", "handler", "private", "retrieve_status", "session", "token")
 
     def __init__(
         self, kernel: Any, handler: FileHandler, session: str, token: int, file: Any, data: int = 0
     ) -> None:
-        self.kernel = kernel
+        super().__init__(kernel)
+        self._data = data
         self.handler = handler
         self.session = session
         self.token = token
         self.file = file
         self.private: Any = None
         self.retrieve_status = 0
-        self._data = data
-
-    @property
-    def data(self) -> int:
-        """The u64 that is handed over: mostly a physical address."""
-        return self._data
-
-    @data.setter
-    def data(self, value: int) -> None:
-        number = operator.index(value)
-        if not 0 <= number < 1 << 64:
-            raise OverflowError(f"data {number}: not an unsigned 64-bit number")
-        self._data = number
-
-    @property
-    def kho(self) -> Kho:
-        """The kernel's Kexec HandOver."""
-        kho: Kho = self.kernel.kho
-        return kho
-
-    @property
-    def incoming(self) -> Incoming:
-        """What the kernel before handed over."""
-        incoming = self.kho.incoming
-        assert incoming is not None
-        return incoming
-
-    @property
-    def memory(self) -> PhysicalMemory:
-        """The machine's memory."""
-        memory: PhysicalMemory = self.kernel.memory
-        return memory
 
     def __str__(self) -> str:
         return f"{self.session}/{self.token:#x}"

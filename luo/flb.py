@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import operator
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 from luo import abi
 from luo.errors import CallbackError, from_errno
 from luo.files import Callbacks, FileHandler, ToTheEnd, name_field
+from luo.notifier import Carrier
 
 if TYPE_CHECKING:
-    from luo.incoming import Incoming
-    from luo.kho import Kho
-    from luo.memory import PhysicalMemory
+    pass
 
 __all__ = ["Flb", "FlbArgs", "FlbRecord", "FlbTable"]
 
@@ -62,54 +60,20 @@ class Flb:
                 )
 
 
-class FlbArgs:
+class FlbArgs(Carrier):
     """What a callback of an FLB is given.
 
     Attributes:
         flb: whose callback it is.
-        kernel: the kernel.
         obj: the live object.
-        data: the u64 that is handed over.
     """
 
-    __slots__ = ("_data", "flb", "kernel", "obj")
+    __slots__ = ("flb", "obj")
 
     def __init__(self, kernel: Any, flb: Flb) -> None:
-        self.kernel = kernel
+        super().__init__(kernel)
         self.flb = flb
         self.obj: Any = None
-        self._data = 0
-
-    @property
-    def data(self) -> int:
-        """The u64 that is handed over: mostly a physical address."""
-        return self._data
-
-    @data.setter
-    def data(self, value: int) -> None:
-        number = operator.index(value)
-        if not 0 <= number < 1 << 64:
-            raise OverflowError(f"data {number}: not an unsigned 64-bit number")
-        self._data = number
-
-    @property
-    def kho(self) -> Kho:
-        """The kernel's Kexec HandOver."""
-        kho: Kho = self.kernel.kho
-        return kho
-
-    @property
-    def incoming(self) -> Incoming:
-        """What the kernel before handed over."""
-        incoming = self.kho.incoming
-        assert incoming is not None
-        return incoming
-
-    @property
-    def memory(self) -> PhysicalMemory:
-        """The machine's memory."""
-        memory: PhysicalMemory = self.kernel.memory
-        return memory
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 from luo import abi
@@ -260,13 +259,10 @@ class LiveUpdate(Mortal):
     def _write_flbs(self, page: bytes) -> None:
         self.kernel.memory.view(self._flbs_phys, len(page))[:] = page
 
-    @contextlib.contextmanager
-    def _reading(self, what: str) -> Iterator[None]:
+    def reading(self, what: str) -> AbstractContextManager[None]:
         """Hold off freezing; wait while there is one."""
-        with self._lock.reading(what):
-            if self.gone:
-                raise StateError(errno.ESHUTDOWN, f"{what}: this kernel is gone")
-            yield
+        lock: StateLock = self._lock
+        return lock.reading(what)
 
     # ---- who keeps files ----
 
@@ -288,7 +284,7 @@ class LiveUpdate(Mortal):
         """
         what = f"register {handler.compatible}"
         self._require_enabled(what)
-        with self._reading(what), self._flbs.lock:
+        with self.reading(what), self._flbs.lock:
             if any(known.compatible == handler.compatible for known in self._registry.handlers):
                 raise from_errno(errno.EEXIST, f"{what}: there is a handler of that name")
             try:
@@ -307,7 +303,7 @@ class LiveUpdate(Mortal):
                 could not be unloaded.
         """
         what = f"unregister {handler.compatible}"
-        with self._reading(what), self._flbs.lock:
+        with self.reading(what), self._flbs.lock:
             if handler not in self._registry.handlers:
                 raise from_errno(errno.ENOENT, f"{what}: is not registered")
             if not self._registry.remove(handler):
@@ -323,14 +319,14 @@ class LiveUpdate(Mortal):
         """
         what = f"register FLB {flb.name}"
         self._require_enabled(what)
-        with self._reading(what), self._flbs.lock:
+        with self.reading(what), self._flbs.lock:
             if handler not in self._registry.handlers:
                 raise from_errno(errno.EINVAL, f"{what}: {handler.compatible} is not registered")
             self._flbs.register(handler, flb)
 
     def unregister_flb(self, handler: FileHandler, flb: Flb) -> None:
         """Undo :meth:`register_flb`; a link that is not there is logged."""
-        with self._reading(f"unregister FLB {flb.name}"), self._flbs.lock:
+        with self.reading(f"unregister FLB {flb.name}"), self._flbs.lock:
             self._flbs.unregister(handler, flb)
 
     def flb_get_outgoing(self, flb: Flb) -> Any:
@@ -387,7 +383,7 @@ class LiveUpdate(Mortal):
                 wrong, now and ever after.
         """
         what = "open /dev/liveupdate"
-        with self._reading(what):
+        with self.reading(what):
             if not self.enabled or not self._phys:
                 raise from_errno(errno.ENODEV, f"{what}: live update is off in this kernel")
             with self._lists:
@@ -442,7 +438,7 @@ class LiveUpdate(Mortal):
         """Make a session; see :meth:`DeviceNode.create_session`."""
         raw = name_field(name, _NAME_BYTES, "session")
         what = f"create session {_shown(raw)}"
-        with self._reading(what):
+        with self.reading(what):
             self._require_enabled(what)
             session = Session(self, raw)
             with self._lists:
@@ -459,7 +455,7 @@ class LiveUpdate(Mortal):
         """Hand out a session that came over; see :meth:`DeviceNode.retrieve_session`."""
         raw = name.encode(errors="surrogateescape") if isinstance(name, str) else bytes(name)
         what = f"retrieve session {_shown(raw)}"
-        with self._reading(what), self._lists:
+        with self.reading(what), self._lists:
             session = self._incoming.get(raw)
             if session is None:
                 raise from_errno(errno.ENOENT, f"{what}: none of that name came over")
@@ -567,10 +563,11 @@ class LiveUpdate(Mortal):
             return
         for session in (*self._outgoing.values(), *self._incoming.values()):
             session.file_set.let_go()
-        held = self._frozen
+        lock, held = self._lock, self._frozen
         super().close()
+        lock.end()
         if held is not None:
-            held.close()  # who waits finds the kernel gone
+            held.close()
 
 
 def _check_builtin(handlers: Iterable[FileHandler]) -> None:
@@ -640,12 +637,7 @@ class DeviceNode:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
 
@@ -655,6 +647,8 @@ class Session:
     Attributes:
         name: of it; bytes that are no UTF-8 as ``os.fsdecode()`` has them.
         retrieved: whether it came over, and was retrieved.
+        closed: whether it has been closed.
+        live: the kernel's LUO.
 
     Context:
         Any thread, one at a time. A callback of one of its files that uses it gets EDEADLK.
@@ -664,14 +658,14 @@ class Session:
         self.raw_name = name
         self.name = _shown(name)
         self.retrieved = False
-        self._live = live
-        self._closed = False
-        self._mutex = threading.Lock()
-        self._owner: int | None = None
+        self.live = live
+        self.closed = False
+        self.mutex = threading.Lock()
+        self.user: int | None = None  # the thread that uses it
         self.file_set = FileSet(live._registry, self.name)
 
     def __repr__(self) -> str:
-        return f"<Session {self.name}{' (closed)' if self._closed else ''}>"
+        return f"<Session {self.name}{' (closed)' if self.closed else ''}>"
 
     @property
     def files(self) -> tuple[PreservedFile, ...]:
@@ -682,19 +676,8 @@ class Session:
         """Return its ``struct luo_session_ser``."""
         return abi.LUO_SESSION_SER.pack(self.raw_name, self.file_set.head, len(self.file_set))
 
-    @contextlib.contextmanager
-    def _using(self, what: str) -> Iterator[None]:
-        me = threading.get_ident()
-        if self._owner == me:
-            raise StateError(errno.EDEADLK, f"{what}: called from a callback of its own files")
-        with self._live._reading(what), self._mutex:
-            if self._closed:
-                raise from_errno(errno.EBADF, f"{what}: the session has been closed")
-            self._owner = me
-            try:
-                yield
-            finally:
-                self._owner = None
+    def _using(self, what: str) -> _Using:
+        return _Using(self, what)
 
     def preserve(self, file: Any, token: SupportsIndex) -> None:
         """Keep *file* across the next live update, under *token*.
@@ -735,7 +718,7 @@ class Session:
             try:
                 return self.file_set.retrieve(number)
             finally:
-                self._live.note_retrieve()
+                self.live.note_retrieve()
 
     def finish(self) -> None:
         """Free what came over, of all files, retrieved or not.
@@ -757,18 +740,18 @@ class Session:
             KhoError: EBUSY if a handler is not ready. As in Linux the session is stuck then: it
                 is closed, cannot be retrieved again, and stays in the list.
         """
-        if self._closed:
+        if self.closed:
             return
         try:
             with self._using(f"close {self.name}"):
                 self._close()
         except StateError:
-            if not self._live.gone:
+            if not self.live.gone:
                 raise
-            self._closed = True  # with the kernel, that is
+            self.closed = True  # with the kernel, that is
 
     def _close(self) -> None:
-        self._closed = True
+        self.closed = True
         try:
             if self.retrieved:
                 self.file_set.finish()
@@ -776,22 +759,50 @@ class Session:
                 self.file_set.unpreserve()
         except BaseException as error:
             if not len(self.file_set):
-                self._live.drop(self)
+                self.live.drop(self)
             elif not isinstance(error, Exception):
-                self._closed = False  # ^C before anything was done
+                self.closed = False  # ^C before anything was done
             raise
-        self._live.drop(self)
+        self.live.drop(self)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+class _Using:
+    """A session, used by one thread; a class, as it is entered for each file."""
+
+    __slots__ = ("_reading", "_session", "_what")
+
+    def __init__(self, session: Session, what: str) -> None:
+        self._session = session
+        self._what = what
+
+    def __enter__(self) -> None:
+        session, me = self._session, threading.get_ident()
+        if session.user == me:
+            raise StateError(
+                errno.EDEADLK, f"{self._what}: called from a callback of its own files"
+            )
+        self._reading = session.live.reading(self._what)
+        self._reading.__enter__()
+        try:
+            session.mutex.acquire()
+            if session.closed:
+                session.mutex.release()
+                raise from_errno(errno.EBADF, f"{self._what}: the session has been closed")
+            session.user = me
+        except BaseException:
+            self._reading.__exit__(None, None, None)
+            raise
+
+    def __exit__(self, *exc: object) -> None:
+        self._session.user = None
+        self._session.mutex.release()
+        self._reading.__exit__(None, None, None)
 
 
 def _token(token: SupportsIndex) -> int:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 from luo.errors import StateError
 
@@ -26,6 +27,7 @@ class StateLock:
         self._readers: dict[int, int] = {}
         self._waiting: dict[int, bool] = {}  # thread: whether to write
         self._killed: set[int] = set()
+        self._ended = False
 
     @contextlib.contextmanager
     def writing(self, what: str) -> Iterator[None]:
@@ -47,27 +49,39 @@ class StateLock:
                 self._writer = None
                 self._changed.notify_all()
 
-    @contextlib.contextmanager
-    def reading(self, what: str, killed: int = errno.EAGAIN) -> Iterator[None]:
+    def reading(self, what: str, killed: int = errno.EAGAIN) -> AbstractContextManager[None]:
         """Hold the lock together with other readers.
 
         Raises:
             StateError: EDEADLK if this thread holds it for writing; *killed* if it was killed
                 while it waited.
         """
+        return _Reading(self, what, killed)
+
+    def enter(self, what: str, killed: int) -> None:
+        """Begin :meth:`reading`."""
         me = threading.get_ident()
         with self._changed:
             self.refuse_deadlock(what)
-            self._wait(what, killed, False, lambda: self._may_read(me))
+            if self._ended or not self._may_read(me):
+                self._wait(what, killed, False, lambda: self._may_read(me))
             self._readers[me] = self._readers.get(me, 0) + 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._readers[me] -= 1
-                if not self._readers[me]:
-                    del self._readers[me]
+
+    def leave(self) -> None:
+        """End :meth:`reading`."""
+        me = threading.get_ident()
+        with self._changed:
+            self._readers[me] -= 1
+            if not self._readers[me]:
+                del self._readers[me]
+            if self._waiting:
                 self._changed.notify_all()
+
+    def end(self) -> None:
+        """Have everybody who waits, or comes later, get ``StateError(ESHUTDOWN)``."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
 
     def _may_read(self, me: int) -> bool:
         return self._writer is None and (me in self._readers or not any(self._waiting.values()))
@@ -75,7 +89,9 @@ class StateLock:
     def _wait(self, what: str, killed: int, write: bool, free: Callable[[], bool]) -> None:
         me = threading.get_ident()
         try:
-            while not free():
+            while self._ended or not free():
+                if self._ended:
+                    raise StateError(errno.ESHUTDOWN, f"{what}: this kernel is gone")
                 self._waiting[me] = write
                 self._changed.wait()
                 if me in self._killed:
@@ -108,3 +124,20 @@ class StateLock:
         """Raise ``StateError(EDEADLK)`` if this thread holds the lock for writing."""
         if self._writer == threading.get_ident() and not self._deadlocks:
             raise StateError(errno.EDEADLK, f"{what}: called from a callback of a running event")
+
+
+class _Reading:
+    """What :meth:`StateLock.reading` returns: a class, as it is entered once a file or more."""
+
+    __slots__ = ("_killed", "_lock", "_what")
+
+    def __init__(self, lock: StateLock, what: str, killed: int) -> None:
+        self._lock = lock
+        self._what = what
+        self._killed = killed
+
+    def __enter__(self) -> None:
+        self._lock.enter(self._what, self._killed)
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.leave()

@@ -45,7 +45,7 @@ _TREE_MAX: Final = 16 << 20
 _STRINGS_MAX: Final = 1 << 20
 _HITS_MAX: Final = 1 << 16
 _PARSED_MAX: Final = 256 << 20  # bytes of trees that are read in search of the handover
-_CANDIDATES_MAX: Final = 64
+_CANDIDATES_MAX: Final = 256
 _PHYS_MAX: Final = 1 << 63
 _BASES: Final = (0x4000_0000, 0, 0x8000_0000)  # arm64 virt, x86, riscv64 virt
 _STRUCTURE: Final = frozenset(("handover", "root", "scratch", "map"))
@@ -60,7 +60,7 @@ _PHDR: Final = struct.Struct("<IIQQQQQQ")
 _ET_CORE: Final = 4
 _PT_LOAD: Final = 1
 _PN_XNUM: Final = 0xFFFF
-_PHNUM_MAX: Final = 1 << 20
+_PHNUM_MAX: Final = 1 << 17
 _SH_INFO: Final = 44
 
 
@@ -362,8 +362,8 @@ class _Search:
         head = self.peek(phys, _FDT_HEAD.size)
         if len(head) < _FDT_HEAD.size:
             return None
-        _, total, _, strings, _, version, compatible, _, strings_size, _ = _FDT_HEAD.unpack(head)
-        if not _FDT_HEAD.size < total <= _TREE_MAX or not compatible <= 17 <= max(version, 17):
+        _, total, _, strings, _, _, _, _, strings_size, _ = _FDT_HEAD.unpack(head)
+        if not _FDT_HEAD.size < total <= _TREE_MAX:
             return None
         if strings + strings_size > total or not strings_size <= _STRINGS_MAX:
             return None
@@ -420,17 +420,18 @@ class _Search:
 
     def _solved(self, told: Iterable[Handover], roots: Iterable[int]) -> list[int]:
         """Return the first addresses at which a root tree lies where a handover says."""
-        roots = list(roots)
+        roots = list(roots)[:_CANDIDATES_MAX]
         bases = {h.fdt_phys - at for h in told for at in roots}
         return sorted(
             base for base in bases if base >= 0 and not base % _PAGE_MIN and base < _PHYS_MAX
-        )[:_CANDIDATES_MAX]
+        )
 
     def _candidates(self) -> list[_Candidate]:
         """Return what memory tells: handovers first, then root trees that none of them names."""
         at_trees, at_nodes = self._scan()
         trees = [tree for at in at_trees if (tree := self._tree(at)) is not None]
         roots = [tree.phys for tree in trees if tree.told is None]
+        known = set(roots)
         told = [
             _Candidate("device tree", tree.phys, tree.told, _page_size(tree.told), tree.ranges)
             for tree in trees
@@ -439,11 +440,15 @@ class _Search:
         told += self._setup_data(at_nodes)
         bases = self.bases
         if bases is None:
-            bases = self._solved((c.handover for c in told), roots) or list(_BASES)
+            bases = self._solved((c.handover for c in told), roots)
+            begins = {start for each in told for start, _, _ in each.ranges}
+            # Of stale trees' many answers, those by which the file begins where RAM does.
+            bases = [base for base in bases if base in begins] or bases or list(_BASES)
         found: dict[tuple[int, tuple[int, ...]], _Candidate] = {}
         for base in bases:
             for each in told:
-                found.setdefault((base, each.handover.numbers), replace(each, base=base))
+                if self.bases is not None or each.handover.fdt_phys - base in known:
+                    found.setdefault((base, each.handover.numbers), replace(each, base=base))
             named = {each.handover.fdt_phys for each in told}
             for at in roots:
                 if at + base not in named:
@@ -528,8 +533,12 @@ class _Search:
             return only, [str(only)]  # whole or not: there is no other
         judged = [self._judge(candidate) for candidate in candidates]
         valid = [(c, count) for c, problem, count in judged if problem is None]
-        valid = [(c, count) for c, count in valid if c.handover.scratch_phys] or valid
         notes = [f"not taken: {c}: {problem}" for c, problem, _ in judged if problem]
+        told = [(c, count) for c, count in valid if c.handover.scratch_phys]
+        if told and len(told) < len(valid):
+            alone = (c for c, _ in valid if not c.handover.scratch_phys)
+            notes += [f"not taken: {c}: whole, but nothing names it" for c in alone]
+            valid = told
         if not valid:
             listed = "; ".join(f"{c}: {problem}" for c, problem, _ in judged[:4])
             raise HandoverError(

@@ -513,14 +513,18 @@ class _Writer:
         return RetrievedFile(file, where, None, digest.hexdigest() if digest else None, holes)
 
     def _claim(self, file: SavedFile) -> None:
-        """Refuse a folio that another file had: the kernel restores it once."""
-        rows = file.memfd["folios"] if file.memfd else ()
-        for pfn, *_ in rows:
+        """Refuse memory that another file had: the kernel restores it once."""
+        page = self.image.page_size
+        if file.device is not None:
+            pfns = [file.data // page]
+        else:
+            pfns = [row[0] for row in file.memfd["folios"]] if file.memfd else []
+        for pfn in pfns:
             holder = self.taken.setdefault(pfn, file)
             if holder is not file:
-                phys = pfn * self.image.page_size
-                raise HandoverError(f"file {file.name}: folio is also that of {holder.name}", phys)
-        if len({row[0] for row in rows}) != len(rows):
+                rule = f"file {file.name}: folio is also that of {holder.name}"
+                raise HandoverError(rule, pfn * page)
+        if len(set(pfns)) != len(pfns):
             raise HandoverError(f"file {file.name}: two folios are the same memory", file.data)
 
 

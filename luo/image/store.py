@@ -633,7 +633,8 @@ def clip_spans(spans: Sequence[tuple[int, int]], ram: Ram) -> Iterator[tuple[int
     """Yield what of sorted spans lies in RAM."""
     for start, end in spans:
         at = max(bisect.bisect_right(ram.run_starts, start) - 1, 0)
-        for low, high in ram.runs[at:]:
+        for i in range(at, len(ram.runs)):
+            low, high = ram.runs[i]
             if low >= end:
                 break
             if max(low, start) < min(high, end):

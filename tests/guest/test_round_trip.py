@@ -234,3 +234,19 @@ def test_memory_before_the_jump_shows_the_outgoing_tree(build, tmp_path) -> None
     assert "scratch unknown" in image.notes[0]
     assert (0, 0) == (image.handover.scratch_phys, image.handover.scratch_len)
     assert "kho-v4" == image.abi
+
+
+def test_after_a_chain_of_kernels_the_last_handover_is_found(build, tmp_path) -> None:
+    """Device trees and root trees of the kernels before are still in memory, and do not count."""
+    first = "open\ncreate a\nfile a 1 4096\n" + machine.next_kernel(2)
+    second = "open\nretrieve-session a\nretrieve a 1\ncreate c\nfile c 7 5000\n" + STUB
+    with machine.start(build, [first, second]) as guest:
+        guest.wait_for_stub()
+        guest.dump_raw(tmp_path / "raw")
+        guest.dump_elf(tmp_path / "elf")
+
+    for name in ("raw", "elf"):
+        image = Image.load(tmp_path / name)
+        assert [] == image.verify()
+        assert {("c", 7): (0, 0, pattern(7, 5000))} == found(image)
+        assert any(note.startswith("not taken") for note in image.notes)

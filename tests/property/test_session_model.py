@@ -27,12 +27,13 @@ from luo.quirks import MAINLINE_QUIRKS
 PHASES = [phase for phase in Phase if phase is not Phase.explain]
 
 ALL = frozenset({"freeze", "unfreeze", "can_finish", "get_id"})
-#: The last two want the same files; who was registered first gets them.
+#: Some want the same files; who was registered first gets them.
 HANDLERS = (
     Handler("memory-v1", frozenset({"memory"}), ALL),
-    Handler("plain-v1", frozenset({"plain"})),
+    Handler("plain-v1", frozenset({"plain"}), frozenset({"can_finish"})),
     Handler("both-v1", frozenset({"memory", "plain", "both"}), frozenset({"freeze", "can_finish"})),
-    Handler("vfio-v2", frozenset({"vfio", "plain"}), frozenset({"unfreeze", "get_id"})),
+    Handler("vfio-v2", frozenset({"vfio", "plain"}), frozenset({"freeze", "unfreeze", "get_id"})),
+    Handler("bare-v1", frozenset({"bare"})),
 )
 FLBS = ("iommu", "pci", "of-none")
 NAMES = ("vm", "state", "a", "x" * 63)
@@ -44,7 +45,7 @@ answers = st.sampled_from([False, False, *raised])
 #: Files are objects: of each there is one.
 things = st.builds(
     functools.cache(Thing),
-    st.sampled_from(["memory", "plain", "both", "vfio", "socket"]),
+    st.sampled_from(["memory", "plain", "both", "vfio", "bare", "socket"]),
     st.integers(0, 3),
     st.integers(0, 1),
 )
@@ -57,9 +58,13 @@ ACTIONS = (
     *("preserve_many", "preserve_again", "retrieve_any", "close_all"),
     *("finish", "close", "incoming_flb", "outgoing_flb", "freeze_and_go_on", "update") * 2,
     *("update", "kexec"),
+    *("round_trip",) * 5,
 )
 #: What mostly follows a jump.
-AFTERWARDS = ("retrieve", "retrieve", "retrieve", "finish", "close", "preserve_again", "update")
+AFTERWARDS = (
+    *("retrieve", "finish", "close") * 3,
+    *("preserve_again", "incoming_flb", "update"),
+)
 some_handlers = st.just(HANDLERS) | st.lists(st.sampled_from(HANDLERS), unique=True).map(tuple)
 numbers = st.integers(0, 999)
 
@@ -135,6 +140,9 @@ class Sessions(RuleBasedStateMachine):
             with contextlib.suppress(Refused):
                 expected(plan)
             left = [n for n in range(len(plan.calls)) if n not in faults]
+            asked = [n for n in left if plan.calls[n].event == "CAN_FINISH"]
+            if asked and data.draw(st.booleans()):
+                left = asked
             if not left:
                 break
             number = data.draw(st.sampled_from(left))
@@ -267,6 +275,12 @@ class Sessions(RuleBasedStateMachine):
                 self.create(data, name)
         return None
 
+    def any_open(self, data):
+        """Number of a descriptor, mostly of a session with files."""
+        every = range(len(self.open))
+        filled = [at for at in every if self.model.descriptors[at].files]
+        return data.draw(st.sampled_from(filled if filled and data.draw(st.booleans()) else every))
+
     def preserve(self, data):
         at = self.at(data, data.draw(st.sampled_from(NAMES)))
         if at is not None:
@@ -302,7 +316,8 @@ class Sessions(RuleBasedStateMachine):
         """Retrieve files of a session that came over."""
         if not self.has_node(data) or not self.model.incoming:
             return
-        session = data.draw(st.sampled_from(self.model.incoming))
+        incoming = self.model.incoming
+        session = data.draw(st.sampled_from([s for s in incoming if s.files] or incoming))
         if not session.retrieved:
             self.take(data, session.name)
         if session not in self.model.descriptors:
@@ -326,7 +341,7 @@ class Sessions(RuleBasedStateMachine):
 
     def finish(self, data):
         if self.open:
-            at = data.draw(st.integers(0, len(self.open) - 1))
+            at = self.any_open(data)
             self.both(
                 data,
                 lambda model: model.finish(model.descriptors[at]),
@@ -335,7 +350,7 @@ class Sessions(RuleBasedStateMachine):
 
     def close(self, data):
         if self.open:
-            self.close_this(data, data.draw(st.integers(0, len(self.open) - 1)))
+            self.close_this(data, self.any_open(data))
 
     def close_this(self, data, at, **kwargs):
         before = self.model.descriptors[at]
@@ -393,11 +408,21 @@ class Sessions(RuleBasedStateMachine):
         """Jump to a kernel of the same software."""
         self.jump(data, self.parts)
 
+    def round_trip(self, data):
+        """Preserve, update, retrieve, and end it: what single steps seldom come to."""
+        for _ in range(data.draw(st.integers(1, 3))):
+            self.preserve(data)
+        self.jump(data, self.parts, fails=False)
+        for _ in range(data.draw(st.integers(0, 2))):
+            self.retrieve(data)
+        self.finish(data)
+        self.close(data)
+
     def kexec(self, data):
         """Jump to a kernel of other software."""
         self.jump(data, data.draw(software()))
 
-    def jump(self, data, parts):
+    def jump(self, data, parts, **kwargs):
         arrived, before = [], self.kernel
 
         def expected(model):
@@ -415,7 +440,7 @@ class Sessions(RuleBasedStateMachine):
 
         self.kernel.kexec_load(self.build(parts, None)[1])
         before.on_handover = check
-        self.both(data, expected, got)
+        self.both(data, expected, got, **kwargs)
         if not arrived:
             return
         self.generation, self.parts = self.generation + 1, parts

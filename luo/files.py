@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import errno
 import logging
-import operator
 import os
+import threading
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -24,14 +25,12 @@ from typing import TYPE_CHECKING, Any, Final
 from luo import abi
 from luo.block_set import BlockSet
 from luo.errors import CallbackError, HandoverError, KhoError, LuoError, from_errno
-from luo.notifier import callback_error, failed
+from luo.notifier import Carrier, callback_error, failed
 
 if TYPE_CHECKING:
     from luo._kho import CallRecorder
     from luo.flb import Flb, FlbTable
     from luo.incoming import Incoming
-    from luo.kho import Kho
-    from luo.memory import PhysicalMemory
 
 __all__ = [
     "Callbacks",
@@ -109,67 +108,32 @@ class FileHandler:
                     )
 
 
-class FileArgs:
+class FileArgs(Carrier):
     """What a handler's callback is given.
 
     Attributes:
         handler: whose callback it is.
-        kernel: the kernel.
         session: name of the session.
         token: of the file in it.
         file: the file; None in the next kernel until it has been retrieved.
-        data: the u64 that is handed over.
         private: the handler's own, in this kernel only.
         retrieve_status: 0: nobody asked for it yet; 1: retrieved; below 0: the errno with which
             that failed.
     """
 
-    __slots__ = (
-        "_data", "file", "handler", "kernel", "private", "retrieve_status", "session", "token",
-    )  # fmt: skip
+    __slots__ = ("file", "handler", "private", "retrieve_status", "session", "token")
 
     def __init__(
         self, kernel: Any, handler: FileHandler, session: str, token: int, file: Any, data: int = 0
     ) -> None:
-        self.kernel = kernel
+        super().__init__(kernel)
+        self._data = data
         self.handler = handler
         self.session = session
         self.token = token
         self.file = file
         self.private: Any = None
         self.retrieve_status = 0
-        self._data = data
-
-    @property
-    def data(self) -> int:
-        """The u64 that is handed over: mostly a physical address."""
-        return self._data
-
-    @data.setter
-    def data(self, value: int) -> None:
-        number = operator.index(value)
-        if not 0 <= number < 1 << 64:
-            raise OverflowError(f"data {number}: not an unsigned 64-bit number")
-        self._data = number
-
-    @property
-    def kho(self) -> Kho:
-        """The kernel's Kexec HandOver."""
-        kho: Kho = self.kernel.kho
-        return kho
-
-    @property
-    def incoming(self) -> Incoming:
-        """What the kernel before handed over."""
-        incoming = self.kho.incoming
-        assert incoming is not None
-        return incoming
-
-    @property
-    def memory(self) -> PhysicalMemory:
-        """The machine's memory."""
-        memory: PhysicalMemory = self.kernel.memory
-        return memory
 
     def __str__(self) -> str:
         return f"{self.session}/{self.token:#x}"
@@ -357,6 +321,7 @@ class Registry:
         flbs: its FLBs.
         handlers: registered, in order.
         held: files that LUO has a reference to, by what identifies them.
+        users: how many files, preserved or being so, each handler keeps: it stays that long.
     """
 
     def __init__(self, callbacks: Callbacks, flbs: FlbTable) -> None:
@@ -365,15 +330,37 @@ class Registry:
         self.flbs = flbs
         self.handlers: list[FileHandler] = []
         self.held: dict[Hashable, PreservedFile] = {}
+        self.users: Counter[FileHandler] = Counter()
+        self._pinning = threading.Lock()
 
     def handler_of(self, file: Any, where: str) -> FileHandler | None:
-        """Return the first handler that takes *file*."""
-        for handler in self.handlers:
+        """Return the first handler that takes *file*, pinned; None if there is none."""
+        for handler in tuple(self.handlers):
             if self.callbacks.ask(
                 "CAN_PRESERVE", "file", handler.compatible, handler.can_preserve, file, where
             ):
-                return handler
+                return handler if self.pin(handler) else None
         return None
+
+    def pin(self, handler: FileHandler) -> bool:
+        """Keep *handler* from being unregistered (``try_module_get()``); False if it was."""
+        with self._pinning:
+            there = handler in self.handlers
+            self.users[handler] += there
+            return there
+
+    def unpin(self, handler: FileHandler) -> None:
+        """Undo :meth:`pin`."""
+        with self._pinning:
+            self.users[handler] -= 1
+
+    def remove(self, handler: FileHandler) -> bool:
+        """Take *handler* out, unless it is pinned."""
+        with self._pinning:
+            if self.users[handler]:
+                return False
+            self.handlers.remove(handler)
+            return True
 
 
 class FileSet:
@@ -423,23 +410,15 @@ class FileSet:
         registry = self._registry
         assert self._blocks is not None
         file = _get(given, f"preserve {where}")
-        args: FileArgs | None = None
         try:
             handler = registry.handler_of(file, where)
             if handler is None:
                 raise from_errno(errno.ENOENT, f"preserve {where}: no handler for such a file")
-            args = FileArgs(registry.kernel, handler, self._session, token, file)
-            entry = PreservedFile(args)
-            entry.identity = _identity(handler, file, where)
-            if registry.held.setdefault(entry.identity, entry) is not entry:
-                holder = registry.held[entry.identity]
-                raise from_errno(
-                    errno.EBUSY, f"preserve {where}: the file is preserved as {holder.args}"
-                )
+            entry = PreservedFile(FileArgs(registry.kernel, handler, self._session, token, file))
             try:
-                self._save(entry, where)
+                self._claim(entry, where)
             except BaseException:
-                del registry.held[entry.identity]
+                registry.unpin(handler)
                 raise
         except BaseException:
             _put(file)
@@ -447,6 +426,21 @@ class FileSet:
         if not self._dirty:
             self._blocks.put(len(self._files), entry.record())
         self._files[token] = entry
+
+    def _claim(self, entry: PreservedFile, where: str) -> None:
+        """Save a file that nobody else has preserved."""
+        held = self._registry.held
+        entry.identity = _identity(entry.handler, entry.file, where)
+        holder = held.setdefault(entry.identity, entry)
+        if holder is not entry:
+            raise from_errno(
+                errno.EBUSY, f"preserve {where}: the file is preserved as {holder.args}"
+            )
+        try:
+            self._save(entry, where)
+        except BaseException:
+            del held[entry.identity]
+            raise
 
     def _save(self, entry: PreservedFile, where: str) -> None:
         handler, flbs = entry.handler, self._registry.flbs
@@ -480,6 +474,7 @@ class FileSet:
             del self._registry.held[entry.identity]
             _put(entry.file)
         del self._files[entry.token]
+        self._registry.unpin(entry.handler)
 
     def let_go(self) -> None:
         """Drop LUO's references to all files: the kernel is gone, and nobody is called."""
@@ -569,6 +564,8 @@ class FileSet:
         try:
             self._load_records(records.tobytes(), count, handlers)
         except BaseException as error:
+            for entry in self._files.values():
+                self._registry.unpin(entry.handler)
             self._files.clear()
             if isinstance(error, LuoError):  # its blocks are freed, as in Linux
                 self._incoming_head = 0
@@ -579,19 +576,19 @@ class FileSet:
         self, records: bytes, count: int, handlers: Mapping[bytes, FileHandler]
     ) -> None:
         for compatible, data, token in abi.LUO_FILE_SER.iter_unpack(records):
+            # Linux lists a token that stands twice, and finds the first: the other is never asked
+            # for. No kernel writes that, so it is a wrong handover here.
+            if token in self._files:
+                raise HandoverError(f"session {self._session}: token {token:#x} stands twice")
             name = compatible.split(b"\0", 1)[0]
             handler = handlers.get(name)
-            if handler is None:
+            if handler is None or not self._registry.pin(handler):
                 raise from_errno(
                     errno.ENOENT,
                     f"session {self._session}: no handler {name.decode(errors='replace')!r}"
                     f" for file {token:#x}",
                 )
             args = FileArgs(self._registry.kernel, handler, self._session, token, None, data)
-            # Linux lists a token that stands twice, and finds the first: the other is never asked
-            # for. No kernel writes that, so it is a wrong handover here.
-            if token in self._files:
-                raise HandoverError(f"session {self._session}: token {token:#x} stands twice")
             self._files[token] = PreservedFile(args)
         if len(self._files) != count:
             raise HandoverError(f"session {self._session}: {len(self._files)} files, not {count}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import operator
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 from luo import abi
 from luo.errors import CallbackError, from_errno
 from luo.files import Callbacks, FileHandler, ToTheEnd, name_field
+from luo.notifier import Carrier
 
 if TYPE_CHECKING:
-    from luo.incoming import Incoming
-    from luo.kho import Kho
-    from luo.memory import PhysicalMemory
+    pass
 
 __all__ = ["Flb", "FlbArgs", "FlbRecord", "FlbTable"]
 
@@ -62,54 +60,20 @@ class Flb:
                 )
 
 
-class FlbArgs:
+class FlbArgs(Carrier):
     """What a callback of an FLB is given.
 
     Attributes:
         flb: whose callback it is.
-        kernel: the kernel.
         obj: the live object.
-        data: the u64 that is handed over.
     """
 
-    __slots__ = ("_data", "flb", "kernel", "obj")
+    __slots__ = ("flb", "obj")
 
     def __init__(self, kernel: Any, flb: Flb) -> None:
-        self.kernel = kernel
+        super().__init__(kernel)
         self.flb = flb
         self.obj: Any = None
-        self._data = 0
-
-    @property
-    def data(self) -> int:
-        """The u64 that is handed over: mostly a physical address."""
-        return self._data
-
-    @data.setter
-    def data(self, value: int) -> None:
-        number = operator.index(value)
-        if not 0 <= number < 1 << 64:
-            raise OverflowError(f"data {number}: not an unsigned 64-bit number")
-        self._data = number
-
-    @property
-    def kho(self) -> Kho:
-        """The kernel's Kexec HandOver."""
-        kho: Kho = self.kernel.kho
-        return kho
-
-    @property
-    def incoming(self) -> Incoming:
-        """What the kernel before handed over."""
-        incoming = self.kho.incoming
-        assert incoming is not None
-        return incoming
-
-    @property
-    def memory(self) -> PhysicalMemory:
-        """The machine's memory."""
-        memory: PhysicalMemory = self.kernel.memory
-        return memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +103,11 @@ class FlbTable:
     Args:
         callbacks: who calls.
         uncounted: whether it does as Linux 7.3, see :data:`UNCOUNTED`.
+
+    Attributes:
+        records: what came over, by name; None: nothing did.
+        lock: on all of it, and on who is registered (``luo_register_rwlock``); held while a
+            callback of an FLB runs, which may come back.
     """
 
     def __init__(self, callbacks: Callbacks, uncounted: bool = False) -> None:
@@ -150,7 +119,7 @@ class FlbTable:
         self._in: dict[Flb, _Side] = {}
         self.records: dict[bytes, FlbRecord] | None = None  # None: nothing came over
         # Sessions are used by several threads; a handler's callback may ask for an FLB.
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
 
     # ---- who depends on whom ----
 
@@ -196,10 +165,10 @@ class FlbTable:
         Raises:
             CallbackError: one failed; those before it are counted down again.
         """
-        with self._lock:
+        with self.lock:
             done: list[Flb] = []
             try:
-                for flb in self._links.get(handler, ()):
+                for flb in tuple(self._links.get(handler, ())):
                     self._preserve(flb, where)
                     done.append(flb)
             except BaseException:
@@ -220,13 +189,13 @@ class FlbTable:
 
     def unpreserve_for(self, flbs: tuple[Flb, ...], where: str, rest: ToTheEnd) -> None:
         """Count a file down that depends on *flbs*; what nobody needs any more is unpreserved."""
-        with self._lock:
+        with self.lock:
             for flb in reversed(flbs):
                 self.put_outgoing(flb, where, rest)
 
     def get_outgoing(self, flb: Flb) -> Any:
         """Return the live object of *flb* and hold it; see ``LiveUpdate.flb_get_outgoing``."""
-        with self._lock:
+        with self.lock:
             side = self._out.get(flb)
             if side is None or side.args.obj is None:
                 raise from_errno(errno.ENOENT, f"FLB {flb.name}: no file depends on it")
@@ -235,7 +204,7 @@ class FlbTable:
 
     def put_outgoing(self, flb: Flb, where: str, rest: ToTheEnd) -> None:
         """Count *flb* down; the last one unpreserves it."""
-        with self._lock:
+        with self.lock:
             side = self._out.get(flb)
             if side is None or side.count is None:
                 _log.warning("FLB %s: put, and nobody holds it", flb.name)
@@ -266,7 +235,7 @@ class FlbTable:
 
     def get_incoming(self, flb: Flb) -> Any:
         """Return the object that came over and hold it; see ``LiveUpdate.flb_get_incoming``."""
-        with self._lock:
+        with self.lock:
             side = self._in.setdefault(flb, _Side(self._callbacks.kernel, flb))
             if side.args.obj is None:
                 self._retrieve(flb, side)
@@ -304,13 +273,13 @@ class FlbTable:
 
     def finish_for(self, handler: FileHandler, where: str, rest: ToTheEnd) -> None:
         """Count a file of *handler* down; what nobody depends on any more is finished."""
-        with self._lock:
-            for flb in reversed(self._links.get(handler, [])):
+        with self.lock:
+            for flb in reversed(tuple(self._links.get(handler, ()))):
                 self.put_incoming(flb, where, rest)
 
     def put_incoming(self, flb: Flb, where: str, rest: ToTheEnd) -> None:
         """Count *flb* down; the last one finishes it."""
-        with self._lock:
+        with self.lock:
             side = self._in.setdefault(flb, _Side(self._callbacks.kernel, flb))
             if side.count is None and not self._uncounted:
                 rest.run(lambda: self._count(flb, side))

@@ -20,10 +20,12 @@ from luo.errors import CallbackError, StateError, errno_name, from_errno
 
 if TYPE_CHECKING:
     from luo._kho import CallRecorder
+    from luo.incoming import Incoming
     from luo.kho import Kho
     from luo.memory import PhysicalMemory
 
 __all__ = [
+    "Carrier",
     "Context",
     "Event",
     "NotifierChain",
@@ -125,26 +127,30 @@ class Subsystem:
         object.__setattr__(self, "priority", Priority(self.priority))
 
 
-class Context:
-    """What a subsystem's callback is given.
+class Carrier:
+    """What a callback is given that has a number to hand over.
 
     Attributes:
-        event: name of the event: ``"PREPARE"`` … ``"CANCEL"``, or ``"RESTORE"``.
-        kernel: the kernel whose event it is.
+        kernel: the kernel that calls.
     """
 
-    __slots__ = ("_data", "event", "kernel")
+    __slots__ = ("_data", "kernel")
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        self.event = ""
         self._data = 0
 
     @property
     def kho(self) -> Kho:
-        """The kernel's Kexec HandOver; ``.incoming`` is what came over."""
+        """The kernel's Kexec HandOver."""
         kho: Kho = self.kernel.kho
         return kho
+
+    @property
+    def incoming(self) -> Incoming:
+        """What the kernel before handed over, in one that came to run by kexec."""
+        incoming: Incoming = self.kernel.kho.incoming
+        return incoming
 
     @property
     def memory(self) -> PhysicalMemory:
@@ -154,9 +160,9 @@ class Context:
 
     @property
     def data(self) -> int:
-        """One u64 of the subsystem's own that LUO carries over: mostly a physical address.
+        """One u64 of the callee's own that LUO carries over: mostly a physical address.
 
-        Set in PREPARE or REBOOT, read in RESTORE and FINISH of the new kernel.
+        Set before the jump, read in the new kernel.
         """
         return self._data
 
@@ -166,6 +172,20 @@ class Context:
         if not 0 <= number < 1 << 64:
             raise OverflowError(f"data {number}: not an unsigned 64-bit number")
         self._data = number
+
+
+class Context(Carrier):
+    """What a subsystem's callback is given.
+
+    Attributes:
+        event: name of the event: ``"PREPARE"`` … ``"CANCEL"``, or ``"RESTORE"``.
+    """
+
+    __slots__ = ("event",)
+
+    def __init__(self, kernel: Any) -> None:
+        super().__init__(kernel)
+        self.event = ""
 
 
 # ---- one callback ----

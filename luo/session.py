@@ -22,7 +22,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 from luo import abi
@@ -285,7 +284,7 @@ class LiveUpdate(Mortal):
         """
         what = f"register {handler.compatible}"
         self._require_enabled(what)
-        with self.reading(what):
+        with self.reading(what), self._flbs.lock:
             if any(known.compatible == handler.compatible for known in self._registry.handlers):
                 raise from_errno(errno.EEXIST, f"{what}: there is a handler of that name")
             try:
@@ -304,14 +303,12 @@ class LiveUpdate(Mortal):
                 could not be unloaded.
         """
         what = f"unregister {handler.compatible}"
-        with self.reading(what):
+        with self.reading(what), self._flbs.lock:
             if handler not in self._registry.handlers:
                 raise from_errno(errno.ENOENT, f"{what}: is not registered")
-            for session in (*self.outgoing, *self.incoming):
-                if any(file.handler is handler for file in session.files):
-                    raise from_errno(errno.EBUSY, f"{what}: keeps files of {session.name}")
+            if not self._registry.remove(handler):
+                raise from_errno(errno.EBUSY, f"{what}: keeps files")
             self._flbs.unregister_all(handler)
-            self._registry.handlers.remove(handler)
 
     def register_flb(self, handler: FileHandler, flb: Flb) -> None:
         """Have files of *handler* depend on *flb* (``liveupdate_register_flb()``).
@@ -322,14 +319,14 @@ class LiveUpdate(Mortal):
         """
         what = f"register FLB {flb.name}"
         self._require_enabled(what)
-        with self.reading(what):
+        with self.reading(what), self._flbs.lock:
             if handler not in self._registry.handlers:
                 raise from_errno(errno.EINVAL, f"{what}: {handler.compatible} is not registered")
             self._flbs.register(handler, flb)
 
     def unregister_flb(self, handler: FileHandler, flb: Flb) -> None:
         """Undo :meth:`register_flb`; a link that is not there is logged."""
-        with self.reading(f"unregister FLB {flb.name}"):
+        with self.reading(f"unregister FLB {flb.name}"), self._flbs.lock:
             self._flbs.unregister(handler, flb)
 
     def flb_get_outgoing(self, flb: Flb) -> Any:
@@ -640,12 +637,7 @@ class DeviceNode:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
 
@@ -776,12 +768,7 @@ class Session:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
 

@@ -643,7 +643,8 @@ class Kernel:
                 if refused.failure is not None:
                     self.lost.append(refused.failure)
                 return
-        self._tell(FlbCall("FINISH", name, 0, flb.incoming_obj))
+        # ours: 7.3 gives it the object alone
+        self._tell(FlbCall("FINISH", name, flb.incoming_data, flb.incoming_obj))
         flb.incoming_data, flb.incoming_obj, flb.finished = 0, None, True
 
     # ---- reboot (4.3) ----

@@ -21,6 +21,8 @@ from session_model import (
 )
 from session_model import Kernel as Model
 
+from luo.quirks import MAINLINE_QUIRKS
+
 #: Explaining a failure takes minutes and adds nothing to the sequence.
 PHASES = [phase for phase in Phase if phase is not Phase.explain]
 
@@ -56,16 +58,19 @@ ACTIONS = (
     *("finish", "close", "incoming_flb", "outgoing_flb", "freeze_and_go_on", "update") * 2,
     *("update", "kexec"),
 )
+#: What mostly follows a jump.
+AFTERWARDS = ("retrieve", "retrieve", "retrieve", "finish", "close", "preserve_again", "update")
 some_handlers = st.just(HANDLERS) | st.lists(st.sampled_from(HANDLERS), unique=True).map(tuple)
 numbers = st.integers(0, 999)
 
 
 @st.composite
 def software(draw):
-    """Handlers and FLBs of a kernel, mostly all; and whether live update is on."""
+    """Handlers and FLBs of a kernel, mostly all; whether live update is on; faults of 7.3."""
     handlers = draw(some_handlers)
     links = [(part, name) for part in handlers for name in FLBS if draw(st.booleans())]
-    return handlers, tuple(draw(st.permutations(links))), draw(st.integers(0, 9)) < 9
+    quirks = frozenset(name for name in MAINLINE_QUIRKS if draw(st.integers(0, 4)) == 4)
+    return handlers, tuple(draw(st.permutations(links))), draw(st.integers(0, 9)) < 9, quirks
 
 
 def silent(call):
@@ -92,16 +97,20 @@ class Sessions(RuleBasedStateMachine):
 
     def build(self, parts, handed):
         """The same kernel twice: the model's, which runs already, and the engine's."""
-        handlers, links, enabled = parts
+        handlers, links, enabled, quirks = parts
         self.links = links if enabled else ()
-        model = Model(handed, enabled=enabled)
+        model = Model(handed, enabled=enabled, quirks=quirks)
         if enabled:
             for part in handlers:
                 model.register_handler(part)
             for part, name in links:
                 model.register_flb(part, name)
         made = rig.kernel(
-            self.machine, self.recorder, handlers, cmdline=f"kho=on liveupdate={int(enabled)}"
+            self.machine,
+            self.recorder,
+            handlers,
+            cmdline=f"kho=on liveupdate={int(enabled)}",
+            quirks=quirks,
         )
         return model, made
 
@@ -393,14 +402,19 @@ class Sessions(RuleBasedStateMachine):
 
         def expected(model):
             model.freeze()
+            if model.enabled and model.hand_over().empty_block:  # the next kernel would panic
+                model.unfreeze()
+                raise Refused(errno.EPROTO)
+
+        def check(handover):
+            if self.model.frozen:
+                rig.check_bytes(self.machine.memory, handover, self.model)
 
         def got():
             arrived.append(before.kexec())
 
         self.kernel.kexec_load(self.build(parts, None)[1])
-        before.on_handover = lambda handover: rig.check_bytes(
-            self.machine.memory, handover, self.model
-        )
+        before.on_handover = check
         self.both(data, expected, got)
         if not arrived:
             return
@@ -409,8 +423,9 @@ class Sessions(RuleBasedStateMachine):
         self.model, _ = self.build(parts, handed)
         self.kernel = rig.link(arrived[0], self.recorder, self.links)
         self.settle()
-        for _ in range(data.draw(st.integers(0, 3)) if handed and handed.sessions else 0):
-            self.retrieve(data)
+        if handed is not None and handed.sessions:
+            for what in data.draw(st.lists(st.sampled_from(AFTERWARDS), max_size=6)):
+                getattr(self, what)(data)
 
     # ---- what is there ----
 

@@ -1379,6 +1379,106 @@ def test_who_waits_goes_on_when_the_jump_fails(recorder):
     assert [file.token for file in session.files] == [0, 99]
 
 
+def test_a_handler_that_goes_while_it_is_asked_gets_no_file(recorder):
+    kernel = booted(recorder)
+    with kernel.liveupdate.open() as node:
+        session = node.create_session("a")
+    recorder.hooks[0] = lambda _: kernel.liveupdate.unregister_handler(recorder.handler(MEMORY))
+
+    assert errno_of(session.preserve, memory(1), 1) == errno.ENOENT
+    assert short(recorder) == ["CAN_PRESERVE memory-v1 ?"]
+
+
+def test_a_handler_stays_while_it_preserves(recorder):
+    kernel = booted(recorder)
+    with kernel.liveupdate.open() as node:
+        session = node.create_session("a")
+    unregister = functools.partial(kernel.liveupdate.unregister_handler, recorder.handler(MEMORY))
+    refused = []
+    recorder.hooks[1] = lambda _: refused.append(errno_of(unregister))
+    recorder.faults = {1: -errno.EIO}
+    assert errno_of(session.preserve, memory(1), 1) == errno.EIO
+
+    assert refused == [errno.EBUSY]
+    unregister()
+
+
+def test_a_broken_load_pins_nobody(recorder):
+    kernel = filled(recorder, sessions=2, files=2)
+    at_handover(kernel, lambda head, _: BROKEN["too few files"](kernel, head))
+    live = updated(kernel, recorder, (MEMORY,)).liveupdate
+    assert errno_of(live.open) == errno.EIO
+
+    live.unregister_handler(recorder.handler(MEMORY))
+
+
+def test_a_file_may_ask_for_what_it_depends_on(recorder, kernel, outgoing):
+    """As a device's retrieve asks for the state of its IOMMU."""
+    links = [(VFIO, "iommu"), (VFIO, "pci")]
+    outgoing.preserve(vfio(1), 1)
+    last = updated(kernel, recorder, (VFIO,), links)
+    with last.liveupdate.open() as node:
+        session = node.retrieve_session("vm")
+    got = []
+
+    def ask(_):
+        got.append(last.liveupdate.flb_get_incoming(recorder.flb("iommu")))
+        last.liveupdate.flb_put_incoming(recorder.flb("iommu"))
+
+    recorder.begin()
+    recorder.hooks[0] = ask
+    session.retrieve(1)
+    assert got[0][:2] == ("RETRIEVE", "iommu")
+
+
+@pytest.mark.parametrize("what", range(6))
+def test_a_freeze_callback_that_calls_back_is_a_deadlock(recorder, what):
+    kernel = filled(recorder)
+    session = kernel.liveupdate.outgoing[0]
+    refused = []
+    recorder.begin()
+    recorder.hooks[0] = lambda _: refused.append(errno_of(call_back(kernel, session)[what]))
+    updated(kernel, recorder, (MEMORY,))
+
+    assert refused == [errno.EDEADLK]
+
+
+def test_threads_that_work_while_it_freezes_and_goes_on(recorder):
+    """Nobody loses anything, and in the end every page is back."""
+    kernel = booted(recorder, (MEMORY, VFIO), [(VFIO, "iommu")])
+    live, failures, stop = kernel.liveupdate, [], threading.Event()
+    node, pages = live.open(), luo_pages(kernel)
+
+    def work(name):
+        try:
+            while not stop.is_set():
+                session = node.create_session(name)
+                for token in range(70):
+                    session.preserve(vfio((name, token)), token)
+                assert len(session.files) == 70
+                session.close()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(f"t{n}",), daemon=True) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(20):
+        with live.frozen():
+            frozen = [(session.name, len(session.files)) for session in live.outgoing]
+            time.sleep(0.001)
+            assert [(each.name, len(each.files)) for each in live.outgoing] == frozen
+    stop.set()
+    for thread in threads:
+        thread.join(60)
+
+    assert failures == []
+    assert live.outgoing == ()
+    assert luo_pages(kernel) == pages
+    events = [call.event for call in recorder.calls if len(call) == 4]
+    assert events.count("PRESERVE") == events.count("UNPRESERVE")
+
+
 def test_threads_that_work_while_it_jumps(recorder):
     """What was answered with success before the jump has come over, and nothing else."""
     kernel = booted(recorder)

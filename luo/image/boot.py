@@ -586,10 +586,12 @@ def _write(
     tree_part = Part(at, len(dtb), "virt.dtb", inside)
 
     (place / "memory").mkdir(parents=True, exist_ok=True)
+    (place / "memory").chmod(0o700)  # it is somebody's memory
     for old in (place / "memory").glob("*.bin"):
         old.unlink()
     segments, copies = _write_segments(place, runs)
     (place / "virt.dtb").write_bytes(dtb)
+    (place / "firmware.bin").touch(0o600)
     (place / "firmware.bin").write_bytes(_firmware(copies, tree_part.phys, entry))
     for name, file in (("Image", kernel), ("initrd", initrd)):
         if file is not None and Path(file).resolve() != (place / name).resolve():

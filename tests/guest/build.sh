@@ -54,7 +54,7 @@ install_missing() {
     die "no apt-get here: install ${missing[*]}, or what they are called on this system"
   [ "$(id -u)" -eq 0 ] || die "as root: apt-get install ${missing[*]}"
   say "installing ${missing[*]}"
-  apt-get -qq update
+  apt-get -qq update || say "apt-get update failed; going on with the lists that are there"
   DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "${missing[@]}" \
     >/dev/null || die "apt-get could not install ${missing[*]}"
   missing=()

@@ -13,10 +13,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import machine
+import plain
 import pytest
-from verdicts import CASES, Case, Handmade
+from shapes import Shape, all_shapes
+from verdicts import CASES, FLBS, Case, Handmade
 
-from luo.image import boot
+from luo.image import Image, boot
+from luo.image.verdict import Target, judge
 
 SILENT = 15.0  # a panic before there is a console says nothing
 WARNING = re.compile(r"WARNING: |refcount_t: ")
@@ -59,7 +62,7 @@ def run(build: machine.Build, handmade: Handmade, place: Path, timeout: float) -
         guest.stop()
 
 
-def segments(image) -> Iterator[tuple[int, bytes]]:
+def segments(image: Image) -> Iterator[tuple[int, bytes]]:
     """Yield what the image has, with small gaps filled."""
     start, data = 0, bytearray()
     for extent in image.extents:
@@ -141,6 +144,18 @@ def test_the_kernel_does_what_the_verdict_says(
     what = record[case.name] = seen(handmade, found)
 
     assert what in verdict.seen, "\n".join([*map(str, verdict.problems[:5]), *found.console[-60:]])
+
+
+@pytest.mark.parametrize(
+    "shape", [s for s in all_shapes() if s.only in ("", "plain")], ids=lambda shape: shape.name
+)
+def test_what_a_kernel_retrieves_is_taken(shape: Shape):
+    """Handovers that ``test_handovers.py`` has a kernel retrieve, two of them not quite as sent."""
+    verdict = judge(plain.write(shape), Target(flbs=tuple(FLBS), debug_vm=True))
+
+    other = {"seal-exec": "memfd.seal-exec", "without-flbs": "flb.missing"}
+    rules = {problem.rule.id for problem in verdict.problems}
+    assert rules == ({other[shape.name]} if shape.name in other else set())
 
 
 def test_the_cases_are_of_many_kinds():

@@ -1,5 +1,6 @@
 """luo.image.boot: where everything goes, and what cannot be booted."""
 
+import contextlib
 import itertools
 import json
 import shutil
@@ -15,7 +16,7 @@ from kho_builder import Builder
 
 from luo import HandoverError, Kernel, PhysicalMemory
 from luo.cli import main
-from luo.fdt import Fdt
+from luo.fdt import Fdt, FdtError
 from luo.image import Extent, Image
 from luo.image import boot as subject
 from luo.image.dump import read_device_tree
@@ -186,6 +187,8 @@ def test_write_again_forgets_old_segments(tmp_path: Path) -> None:
 
     assert not (tmp_path / "memory/59000000.bin").exists()
     assert (tmp_path / "memory/5a000000.bin").exists()
+    assert (tmp_path / "memory").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "firmware.bin").stat().st_mode & 0o777 == 0o600
 
 
 def test_tree_tells_handover_memory_and_initrd(tmp_path: Path) -> None:
@@ -388,3 +391,49 @@ def test_command_names_every_refusal(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "0x80000000: scratch area" in result.output
     assert not (tmp_path / "out").exists()
+
+
+# ---- hostile bytes ----
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_broken_image_is_written_or_refused(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Whatever stands in the handover's own pages: files, or an error with a rule."""
+    image = image_of(blocks=((0x59000000, 2), (0x5A000000, 9)))
+    own = [extent for extent in image.extents if extent.nbytes == PAGE]
+    broken = {extent.phys: bytearray(extent.data or b"") for extent in own}
+    for _ in range(data.draw(st.integers(1, 6))):
+        page = broken[data.draw(st.sampled_from(sorted(broken)))]
+        at = data.draw(st.integers(0, PAGE // 8 - 1)) * 8
+        page[at : at + 8] = data.draw(st.binary(min_size=8, max_size=8))
+    extents = [
+        Extent(e.phys, e.nbytes, bytes(broken[e.phys]) if e.phys in broken else e.data)
+        for e in image.extents
+    ]
+    place = tmp_path_factory.mktemp("boot")
+    with contextlib.suppress(HandoverError):
+        boot = subject.write(
+            Image(image.ram.ranges, image.handover, extents), place, tree=subject.virt_tree()
+        )
+        ordered = spans(boot)
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(ordered))
+    shutil.rmtree(place)
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_broken_device_tree_is_written_or_refused(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A tree of the user's that is damaged is an error that says so, or still a tree."""
+    tree = bytearray(subject.virt_tree())
+    for _ in range(data.draw(st.integers(1, 4))):
+        tree[data.draw(st.integers(0, len(tree) - 1))] = data.draw(st.integers(0, 255))
+    place = tmp_path_factory.mktemp("boot")
+    with contextlib.suppress(ValueError, FdtError):
+        subject.write(image_of(), place, tree=bytes(tree))
+        Fdt((place / "virt.dtb").read_bytes())
+    shutil.rmtree(place)

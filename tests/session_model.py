@@ -224,9 +224,10 @@ class Handed(Immutable):
     """What the next kernel finds.
 
     Attributes:
+        number: of the live update.
         sessions: name and files of each, a file being (compatible, token, data).
         flbs: (name, data, count).
-        pages: of blocks of sessions, and of files of each session.
+        session_pages, file_pages: blocks of the sessions, and of the files of each session.
         empty_block: a block without records is among those of the sessions (4.5).
     """
 

@@ -21,6 +21,7 @@ from session_model import (
 )
 from session_model import Kernel as Model
 
+from luo import abi
 from luo.quirks import MAINLINE_QUIRKS
 
 #: Explaining a failure takes minutes and adds nothing to the sequence.
@@ -90,9 +91,12 @@ def silent(call):
 class Sessions(RuleBasedStateMachine):
     """A machine, the kernel that runs on it, and what the model says that it does."""
 
-    @initialize(parts=software())
-    def cold_boot(self, parts):
-        """Switch a machine on."""
+    blocks_max = abi.KHO_BLOCKS_MAX
+
+    @initialize(parts=software(), most=st.sampled_from([10_000, 10_000, 2]))
+    def cold_boot(self, parts, most):
+        """Switch a machine on; a set has so many blocks at most."""
+        abi.KHO_BLOCKS_MAX = most
         self.recorder = rig.Recorder()
         self.machine = rig.machine()
         self.generation, self.parts = 0, parts
@@ -100,11 +104,14 @@ class Sessions(RuleBasedStateMachine):
         rig.link(self.kernel.boot(), self.recorder, self.links)
         self.settle()
 
+    def teardown(self):
+        abi.KHO_BLOCKS_MAX = self.blocks_max
+
     def build(self, parts, handed):
         """The same kernel twice: the model's, which runs already, and the engine's."""
         handlers, links, enabled, quirks = parts
         self.links = links if enabled else ()
-        model = Model(handed, enabled=enabled, quirks=quirks)
+        model = Model(handed, enabled=enabled, quirks=quirks, blocks_max=abi.KHO_BLOCKS_MAX)
         if enabled:
             for part in handlers:
                 model.register_handler(part)
@@ -301,7 +308,7 @@ class Sessions(RuleBasedStateMachine):
         if at is not None:
             count = FILES_A_BLOCK * data.draw(st.integers(1, 2)) + data.draw(st.integers(-1, 1))
             for token in range(10, 10 + count):
-                thing = functools.cache(Thing)("vfio", (name, token))
+                thing = Thing("vfio", (name, token))
                 self.preserve_in(data, at, thing, token, fails=False)
 
     def preserve_again(self, data):

@@ -20,6 +20,8 @@ from luo.image.verdict import KERNELS, Target, Verdict, judge
 
 __all__ = ["show_verdict", "verdict_options"]
 
+_ROWS_OF_A_RULE = 5
+
 _WOULD = {
     Outcome.TAKES: "takes it",
     Outcome.COLD: "refuses it and boots cold",
@@ -81,8 +83,12 @@ def _show(path: Path, verdict: Verdict) -> None:
         table = new_table("when", "rule", "what", "then")
         for column in table.columns:
             column.overflow = "fold"
+        listed: dict[str, int] = {}
         for problem in verdict.problems:
             rule = problem.rule
+            listed[rule.id] = listed.get(rule.id, 0) + problem.count
+            if listed[rule.id] > _ROWS_OF_A_RULE:
+                continue
             then = rule.outcome.value if rule.outcome is Outcome.UNDEFINED else rule.seen[0]
             what = Text(printable(str(problem)[:200]))
             table.add_row(rule.stage.label, rule.id, what, then)
@@ -92,5 +98,8 @@ def _show(path: Path, verdict: Verdict) -> None:
         for rule in dict.fromkeys(problem.rule for problem in verdict.problems):
             shown = "; ".join(part for part in (rule.kernel, rule.spec) if part)
             console.print(Text(f"{rule.id}: {rule.why}{f' ({shown})' if shown else ''}"))
+            if listed[rule.id] > _ROWS_OF_A_RULE:
+                more = listed[rule.id] - _ROWS_OF_A_RULE
+                console.print(Text(f"{rule.id}: {more:,} more; --json lists them", "dim"))
     for note in verdict.notes:
         console.print(Text(printable(f"note: {note.rule.id}: {str(note)[:200]}")))

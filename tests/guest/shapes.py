@@ -1,6 +1,6 @@
 """Handovers by their shape: which sessions and files, how they lie in memory, what must come back.
 
-A shape says nothing of who writes it: ``plain.py`` does from the specification, ``engine.py`` with
+A shape says nothing of who writes it: ``plain.py`` does from the specification, ``by_luo.py`` with
 luo. :func:`script` has a guest retrieve everything, and :func:`problems` compares what it said.
 """
 

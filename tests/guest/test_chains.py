@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import engine
+import by_luo
 import plain
 import pytest
 from machine import Build, Run, boot, next_kernel, start
@@ -83,7 +83,7 @@ def ours(image: Image, max_order: int = 0) -> Iterator[Kernel]:
         kho_abi="kho-v4",
         release="luo",
         cmdline="kho=on liveupdate=on",
-        file_handlers=[engine.handler_of(max_order, flbs=True)],
+        file_handlers=[by_luo.handler_of(max_order, flbs=True)],
     )
     kernel.boot(image.handover)
     try:
@@ -194,7 +194,7 @@ def test_ours_then_real_then_real(build: Build) -> None:
     second = "open\nretrieve-session onward\n"
     second += "".join(f"retrieve onward {token}\n" for token in [*tokens, 0x55])
     second += "finish onward\npoweroff"
-    with engine.kernel_of(shape) as kernel:
+    with by_luo.kernel_of(shape) as kernel:
         run = boot(build, [first, second], image=kernel)
     want = [f.expected["sha256"] for files in FIRST.values() for f in files]
     want.append(File(0x55, 5000).expected["sha256"])
@@ -224,7 +224,7 @@ def test_real_then_ours_then_real(build: Build, theirs: Image) -> None:
             outgoing["alpha"].preserve(fd, token)
             os.close(fd)
         for name, file in ((b"alpha", more), (b"gamma", after[b"gamma"][0])):
-            fd = engine.memfd(file)
+            fd = by_luo.memfd(file)
             outgoing[name.decode()].preserve(fd, file.token)
             os.close(fd)
         run = boot(build, script(after) + "poweroff", image=kernel)

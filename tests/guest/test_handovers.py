@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import engine
+import by_luo
 import plain
 import pytest
 from machine import Build, boot
@@ -26,7 +26,7 @@ def test_handover_from_the_specification_is_retrieved(build: Build, shape: Shape
 @pytest.mark.parametrize("shape", of("engine"), ids=lambda shape: shape.name)
 def test_handover_of_a_kernel_is_retrieved(build: Build, shape: Shape) -> None:
     """What our kernel preserved comes back byte for byte."""
-    with engine.kernel_of(shape) as kernel:
+    with by_luo.kernel_of(shape) as kernel:
         run = boot(build, script(shape.sessions) + "poweroff", image=kernel)
 
     assert problems(shape, run) == []

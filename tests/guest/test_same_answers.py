@@ -10,7 +10,7 @@ import random
 import zlib
 from collections.abc import Iterator
 
-import engine
+import by_luo
 import pytest
 from machine import Build, boot, next_kernel
 from shapes import MIB, File, word
@@ -96,7 +96,7 @@ class Ours:
 
     def do_file(self, name: bytes, file: File) -> None:
         session = self.session(name)
-        fd = engine.memfd(file)
+        fd = by_luo.memfd(file)
         try:
             session.preserve(fd, file.token)
         except OSError:
@@ -220,7 +220,7 @@ def two_kernels(
             arch="arm64",
             kho_abi="kho-v4",
             cmdline="kho=on liveupdate=on",
-            file_handlers=[engine.handler_of(0, flbs=True)],
+            file_handlers=[by_luo.handler_of(0, flbs=True)],
         )
 
     first = kernel()

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from rig import errno_of
 from session_kernels import COPIES, content, copies, host, memfd
 
+import luo
 from luo import client as client_module
 from luo import uapi
 from luo.client import LiveUpdate, Session
@@ -374,13 +375,17 @@ KEEPER = """
 """
 
 
+#: Where the process finds the helpers of the tests, and luo as it is found here.
+PATHS = (TESTS, Path(luo.__file__).parents[1])
+
+
 @contextlib.contextmanager
 def process(code, *args, fds=(), **kwargs):
     """Run Python *code* in a process, until its standard input ends."""
     with subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, pass_fds=fds,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(str(path) for path in PATHS)},
         **kwargs,
     ) as running:  # fmt: skip
         yield running

@@ -27,7 +27,12 @@ from luo.image.verdict import Target, Verdict, judge
 from luo.memfd import memfd_handler
 
 ROOT = Path(__file__).resolve().parents[2]
-PRINT_PAGE = "import verdicts as v; print(v.filled(v.PAGE.read_text()), end='')"
+PRINT_PAGE = """
+import sys
+sys.path.insert(0, ".")
+import verdicts as v
+print(v.filled(v.PAGE.read_text()), end="")
+"""
 
 
 def ids(problems) -> list[str]:

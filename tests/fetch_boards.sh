@@ -4,18 +4,22 @@
 #     tests/fetch_boards.sh DIRECTORY
 #
 # apt works in a directory of its own, with an architecture and package lists of its own, and
-# nothing is installed: the package is only unpacked. Needs apt-get, dpkg-deb and the network.
+# nothing is installed: the package is only unpacked. Needs apt-get, dpkg-deb and the network. The
+# archive is the one that the system uses, or MIRROR=URI.
 set -eu
 
 to=$1
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
 suite=$(. /etc/os-release && [ "${ID:-}" = debian ] && echo "${VERSION_CODENAME:-stable}" || echo stable)
+archive=${MIRROR:-$(apt-get indextargets --format '$(ORIGIN)|$(COMPONENT)|$(RELEASE)|$(REPO_URI)' \
+  'Created-By: Packages' | grep -v -- '-security|' | sed -n 's/^Debian|main|[^|]*|//p' | head -n 1)}
+[ -n "$archive" ] || { echo "apt-get knows no archive of Debian: give MIRROR=URI" >&2; exit 1; }
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 mkdir -p "$work/lists/partial" "$work/archives/partial" "$work/parts"
 : >"$work/status"
-echo "deb [signed-by=$keyring] ${MIRROR:-http://deb.debian.org/debian} $suite main" >"$work/sources.list"
+echo "deb [signed-by=$keyring] $archive $suite main" >"$work/sources.list"
 cat >"$work/apt.conf" <<CONF
 APT::Architecture "arm64";
 APT::Architectures "arm64";

@@ -33,16 +33,16 @@ _MAGIC_TEST: Final = 0x4B484F21
 _SEALS: Final = 0x3F  # F_SEAL_SEAL … F_SEAL_EXEC
 DEVICE_COLUMNS: Final = ("path", "bus", "driver", "state", "index")
 LUO_OLDER: Final = ("luo-v1", "luo-v2", "luo-v3", "luo-v4")
-_VMALLOC: Final = struct.Struct("<QIHH")
+_VMALLOC: Final = _abi.VMALLOC_SER
 
 STRUCTS: Final[dict[str, tuple[struct.Struct, tuple[str, ...]]]] = {
     "kexec-metadata": (struct.Struct("<I65sI"), ("version", "previous_release", "kexec_count")),
-    "luo": (struct.Struct("<8sQQQ"), ("compatible", "liveupdate_num", "sessions_pa", "flbs_pa")),
-    "block": (struct.Struct("<QQ"), ("next", "count")),
-    "session": (struct.Struct("<64sQQ"), ("name", "files_pa", "count")),
-    "file": (struct.Struct("<48sQQ"), ("compatible", "data", "token")),
-    "flbs": (struct.Struct("<QQ"), ("pgcnt", "count")),
-    "flb": (struct.Struct("<48sQQ"), ("name", "data", "count")),
+    "luo": (_abi.LUO_SER, ("compatible", "liveupdate_num", "sessions_pa", "flbs_pa")),
+    "block": (_abi.KHO_BLOCK_SER, ("next", "count")),
+    "session": (_abi.LUO_SESSION_SER, ("name", "files_pa", "count")),
+    "file": (_abi.LUO_FILE_SER, ("compatible", "data", "token")),
+    "flbs": (_abi.LUO_FLBS_SER, ("pgcnt", "count")),
+    "flb": (_abi.LUO_FLB_SER, ("name", "data", "count")),
     "memfd": (
         struct.Struct("<QQIIQQIHH"),
         (

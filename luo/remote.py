@@ -28,7 +28,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -422,6 +422,19 @@ class RemoteKernel:
         """Undo what :meth:`reboot` did for an ordinary kexec that did not happen."""
         with contextlib.suppress(HostCrashError):  # the error that led here says so already
             self._ask("take_back")
+
+    @property
+    def liveupdate(self) -> NoReturn:
+        """Not here: sessions have descriptors, which only its device node can pass on.
+
+        Raises:
+            StateError: EOPNOTSUPP.
+        """
+        raise StateError(
+            errno.EOPNOTSUPP,
+            f"liveupdate: {self} runs in another process; offer a luo.device_node.ControlSocket"
+            " on the machine, and open it with luo.client",
+        )
 
     @property
     def profile(self) -> Profile:

@@ -312,6 +312,17 @@ def test_file_that_is_no_descriptor_cannot_be_passed(tmp_path):
     held.close()
 
 
+def test_kernel_of_another_process_says_where_its_sessions_are(tmp_path):
+    """EOPNOTSUPP with the way to them; and that way works."""
+    with host(tmp_path / "node", COPIES) as machine:
+        machine.kernel.kexec_load(COPIES)
+        machine.kernel = machine.kernel.kexec()
+        with pytest.raises(StateError, match=r"ControlSocket.*luo.client.*\[EOPNOTSUPP\]"):
+            _ = machine.kernel.liveupdate
+        with machine.open() as node:
+            node.create_session("there").close()
+
+
 def test_handler_that_fails_is_told_of(tmp_path):
     """Its errno, its words; and a failed retrieve is the same ever after."""
 

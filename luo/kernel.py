@@ -933,6 +933,11 @@ class Kernel:
         self.close()
 
 
+def _front(kernel: Kernel | RemoteKernel) -> Any:
+    """Return who runs an update: user space with its sessions, or else the orchestrator."""
+    return kernel.luo if kernel.agent is None else kernel.agent
+
+
 def dry_run(kernel: Kernel | RemoteKernel, *, report: Report | None = None) -> Report:
     """Run PREPARE and REBOOT of *kernel*, and cancel instead of the jump.
 
@@ -948,7 +953,7 @@ def dry_run(kernel: Kernel | RemoteKernel, *, report: Report | None = None) -> R
     """
     report = report if report is not None else Report()
     report.begin(kernel)
-    front = kernel.luo if kernel.agent is None else kernel.agent
+    front = _front(kernel)
     with report.watch(kernel):
         front.prepare()
         report.note_state(kernel)
@@ -1003,14 +1008,13 @@ def live_update(
             else:
                 kernel.kexec_load(successor, timeout=timeout)
             agent = kernel.agent
-            (kernel.luo if agent is None else agent).prepare()
+            _front(kernel).prepare()
             report.note_state(kernel)
             kernel = (kernel if agent is None else agent).kexec(timeout=timeout, verify=True)
             if kernel.agent is not None:
                 kernel.agent.retrieve(verify=True)
             report.note_state(kernel)
-            front = kernel.luo if kernel.agent is None else kernel.agent
-            report.note_finish(kernel, front.finish())
+            report.note_finish(kernel, _front(kernel).finish())
         if repeat > 1:
             kernel.devices.request(requested)
     return report
